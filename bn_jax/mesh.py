@@ -1,0 +1,119 @@
+"""Devices, hosts and shardings: the only file that knows how many there are.
+
+Data parallelism is one mesh axis, `data`: batches are cut along their first axis, everything else is
+replicated. `jax.jit` with these shardings inserts the collectives; the mathematics of a step does not
+depend on the number of devices (statistic groups are keyed to an example's place in the batch).
+"""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bn_jax.errors import ConfigError
+
+
+def initialize() -> None:
+    """Joins the other processes of this run, if there are any.
+
+    A cluster is recognised by jax itself (Cloud TPU, SLURM, Open MPI, GKE) or named by the variables
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which launch/local.sh sets.
+    """
+    if jax.distributed.is_initialized():
+        return
+    env = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        missing = {"JAX_NUM_PROCESSES", "JAX_PROCESS_ID"} - env.keys()
+        if missing:
+            raise ConfigError(
+                f"JAX_COORDINATOR_ADDRESS is set but not {' and '.join(sorted(missing))}: "
+                "set all three, or none for a single process"
+            )
+        jax.distributed.initialize(
+            env["JAX_COORDINATOR_ADDRESS"],
+            num_processes=int(env["JAX_NUM_PROCESSES"]),
+            process_id=int(env["JAX_PROCESS_ID"]),
+        )
+    elif cluster_has_many_hosts(env):
+        jax.distributed.initialize()
+
+
+def cluster_has_many_hosts(env) -> bool:
+    """Whether the environment is that of a multi-process job which jax can detect by itself."""
+    hosts = env["TPU_WORKER_HOSTNAMES"].split(",") if "TPU_WORKER_HOSTNAMES" in env else []
+    slurm_tasks = int(env["SLURM_NTASKS"]) if "SLURM_PROCID" in env and "SLURM_NTASKS" in env else 1
+    mpi_size = int(env["OMPI_COMM_WORLD_SIZE"]) if "OMPI_COMM_WORLD_SIZE" in env else 1
+    return len(hosts) > 1 or slurm_tasks > 1 or mpi_size > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in env
+
+
+def make(devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices of all processes (or of `devices`), each process's in one piece."""
+    devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
+    # Auto: `jax.make_mesh` defaults to Explicit axes, on which Linen and optax fail.
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of parameters, statistics and metrics."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def along_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """The sharding of a batch: cut along `axis` over all devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def check_batch(batch_size: int, devices: int, name: str = "batch_size") -> None:
+    """Raises ConfigError unless every device gets the same number of examples, at least one."""
+    if batch_size < devices:
+        raise ConfigError(
+            f"{name}={batch_size} is smaller than the {devices} devices: use the scale `:pod` "
+            "(32 examples a device) or fewer devices"
+        )
+    if batch_size % devices:
+        near = max(devices, batch_size // devices * devices)
+        raise ConfigError(
+            f"{name}={batch_size} is not divisible by the {devices} devices: "
+            f"use a multiple of {devices}, such as {near}"
+        )
+
+
+def rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of a global batch that the devices of this process hold."""
+    slices = along_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
+    bounds = [s[0].indices(batch_size) for s in slices if s is not None]
+    return slice(min(b[0] for b in bounds), max(b[1] for b in bounds))
+
+
+def put_batch(mesh: Mesh, batch: Any, batch_size: int) -> Any:
+    """This process's rows, a tree of numpy arrays [rows, ...], as global arrays [batch_size, ...]."""
+    sharding = along_batch(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
+
+    return jax.tree.map(put, batch)
+
+
+def put_replicated(mesh: Mesh, tree: Any) -> Any:
+    """A tree of host values, equal on every process, as arrays replicated over the mesh."""
+    sharding = replicated(mesh)
+
+    def put(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree)
+
+
+def describe(mesh: Mesh) -> dict[str, Any]:
+    """What a record says of the hardware."""
+    device = mesh.devices.flat[0]
+    return {
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "devices": mesh.size,
+        "processes": jax.process_count(),
+    }

@@ -1,0 +1,138 @@
+"""The training step and the evaluation step: pure functions of (state, batch).
+
+Neither knows of devices, files or flags. `train.py` compiles them.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from bn_jax import optim
+
+AUX_WEIGHT = 0.3  # weight of each auxiliary head's loss (GoogLeNet, section 5)
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step.
+
+    step: int32 scalar, the number of steps taken. params, batch_stats: the model's trees (float32).
+    opt_state: the optimizer's.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def init_state(model: nn.Module, seed: int, image_shape: tuple[int, int, int]) -> TrainState:
+    """The state before the first step; initial weights depend on `seed` alone.
+
+    image_shape: (height, width, channels).
+    """
+    # A training-mode pass so that layers that exist only in training (auxiliary heads) get weights.
+    images = jnp.zeros((1, *image_shape), jnp.uint8)
+    keys = {"params": jax.random.key(seed), "dropout": jax.random.key(seed)}
+    variables = model.init(keys, images, train=True)
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=optim.momentum_sgd().init(params),
+    )
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over the valid examples of -log p(label), in nats. [N, K], [N], [N] -> scalar."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    # `where`, not a product: a masked row may hold anything, infinity included.
+    return jnp.sum(jnp.where(mask, losses, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    hyper: optim.Hyper,
+    key: jax.Array,
+    *,
+    model: nn.Module,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of momentum SGD on one global batch.
+
+    batch: image [N, H, W, C] in 0..255, label int32 [N], mask bool [N] (False: the row takes part in
+    nothing). key: the run's dropout key; step k uses fold_in(key, k). Returns the next state and
+    metrics: `loss` (with the L2 and auxiliary terms) and `cross_entropy` in nats, `top1` (share of
+    the batch), `learning_rate`, `gradient_square` [leaves of params] (their sum is the squared norm).
+    """
+    labels, mask = batch["label"], batch["mask"]
+
+    def objective(params):
+        outputs, updates = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            batch["image"],
+            train=True,
+            mask=mask,
+            rngs={"dropout": jax.random.fold_in(key, state.step)},
+            mutable=["batch_stats"],
+        )
+        logits, aux = outputs if isinstance(outputs, tuple) else (outputs, ())
+        main = cross_entropy(logits, labels, mask)
+        loss = main + AUX_WEIGHT * sum(cross_entropy(a, labels, mask) for a in aux)
+        loss = loss + hyper.l2 * optim.l2_penalty(params)
+        return loss, (main, logits, updates.get("batch_stats", {}))
+
+    grads, (main, logits, batch_stats), loss = _grad_with_value(objective, state.params)
+    rate = optim.decayed_rate(hyper, state.step, labels.shape[0])
+    steps, opt_state = optim.momentum_sgd().update(
+        grads, state.opt_state, state.params, learning_rate=rate, momentum=hyper.momentum
+    )
+    metrics = {
+        "loss": loss,
+        "cross_entropy": main,
+        "top1": jnp.sum(mask & (label_rank(logits, labels) < 1)) / jnp.maximum(jnp.sum(mask), 1),
+        "learning_rate": rate,
+        "gradient_square": jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]),
+    }
+    params = optax.apply_updates(state.params, steps)
+    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+
+def _grad_with_value(objective, params):
+    (loss, extra), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    return grads, extra, loss
+
+
+def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Place of the true class among the logits, 0 for the highest. [N, K], [N] -> int32 [N].
+
+    Ties go to the lower class, so a constant network scores chance, not 100%. A row with a logit
+    that is not finite ranks last.
+    """
+    true = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    classes = jnp.arange(logits.shape[-1])
+    ahead = (logits > true) | ((logits == true) & (classes < labels[:, None]))
+    rank = jnp.sum(ahead, axis=-1)
+    return jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), rank, logits.shape[-1])
+
+
+def eval_step(
+    params: Any, batch_stats: Any, batch: dict[str, jax.Array], *, model: nn.Module
+) -> dict[str, jax.Array]:
+    """Sums over the valid rows of one batch: `cross_entropy` (nats), `top1`, `top5`, `examples`.
+
+    Sums and counts, never means, so that batches of any size add up to the exact figure.
+    """
+    labels, mask = batch["label"], batch["mask"]
+    logits = model.apply({"params": params, "batch_stats": batch_stats}, batch["image"], train=False)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    rank = label_rank(logits, labels)
+    return {
+        "cross_entropy": jnp.sum(jnp.where(mask, losses, 0.0)),
+        "top1": jnp.sum(mask & (rank < 1)),
+        "top5": jnp.sum(mask & (rank < 5)),
+        "examples": jnp.sum(mask),
+    }

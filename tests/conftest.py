@@ -1,0 +1,25 @@
+"""What every test relies on: 8 virtual CPU devices, errors for silent promotion, real data if there."""
+
+import os
+import pathlib
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `configs` is found from any working directory
+
+flags.FLAGS.mark_as_parsed()  # grain reads absl flags
+
+
+@pytest.fixture
+def test_data() -> pathlib.Path:
+    """Real data for tests (not part of the repository), or a skip that says so."""
+    folder = pathlib.Path(os.environ.get("BN_JAX_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no test data in {folder} (set BN_JAX_TEST_DATA)")
+    return folder
