@@ -1,0 +1,21 @@
+"""The control: plain Inception at its best rate, so that BN is not credited with a higher rate alone.
+
+Not in the paper. The rate is the best of 0.0015, 0.0075, 0.015, 0.03, 0.045 on a quarter of the
+training split (--config.data.holdout=0.25), digits, one seed. Grid not yet run: 0.015 is the best of
+a prototype's runs, read on the test split.
+
+    python -m bn_jax.main --config=configs/inception_best_rate.py:digits    # 2 CPU cores, minutes
+
+Expected: not yet run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import inception
+
+
+def get_config(scale: str = "imagenet") -> ConfigDict:
+    config = inception.get_config(scale)
+    config.name = "inception_best_rate"
+    config.learning_rate = 0.015
+    return config
