@@ -85,7 +85,9 @@ def train_step(
         loss = loss + hyper.l2 * optim.l2_penalty(params)
         return loss, (main, logits, updates.get("batch_stats", {}))
 
-    grads, (main, logits, batch_stats), loss = _grad_with_value(objective, state.params)
+    (loss, (main, logits, batch_stats)), grads = jax.value_and_grad(objective, has_aux=True)(
+        state.params
+    )
     rate = optim.decayed_rate(hyper, state.step, labels.shape[0])
     steps, opt_state = optim.momentum_sgd().update(
         grads, state.opt_state, state.params, learning_rate=rate, momentum=hyper.momentum
@@ -101,9 +103,28 @@ def train_step(
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
 
-def _grad_with_value(objective, params):
-    (loss, extra), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    return grads, extra, loss
+def train_steps(
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    indices: jax.Array,
+    hyper: optim.Hyper,
+    key: jax.Array,
+    *,
+    model: nn.Module,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Several steps in one dispatch, on a data set that rests on the device.
+
+    images [examples, H, W, C], labels [examples]; indices int32 [K, N]: the examples of K batches.
+    Metrics gain a leading axis of K. For small dense networks only: XLA:CPU runs convolutions
+    inside a loop 3.5 times slower.
+    """
+
+    def body(state, index):
+        batch = {"image": images[index], "label": labels[index], "mask": index >= 0}
+        return train_step(state, batch, hyper, key, model=model)
+
+    return jax.lax.scan(body, state, indices)
 
 
 def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:

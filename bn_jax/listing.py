@@ -1,0 +1,72 @@
+"""Finding experiments: `configs/NAME.py` beside the code, or the copy that the wheel carries."""
+
+import ast
+import difflib
+import pathlib
+import sys
+
+from bn_jax.errors import ConfigError
+
+PACKAGE = pathlib.Path(__file__).resolve().parent
+
+
+def folder() -> pathlib.Path:
+    """The folder of the experiments: the checkout's, or the installed wheel's."""
+    beside = PACKAGE.parent / "configs"
+    return beside if (beside / "inception.py").is_file() else PACKAGE / "_bundled" / "configs"
+
+
+def names() -> list[str]:
+    """The experiments that can be trained, sorted by name."""
+    return sorted(path.stem for path in folder().glob("*.py") if path.stem != "__init__")
+
+
+def experiments() -> str:
+    """One line an experiment: its name and what its file says first; then the scales."""
+    lines = []
+    for name in names():
+        doc = ast.get_docstring(ast.parse((folder() / f"{name}.py").read_text())) or ""
+        lines.append(f"{name:24} {' '.join(doc.split(chr(10) * 2)[0].split())}")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Scales: imagenet (default), digits, folder, synthetic, pod; mnist*: mnist (default), "
+            "digits, synthetic.",
+            "Train one: python -m bn_jax.main --config=configs/bn_x30.py:digits",
+        ]
+    )
+
+
+def resolve(argv: list[str]) -> list[str]:
+    """The command line with `--config`'s file found: a path, or the bare name of an experiment.
+
+    Raises ConfigError, naming what comes closest, if there is no such file. The folder above the
+    file's is made importable, because experiments build on each other (`from configs import ...`).
+    """
+    argv = list(argv)
+    for i, word in enumerate(argv):
+        if word in ("--config", "-config") and i + 1 < len(argv):
+            argv[i + 1] = _file(argv[i + 1])
+        elif word.startswith(("--config=", "-config=")):
+            flag, value = word.split("=", 1)
+            argv[i] = f"{flag}={_file(value)}"
+    return argv
+
+
+def _file(value: str) -> str:
+    name, colon, scale = value.partition(":")
+    path = pathlib.Path(name)
+    if not path.is_file() and path.suffix in ("", ".py") and path.parent in _KNOWN_PARENTS:
+        path = folder() / f"{path.stem}.py"
+    if not path.is_file():
+        close = difflib.get_close_matches(path.stem, names(), n=1, cutoff=0.5)
+        hint = f"did you mean configs/{close[0]}.py? " if close else ""
+        raise ConfigError(f"there is no config {name}: {hint}`--list` names them all")
+    parent = str(path.resolve().parent.parent)
+    if parent not in sys.path:
+        sys.path.append(parent)
+    return f"{path}{colon}{scale}"
+
+
+_KNOWN_PARENTS = (pathlib.Path("."), pathlib.Path("configs"))

@@ -1,0 +1,55 @@
+"""Trains one experiment: `python -m bn_jax.main --config=configs/bn_x30.py:digits`.
+
+The same command again resumes the run. Any field can be changed: --config.learning_rate=0.01
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from bn_jax import command, listing
+from bn_jax.errors import ConfigError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment file, with a scale after a colon: configs/bn_x30.py:digits"
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run's records and checkpoints. Default: runs/NAME[_SCALE]."
+)
+_LIST = flags.DEFINE_bool("list", False, "Print the experiments and scales, and end.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check the config, print it, and end.")
+
+
+def main(argv: list[str]) -> None:
+    """Everything after the command line has been read."""
+    if len(argv) > 1:
+        raise ConfigError(f"unexpected argument {argv[1]!r}: options are written --name=value")
+    if _LIST.value:
+        print(listing.experiments())
+        return
+    if _CONFIG.value is None:
+        raise ConfigError("--config=configs/NAME.py[:SCALE] is needed; --list names them")
+    from bn_jax import train  # jax is imported only once the command line is known to be right
+
+    config = _CONFIG.value
+    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / train.default_name(config))
+    if _DRY_RUN.value:
+        train.check(config)
+        print(f"{config}\nworkdir: {workdir}")
+        return
+    train.run(config, workdir)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """absl's parsing, with one line and exit code 2 for everything that can be wrong in it."""
+    try:
+        return flags.FLAGS(listing.resolve(argv))
+    except (flags.Error, ValueError, TypeError, AttributeError, KeyError, OSError, ImportError) as e:
+        command.fail(str(e), ConfigError.exit_code)
+
+
+if __name__ == "__main__":
+    app.define_help_flags()
+    command.run(lambda: app.run(main, flags_parser=parse))
