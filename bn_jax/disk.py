@@ -1,0 +1,100 @@
+"""Files that are either the old or the new one, and errors of a disk in one line.
+
+Nothing here knows about experiments: checkpoints and run records are built on it.
+"""
+
+import contextlib
+import errno
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from bn_jax.errors import DiskError
+
+# What a full, read-only, withdrawn or failing disk raises. Anything else (a directory in the place
+# of a file) is a mistake of the program and keeps its traceback.
+_DISK_ERRNO = frozenset(
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EIO,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ESTALE,
+        errno.EFBIG,
+        errno.ENOENT,
+    )
+)
+
+
+@contextlib.contextmanager
+def reported(path: pathlib.Path, doing: str) -> Iterator[None]:
+    """Turns an OSError of the disk under `path` into a DiskError of one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRNO:
+            raise
+        raise DiskError(
+            f'{doing} {path}: {error.strerror or error}; {free_text(path)}. '
+            'Free space or make the directory writable, then run the same command again.'
+        ) from error
+
+
+def write_atomic(path: pathlib.Path, data: bytes) -> None:
+    """Replaces `path` by `data`: after a kill or power loss it holds the old bytes or the new.
+
+    Raises:
+      DiskError: the disk is full or cannot be written; `path` is unchanged.
+    """
+    scratch = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    with reported(path, 'cannot write'):
+        try:
+            with open(scratch, 'wb') as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
+
+
+def sync_directory(path: pathlib.Path) -> None:
+    """Makes renames inside `path` survive a power loss; file systems that cannot are left alone."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def existing_parent(path: pathlib.Path) -> pathlib.Path:
+    """`path` itself or its nearest ancestor that exists."""
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def require_free(path: pathlib.Path, needed: int) -> None:
+    """Raises DiskError unless `needed` bytes are free on the disk that holds `path`."""
+    free = shutil.disk_usage(existing_parent(path)).free
+    if free < needed:
+        raise DiskError(
+            f'{path}: {free / 1e6:.1f} MB free on this disk, {needed / 1e6:.1f} MB needed for the '
+            'next checkpoint. Free space (or lower keep_last), then run the same command again.'
+        )
+
+
+def free_text(path: pathlib.Path) -> str:
+    """For messages: how much is free on the disk that holds `path`."""
+    try:
+        return f'{shutil.disk_usage(existing_parent(path)).free / 1e6:.1f} MB free'
+    except OSError:
+        return 'free space unknown'
