@@ -1,0 +1,137 @@
+"""Training distortions: where to crop, mirror, shift, and how colours change.
+
+Every function is pure: what happens to an example follows from its row of uniform draws
+(order.uniforms), whose columns are named by `Draw`. Geometry after GoogLeNet (sec. 6), colours
+after Howard (2013, arXiv 1312.5402) and Krizhevsky et al. (2012, PCA lighting).
+"""
+
+import enum
+import itertools
+import math
+
+import cv2
+import numpy as np
+
+cv2.setNumThreads(0)  # the pipeline has its own threads, one a batch
+
+AREA = (0.08, 1.0)  # of a random crop, share of the image (GoogLeNet, sec. 6)
+ASPECT = (3 / 4, 4 / 3)  # width / height of a random crop (GoogLeNet, sec. 6)
+FACTOR = (
+    0.5  # at strength 1 brightness, contrast and saturation are multiplied by U[1 - 0.5, 1 + 0.5]
+)
+LIGHTING = 0.1  # standard deviation of PCA lighting at strength 1 (Krizhevsky et al.)
+LUMA = np.array([0.299, 0.587, 0.114])  # grey of an RGB colour (BT.601)
+# Principal components of ImageNet's colours, of pixels in 0..1 (Krizhevsky et al.; numbers of
+# fb.resnet.torch)
+PCA_VALUES = np.array([0.2175, 0.0188, 0.0045])
+PCA_VECTORS = np.array(
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+)
+ORDERS = np.array(list(itertools.permutations(range(3))))  # of brightness, contrast, saturation
+
+
+class Draw(enum.IntEnum):
+    """Columns of the uniform draws of one example."""
+
+    AREA = 0
+    ASPECT = 1
+    TOP = 2
+    LEFT = 3
+    MIRROR = 4
+    SHIFT_DOWN = 5
+    SHIFT_RIGHT = 6
+    ORDER = 7
+    FACTORS = 8  # and 9, 10
+    LIGHTING = 11  # and 12, 13, 14
+
+
+DRAWS = 15
+
+
+def random_box(
+    height: int, width: int, draws: np.ndarray, min_area: float
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random crop with an area of min_area..1 of the image and an
+    aspect of 3/4..4/3, both as drawn (aspect log-uniform).
+
+    A box that does not fit is shrunk on its longer side's limit, keeping its area where the image
+    allows; other implementations draw up to ten (torchvision) or a hundred (TF-slim) times. One
+    draw keeps the box a plain function of its numbers.
+    """
+    area = (min_area + (1 - min_area) * draws[Draw.AREA]) * height * width
+    low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
+    aspect = math.exp(low + (high - low) * draws[Draw.ASPECT])
+    w = min(max(round(math.sqrt(area * aspect)), 1), width)
+    h = min(max(round(math.sqrt(area / aspect)), 1), height)
+    # The side that was cut must not leave the other outside the allowed aspects.
+    h = min(h, max(math.floor(w / ASPECT[0]), 1))
+    w = min(w, max(math.floor(h * ASPECT[1]), 1))
+    top = int(draws[Draw.TOP] * (height - h + 1))
+    left = int(draws[Draw.LEFT] * (width - w + 1))
+    return top, left, h, w
+
+
+def shift(images_NHWC: np.ndarray, draws: np.ndarray, most: int) -> np.ndarray:
+    """Moves each image by up to `most` pixels each way, independently per axis; what enters is
+    0."""
+    n, height, width, _ = images_NHWC.shape
+    padded = np.pad(images_NHWC, ((0, 0), (most, most), (most, most), (0, 0)))
+    places = (draws[:, [Draw.SHIFT_DOWN, Draw.SHIFT_RIGHT]] * (2 * most + 1)).astype(np.int64)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
+    moved = windows[np.arange(n), places[:, 0], places[:, 1]]  # [N, C, H, W]
+    return np.ascontiguousarray(moved.transpose(0, 2, 3, 1))
+
+
+def color_maps(means_NC: np.ndarray, draws: np.ndarray, strength: float) -> np.ndarray:
+    """float64 [N, C, C + 1]: the affine map of colours that distorts each image.
+
+    Brightness x*f, contrast (x - grey mean)*f + grey mean, saturation (x - grey)*f + grey, in a
+    random order, each f from U[1 - strength/2, 1 + strength/2]; then PCA lighting. `means_NC` are
+    the images' mean colours. All three are affine in the colour and contrast needs only the mean,
+    which maps like any colour: so they compose into one map, and clipping to 0..255 happens once,
+    after it. Grey images (C = 1) have no saturation and no lighting.
+    """
+    n, channels = means_NC.shape
+    luma = LUMA if channels == 3 else np.ones(1)
+    factors = 1 + strength * FACTOR * (2 * draws[:, Draw.FACTORS : Draw.FACTORS + 3] - 1)
+    which = ORDERS[(draws[:, Draw.ORDER] * len(ORDERS)).astype(np.int64)]
+    matrix = np.broadcast_to(np.eye(channels), (n, channels, channels))
+    offset = np.zeros((n, channels))
+    grey = np.broadcast_to(luma, (channels, channels))
+    for place in range(3):
+        operation = which[:, place]
+        f = factors[np.arange(n), operation]
+        mean = np.einsum("nij,nj->ni", matrix, means_NC) + offset
+        to_grey = np.where(operation == 2, 1 - f, 0)
+        to_mean = np.where(operation == 1, 1 - f, 0)
+        step = f[:, None, None] * np.eye(channels) + to_grey[:, None, None] * grey
+        matrix = step @ matrix
+        offset = np.einsum("nij,nj->ni", step, offset) + (to_mean * (mean @ luma))[:, None]
+    if channels == 3:
+        offset = offset + lighting(draws, strength)
+    return np.concatenate([matrix, offset[:, :, None]], axis=2)
+
+
+def lighting(draws: np.ndarray, strength: float) -> np.ndarray:
+    """float64 [N, 3]: the colour that PCA lighting adds to each image, in 0..255."""
+    u = draws[:, Draw.LIGHTING : Draw.LIGHTING + 4]
+    radius = np.sqrt(-2 * np.log1p(-u[:, [0, 0, 1]]))  # Box-Muller
+    angle = 2 * np.pi * u[:, [2, 2, 3]]
+    normal = radius * np.where(np.arange(3) == 1, np.sin(angle), np.cos(angle))
+    return 255 * strength * LIGHTING * (normal * PCA_VALUES) @ PCA_VECTORS.T
+
+
+def photometric(images_NHWC: np.ndarray, draws: np.ndarray, strength: float) -> np.ndarray:
+    """uint8 images with their colours distorted (see color_maps), rounded and clipped to 0..255."""
+    if not strength:
+        return images_NHWC
+    if images_NHWC.shape[-1] == 1:
+        means = images_NHWC.mean(axis=(1, 2), dtype=np.float32)
+        maps = color_maps(means, draws, strength).astype(np.float32)
+        scaled = images_NHWC * maps[:, None, None, :, 0] + maps[:, None, None, :, 1]
+        return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    means = np.array([cv2.mean(image)[:3] for image in images_NHWC])
+    maps = color_maps(means, draws, strength)
+    for image, color_map in zip(images_NHWC, maps, strict=True):
+        cv2.transform(image, color_map, dst=image)
+    return images_NHWC

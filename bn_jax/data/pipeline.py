@@ -1,0 +1,223 @@
+"""Batches for training and evaluation: config -> `open_data` -> `Data`.
+
+A batch is a dict: image uint8 [n, H, W, C] in 0..255, label int32 [n], mask bool [n] (False: this
+row holds no example), n being the rows of the global batch that this process holds. What step k
+holds is a pure function of (seed, k), so nothing is saved but the step.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from bn_jax.data import distort, order, sources
+from bn_jax.errors import ConfigError
+
+Batch = dict[str, np.ndarray]
+PREFETCH_BYTES = 512 * 2**20  # at most this much is decoded ahead
+_HOLDOUT, _STATISTICS = 5, 6  # purposes of streams (order.key)
+
+
+@dataclass(frozen=True)
+class View:
+    """What training does to an image. Units as in the config: `crop` smallest area (1: no crop),
+    `shift` pixels, `distortion` strength."""
+
+    image_size: int
+    crop: float = 1.0
+    mirror: bool = False
+    shift: int = 0
+    distortion: float = 0.0
+
+
+def open_data(config) -> "Data":
+    """The data set of a config. Raises ConfigError if it is not there or does not fit the
+    config."""
+    source = open_source(config.data.name, config.data.dir, config.image_size)
+    view = View(
+        image_size=config.image_size,
+        crop=config.data.crop,
+        mirror=config.data.mirror,
+        shift=config.data.shift,
+        distortion=config.data.distortion,
+    )
+    return Data(source, view, shuffle=config.data.shuffle, holdout=config.data.holdout)
+
+
+def open_source(name: str, directory: str, image_size: int) -> sources.Source:
+    """The data set `name` in `directory`. Raises ConfigError if it is absent."""
+    if name == "digits":
+        return sources.digits()
+    if name == "synthetic":
+        return sources.synthetic(image_size)
+    if name == "mnist":
+        return sources.mnist(directory)
+    raise ConfigError(f"data.name={name!r} is not supported yet")
+
+
+class Data:
+    """A data set as the trainer sees it.
+
+    Attributes: num_classes, image_shape (H, W, C), num_train, num_eval (examples), description (a
+    line that states the set's limits).
+    """
+
+    def __init__(self, source: sources.Source, view: View, *, shuffle: str, holdout: float = 0.0):
+        if shuffle not in order.MODES:
+            raise ConfigError(f"data.shuffle={shuffle!r} is none of {', '.join(order.MODES)}")
+        if holdout:
+            source = hold_out(source, holdout)
+        self._train, self._evaluation = source.train, source.evaluation
+        self._shards, self._shuffle, self._view = source.shards, shuffle, view
+        self.num_classes = source.num_classes
+        self.image_shape = (view.image_size, view.image_size, source.channels)
+        self.num_train, self.num_eval = len(source.train), len(source.evaluation)
+        self.description = source.description
+        for split in (source.train, source.evaluation):
+            if not len(split):
+                raise ConfigError(f"a split of the data set is empty: {source.description}")
+            if isinstance(split, sources.Arrays) and split.images.shape[1:] != self.image_shape:
+                raise ConfigError(
+                    f"image_size={view.image_size}, but this set's images are "
+                    f"{split.images.shape[1]} pixels: set image_size={split.images.shape[1]}"
+                )
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Full batches in an epoch. Raises ConfigError if there is none."""
+        if batch_size > self.num_train:
+            raise ConfigError(
+                f"batch_size={batch_size} exceeds the {self.num_train} training examples"
+            )
+        return self.num_train // batch_size
+
+    def train_batch(self, step: int, batch_size: int, rows: slice, seed: int) -> Batch:
+        """The rows of the batch of one step."""
+        return self._batch(step, batch_size, rows, seed, self._shuffle)
+
+    def train(
+        self, start_step: int, stop_step: int, batch_size: int, rows: slice, *, seed: int
+    ) -> "Batches":
+        """Batches of steps start_step..stop_step - 1, prepared ahead by threads."""
+        self.steps_per_epoch(batch_size)
+        return self._ahead(
+            range(start_step, stop_step),
+            lambda k: self.train_batch(k, batch_size, rows, seed),
+            rows,
+        )
+
+    def evaluation(self, batch_size: int, rows: slice) -> "Batches":
+        """The evaluation split in its stored order, every example once; the last batch is padded
+        with rows of mask False."""
+        steps = -(-self.num_eval // batch_size)
+
+        def batch(step: int) -> Batch:
+            first = step * batch_size
+            indices = np.arange(first + rows.start, first + rows.stop)
+            return self._load(self._evaluation, indices, None)
+
+        return self._ahead(range(steps), batch, rows)
+
+    def statistics(self, n: int, batch_size: int, rows: slice, seed: int) -> "Batches":
+        """n fixed batches of training examples, distorted as in training, for Algorithm 2
+        (population statistics). They come from a shuffle of their own, so that shards and class
+        order play no part."""
+        self.steps_per_epoch(batch_size)
+        own = order.key(seed, _STATISTICS)
+        return self._ahead(
+            range(n), lambda k: self._batch(k, batch_size, rows, own, "global"), rows
+        )
+
+    def resident(self, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+        """(images uint8 [N, H, W, C], labels int32 [N]) of the `train` or `evaluation` split,
+        undistorted. Raises ConfigError if the set is not held in memory."""
+        arrays = {"train": self._train, "evaluation": self._evaluation}[split]
+        if not isinstance(arrays, sources.Arrays):
+            raise ConfigError(f"this set is not held in memory: {self.description}")
+        return arrays.materialize()
+
+    def _batch(self, step: int, batch_size: int, rows: slice, seed: int, mode: str) -> Batch:
+        indices = order.batch_indices(
+            step, batch_size, rows, n=self.num_train, seed=seed, mode=mode, shards=self._shards
+        )
+        return self._load(self._train, indices, order.uniforms(seed, step, rows, distort.DRAWS))
+
+    def _load(
+        self, split: sources.Arrays | sources.Records, indices: np.ndarray, draws: np.ndarray | None
+    ) -> Batch:
+        """The examples of these indices; without draws undistorted. Indices past the end are
+        padding."""
+        mask = indices < len(split)
+        assert isinstance(split, sources.Arrays)
+        images, labels = split.take(np.where(mask, indices, 0))
+        images[~mask], labels[~mask] = 0, 0
+        if draws is not None:
+            images = self._distort(images, draws)
+        return {"image": images, "label": labels, "mask": mask}
+
+    def _distort(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        if self._view.shift:
+            images = distort.shift(images, draws, self._view.shift)
+        return distort.photometric(images, draws, self._view.distortion)
+
+    def _ahead(self, steps: range, batch: Callable[[int], Batch], rows: slice) -> "Batches":
+        """Prepares batches in threads, a bounded number ahead. In-memory sets need one thread
+        only."""
+        size = (rows.stop - rows.start) * int(np.prod(self.image_shape))
+        ahead = max(2, min(64, PREFETCH_BYTES // max(size, 1)))
+        threads = 1 if isinstance(self._train, sources.Arrays) else min(os.cpu_count() or 1, ahead)
+        return Batches(steps, batch, threads=threads, ahead=ahead)
+
+
+class Batches(Iterator[Batch]):
+    """Batches of the given steps, computed by threads (grain). `waited`: seconds that next() has
+    blocked; `alive`: seconds since the first batch was asked for, so waited/alive is the share
+    spent waiting."""
+
+    def __init__(self, steps: range, batch: Callable[[int], Batch], *, threads: int, ahead: int):
+        import grain  # takes a second to import
+
+        dataset = grain.MapDataset.range(steps.start, steps.stop).map(batch)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        self._batches = iter(dataset.to_iter_dataset(options))
+        self._count, self._began = len(steps), 0.0
+        self.waited = 0.0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        now = time.perf_counter()
+        self._began = self._began or now
+        try:
+            return next(self._batches)
+        finally:
+            self.waited += time.perf_counter() - now
+
+    @property
+    def alive(self) -> float:
+        """Seconds since the first batch was asked for."""
+        return time.perf_counter() - self._began if self._began else 0.0
+
+
+def hold_out(source: sources.Source, amount: float) -> sources.Source:
+    """Evaluates on a fixed part of the training split (a share below 1, or a count) and trains on
+    the rest; the test split stays untouched. For choosing rates. Raises ConfigError for an
+    impossible amount."""
+    n = len(source.train)
+    count = round(amount * n) if amount < 1 else int(amount)
+    if not 0 < count < n:
+        raise ConfigError(f"data.holdout={amount} is not in (0, 1) nor a count below {n}")
+    places = order.permutation(n, order.key(_HOLDOUT))
+    return sources.Source(
+        train=sources.subset(source.train, np.sort(places[count:])),
+        evaluation=sources.subset(source.train, np.sort(places[:count])),
+        num_classes=source.num_classes,
+        channels=source.channels,
+        shards=source.shards,
+        description=f"{source.description}; evaluated on {count:,} held-out training examples",
+    )
