@@ -1,0 +1,104 @@
+"""Exact evaluation, with population statistics: `python -m bn_jax.evaluate --workdir=DIR`.
+
+Every example of the split counts once, whatever the batch size and the number of devices: batches are
+padded and masked, sums are added up, and the number of examples is asserted.
+"""
+
+import argparse
+import functools
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+
+from bn_jax import batch_norm, command, experiment, layers, step
+from bn_jax import mesh as meshes
+from bn_jax.checkpoint import Checkpoints
+from bn_jax.errors import CheckpointError, DataError
+from bn_jax.experiment import Experiment
+
+
+class Evaluator:
+    """Scores states of one experiment; its programs are compiled at the first use and then kept."""
+
+    def __init__(self, exp: Experiment):
+        self.exp = exp
+        everywhere, batch = meshes.replicated(exp.mesh), meshes.along_batch(exp.mesh)
+        model = exp.model
+        self._eval_step = jax.jit(
+            functools.partial(step.eval_step, model=model),
+            in_shardings=(everywhere, everywhere, batch),
+            out_shardings=everywhere,
+        )
+
+        def merge_batch(params, batch_stats, total, batch, key):
+            _, updates = model.apply(
+                {"params": params, "batch_stats": layers.fresh_stats(batch_stats)},
+                batch["image"],
+                train=True,
+                mask=batch["mask"],
+                rngs={"dropout": key},
+                mutable=["batch_stats"],
+            )
+            return layers.merge_stats(total, updates["batch_stats"])
+
+        self._merge_batch = jax.jit(
+            merge_batch,
+            in_shardings=(everywhere, everywhere, everywhere, batch, everywhere),
+            out_shardings=everywhere,
+        )
+
+    def population(self, params: Any, batch_stats: Any) -> Any:
+        """Population statistics of the training-mode network (Algorithm 2, lines 9 to 11).
+
+        From the same `statistics_batches` fixed training batches at every call, one streamed pass.
+        Without BN there is nothing to estimate and `batch_stats` comes back as it is.
+        """
+        if not jax.tree.leaves(batch_stats):
+            return batch_stats
+        config, mesh = self.exp.config, self.exp.mesh
+        n, size = config.statistics_batches, config.batch_size
+        rows = meshes.rows(mesh, size)
+        total = meshes.put_replicated(mesh, jax.device_get(layers.fresh_stats(batch_stats)))
+        for batch in self.exp.data.statistics(n, size, rows, seed=config.seed):
+            fed = meshes.put_batch(mesh, batch, size)
+            total = self._merge_batch(params, batch_stats, total, fed, self.exp.key)
+        return total
+
+    def scores(self, params: Any, batch_stats: Any) -> dict[str, Any]:
+        """Accuracy over the whole evaluation split with the given statistics.
+
+        Returns `top1`, `top5` (shares), `cross_entropy` (nats, mean), `examples`. Raises DataError
+        if not every example was counted exactly once.
+        """
+        mesh, data = self.exp.mesh, self.exp.data
+        size = math.ceil(self.exp.config.eval_batch_size / mesh.size) * mesh.size
+        sums = []
+        for batch in data.evaluation(size, meshes.rows(mesh, size)):
+            sums.append(self._eval_step(params, batch_stats, meshes.put_batch(mesh, batch, size)))
+        total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
+        examples = int(total.pop("examples"))
+        if examples != data.num_eval:
+            raise DataError(f"evaluated {examples} examples, but the split holds {data.num_eval}")
+        return {name: value / examples for name, value in total.items()} | {"examples": examples}
+
+
+def running_gap(running: Any, population: Any) -> float:
+    """Largest distance of a running mean from its population mean, in population standard deviations.
+
+    It says how much the moving average lags behind the network. Trees of batch_stats; NaN without BN.
+    """
+    gaps = []
+
+    def visit(a, b):
+        if "mean" in a:
+            std = jax.numpy.sqrt(jax.numpy.maximum(b["var"], 1e-12))
+            gaps.append(float(jax.numpy.max(jax.numpy.abs(a["mean"] - b["mean"]) / std)))
+            return
+        for name in a:
+            visit(a[name], b[name])
+
+    visit(running, population)
+    return max(gaps, default=math.nan)

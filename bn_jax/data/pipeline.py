@@ -96,6 +96,19 @@ class Data:
         """The rows of the batch of one step."""
         return self._batch(step, batch_size, rows, seed, self._shuffle)
 
+    def train_indices(self, step: int, batch_size: int, *, seed: int) -> np.ndarray:
+        """int32 [batch_size]: the examples of one step, by their place in `resident()`."""
+        everything = slice(0, batch_size)
+        return order.batch_indices(
+            step,
+            batch_size,
+            everything,
+            n=self.num_train,
+            seed=seed,
+            mode=self._shuffle,
+            shards=self._shards,
+        ).astype(np.int32)
+
     def train(
         self, start_step: int, stop_step: int, batch_size: int, rows: slice, *, seed: int
     ) -> "Batches":

@@ -1,0 +1,92 @@
+"""Percentiles of chosen activations on one fixed batch (Fig. 1b,c): how their distributions move."""
+
+import difflib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from bn_jax import mesh as meshes
+from bn_jax.errors import ConfigError
+from bn_jax.experiment import Experiment
+from bn_jax.step import TrainState, init_state
+
+PERCENTILES = (15, 50, 85)  # of Fig. 1b,c
+
+
+class Taps:
+    """The activations that a run records, and the program that computes their percentiles.
+
+    A path is a layer's and what is tapped: `dense_2/input` is what enters the nonlinearity of
+    dense_2; `dense_2/pre_bn` what enters its BN. The batch is `record.activation_examples` training
+    examples, the same at every step and on every device; the network runs in training mode, so a BN
+    layer normalizes with the statistics of the batch's groups, as it does in a training step.
+
+    Raises ConfigError at construction for a path that the model does not have. Compiles nothing yet.
+    """
+
+    def __init__(self, exp: Experiment):
+        self.exp, self.paths = exp, tuple(exp.config.record.activations)
+        known = [
+            path
+            for path in jax.eval_shape(self._all, *self._abstract_arguments())
+            if path.endswith(("/input", "/pre_bn"))
+        ]
+        for path in self.paths:
+            if path not in known:
+                close = difflib.get_close_matches(path, known, n=1, cutoff=0)
+                raise ConfigError(
+                    f"record.activations: {exp.config.name} has no activation {path!r}; "
+                    f"the closest of its {len(known)} is {close[0]!r}"
+                )
+        everywhere = meshes.replicated(exp.mesh)
+        self._program = jax.jit(
+            self._percentiles, in_shardings=everywhere, out_shardings=everywhere
+        )
+        self._images: jax.Array | None = None
+
+    def _abstract_arguments(self) -> tuple[Any, Any, Any]:
+        exp = self.exp
+        state = jax.eval_shape(lambda: init_state(exp.model, 0, exp.data.image_shape))
+        shape = (exp.config.record.activation_examples, *exp.data.image_shape)
+        return state.params, state.batch_stats, jax.ShapeDtypeStruct(shape, jnp.uint8)
+
+    def _all(self, params: Any, batch_stats: Any, images: jax.Array) -> dict[str, jax.Array]:
+        """Every tapped tensor [N, ..., units] by path."""
+        _, updates = self.exp.model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            rngs={"dropout": jax.random.key(0)},
+            mutable=["batch_stats", "activations"],
+        )
+        flat = traverse_util.flatten_dict(updates["activations"], sep="/")
+        return {path: sown[0] for path, sown in flat.items()}
+
+    def _percentiles(self, params, batch_stats, images) -> dict[str, jax.Array]:
+        tapped = self._all(params, batch_stats, images)
+
+        def of_units(x: jax.Array) -> jax.Array:
+            values = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+            return jnp.percentile(values, jnp.array(PERCENTILES, jnp.float32), axis=0)
+
+        return {path: of_units(tapped[path]) for path in self.paths}
+
+    def record(self, state: TrainState) -> dict[str, dict[str, list[float]]]:
+        """Percentiles by path: `p15`, `p50`, `p85`, each one value a unit (channel)."""
+        exp = self.exp
+        if self._images is None:
+            n = exp.config.record.activation_examples
+            batch = next(exp.data.statistics(1, n, slice(0, n), seed=exp.config.seed))
+            self._images = meshes.put_replicated(exp.mesh, batch["image"])
+        values = jax.device_get(self._program(state.params, state.batch_stats, self._images))
+        return {
+            path: {f"p{p}": _plain(row) for p, row in zip(PERCENTILES, values[path], strict=True)}
+            for path in self.paths
+        }
+
+
+def _plain(values: np.ndarray) -> list[float]:
+    return [float(f"{v:.6g}") for v in values]

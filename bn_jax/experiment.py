@@ -1,0 +1,83 @@
+"""From a config to what a run is made of: the one place where config values cross into code."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bn_jax import mesh as meshes
+from bn_jax import models, optim, validate
+from bn_jax.data import pipeline
+from bn_jax.errors import ConfigError
+
+
+class Experiment(NamedTuple):
+    """What a run is made of, built once from the config."""
+
+    config: ConfigDict
+    mesh: Mesh
+    data: Any
+    model: nn.Module
+    hyper: optim.Hyper
+    key: jax.Array
+
+
+def default_name(config: ConfigDict) -> str:
+    """Folder name of a run: the experiment's, with the scale unless it is the default one."""
+    default = {"inception": "imagenet", "mlp": "mnist"}[config.model.name]
+    return config.name if config.scale == default else f"{config.name}_{config.scale}"
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError for a config that cannot be trained, without touching a device or disk."""
+    validate.check(config)
+
+
+def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
+    """The config of a run on `devices` devices: scale `pod` gets its batch, others stay as they are.
+
+    Differs from the paper: at scale `pod` one synchronous step of 32 x devices examples stands for
+    as many asynchronous steps of 32, so that the number of examples seen stays the same.
+    """
+    if not config.batch_per_device:
+        return config
+    config = ConfigDict(config.to_dict())
+    factor = config.batch_per_device * devices / config.batch_size
+    config.batch_size = config.batch_per_device * devices
+    for name in ("total_steps", "eval_every", "checkpoint_every", "log_every"):
+        config[name] = max(1, round(config[name] / factor))
+    config.record.activation_every = max(1, round(config.record.activation_every / factor))
+    return config.lock()
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Everything a run needs but its state. Raises ConfigError before anything is compiled."""
+    check(config)
+    mesh = meshes.make()
+    config = for_devices(config, mesh.size)
+    meshes.check_batch(config.batch_size, mesh.size)
+    data = pipeline.open_data(config)
+    hyper = optim.Hyper(
+        learning_rate=np.float32(config.learning_rate),
+        decay_rate=np.float32(config.decay_rate),
+        decay_examples=np.float32(config.decay_examples),
+        l2=np.float32(config.l2),
+        momentum=np.float32(config.momentum),
+    )
+    model = models.build(config, data.num_classes)
+    # Dropout has a stream of its own, apart from the initial weights'.
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    return Experiment(config, mesh, data, model, hyper, key)
+
+
+def from_workdir(workdir: pathlib.Path) -> Experiment:
+    """The experiment that a run's run.json describes. Raises ConfigError if there is no such run."""
+    path = workdir / "run.json"
+    if not path.is_file():
+        raise ConfigError(f"{workdir} is no run: it has no run.json (--workdir of a trained run)")
+    return build(ConfigDict(json.loads(path.read_text())["config"]).lock())
