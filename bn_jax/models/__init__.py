@@ -1,0 +1,59 @@
+"""The networks, and the one place where config fields become module fields."""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from bn_jax.layers import BatchNorm
+from bn_jax.models.inception import Inception
+from bn_jax.models.mlp import Mlp
+
+ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid}
+
+
+def build(config: ConfigDict, num_classes: int) -> nn.Module:
+    """The network that an experiment's config (checked by `validate.check`) describes.
+
+    Called as model.apply(variables, images, train=..., mask=...): images [N, H, W, C] in 0..255 to
+    logits float32 [N, num_classes].
+    """
+    dtype = jnp.dtype(config.dtype)
+    shared: dict[str, Any] = {
+        "num_classes": num_classes,
+        "norm": _norm(config, dtype) if config.norm == "batch_norm" else None,
+        "activation": ACTIVATIONS[config.activation],
+        "dropout": config.dropout,
+        "dtype": dtype,
+    }
+    if config.model.name == "mlp":
+        return Mlp(
+            widths=tuple(config.model.widths),
+            kernel_init=nn.initializers.normal(config.model.init_std),
+            threshold=config.model.threshold,
+            **shared,
+        )
+    return Inception(
+        width=config.model.width,
+        variant=config.model.variant,
+        lrn=config.lrn,
+        aux=config.model.aux,
+        per_activation=tuple(config.bn.per_activation),
+        # Glorot-normal is variance_scaling(1, ...): a variance, hence the square.
+        kernel_init=nn.initializers.variance_scaling(
+            config.model.init_scale**2, "fan_avg", "truncated_normal"
+        ),
+        **shared,
+    )
+
+
+def _norm(config: ConfigDict, dtype: jnp.dtype):
+    return partial(
+        BatchNorm,
+        momentum=config.bn.momentum,
+        epsilon=config.bn.epsilon,
+        group_size=config.bn.group_size,
+        dtype=dtype,
+    )

@@ -1,0 +1,273 @@
+"""The Inception network of section 4.2 and Fig. 5: a table of modules and one block.
+
+Height and width of the maps, for two sizes of image:
+
+    image                        224    28
+    conv1_7x7 (stride 2)         112    14
+    pool1 (stride 2)              56     7
+    conv2_3x3                     56     7
+    pool2 (stride 2)              28     -    dropped below 64 px
+    3a, 3b                        28     7
+    3c (stride 2), 4a-4d          14     4
+    4e (stride 2), 5a, 5b          7     2
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from bn_jax.layers import ConvBN, LocalResponseNorm
+
+SMALLEST_FOR_POOL2 = 64  # pixels: at 32 px stage 5 would be a single position
+
+
+class Row(NamedTuple):
+    """One row of Fig. 5: numbers of filters. `one` 0: no 1x1 branch. `project` 0: pass-through."""
+
+    name: str
+    one: int
+    three_reduce: int
+    three: int
+    double_reduce: int
+    double: int
+    pool: str
+    project: int
+    stride: int = 1
+
+
+TABLE = (
+    #         1x1  3x3red 3x3  d3x3red d3x3  pool   proj stride
+    Row("3a", 64, 64, 64, 64, 96, "avg", 32),
+    Row("3b", 64, 64, 96, 64, 96, "avg", 64),
+    Row("3c", 0, 128, 160, 64, 96, "max", 0, 2),
+    Row("4a", 224, 64, 96, 96, 128, "avg", 128),
+    Row("4b", 192, 96, 128, 96, 128, "avg", 128),
+    Row("4c", 160, 128, 160, 128, 160, "avg", 128),
+    Row("4d", 96, 128, 192, 160, 192, "avg", 128),
+    Row("4e", 0, 128, 192, 192, 256, "max", 0, 2),
+    Row("5a", 352, 192, 320, 160, 224, "avg", 128),
+    Row("5b", 352, 192, 320, 192, 224, "max", 128),
+)
+
+
+class Variant(NamedTuple):
+    """What differs between the published forms of the network.
+
+    project_4cd: filters of the pool projection in 4c and 4d. Fig. 5 prints 128 and an output of
+    576; its branches sum to 608, and 576 takes 96. separable_stem: the first convolution is a 7x7
+    depthwise one of multiplier 8 and a 1x1 one (Fig. 5), not a plain 7x7. symmetric: Caffe's
+    padding (as much before as after) and average over the padded window. mean, scale: of the
+    pixels, (x - mean) / scale in RGB order.
+    """
+
+    project_4cd: int
+    separable_stem: bool
+    symmetric: bool
+    mean: tuple[float, float, float]
+    scale: float
+
+
+VARIANTS = {
+    "paper": Variant(128, True, False, (127.5, 127.5, 127.5), 127.5),  # Fig. 5's filters
+    "caffe": Variant(128, False, True, (128.0, 117.0, 104.0), 1.0),  # Caffe, MXNet, Cadene's torch
+    "slim": Variant(96, True, False, (127.5, 127.5, 127.5), 127.5),  # TF-slim inception_v2
+}
+
+
+class Block(nn.Module):
+    """One Inception module: four branches over the same input, concatenated over channels.
+
+    Submodules: conv_1x1; conv_3x3_reduce, conv_3x3; double_3x3_reduce, double_3x3_1, double_3x3_2;
+    pool_proj. A stride sits on the last 3x3 of each branch and on the pool.
+    """
+
+    row: Row
+    conv: Callable[..., Any]
+    width: float
+    symmetric: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
+        """[N, H, W, C] to [N, H/stride, W/stride, one + three + double + project (or C)]."""
+        row = self.row
+        last = strided_3x3(row.stride, self.symmetric)
+
+        def conv(name, features, kernel, x, **options):
+            module = self.conv(scaled(features, self.width), (kernel, kernel), name=name, **options)
+            return module(x, train=train, mask=mask)
+
+        branches = [conv("conv_1x1", row.one, 1, x)] if row.one else []
+        three = conv("conv_3x3_reduce", row.three_reduce, 1, x)
+        branches.append(conv("conv_3x3", row.three, 3, three, **last))
+        double = conv("double_3x3_reduce", row.double_reduce, 1, x)
+        double = conv("double_3x3_1", row.double, 3, double)
+        branches.append(conv("double_3x3_2", row.double, 3, double, **last))
+        if row.pool == "max":
+            pooled = max_pool(x, row.stride)
+        else:
+            pooled = nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=self.symmetric)
+        branches.append(conv("pool_proj", row.project, 1, pooled) if row.project else pooled)
+        return jnp.concatenate(branches, axis=-1)
+
+
+class AuxiliaryHead(nn.Module):
+    """GoogLeNet's auxiliary classifier (its section 5).
+
+    Average pool 5x5/3, 1x1 convolution, dense layer of 1024, 70% dropout. The convolution
+    has a bias and no BN: the paper mentions no such heads.
+    """
+
+    num_classes: int
+    conv: Callable[..., Any]
+    activation: Callable[[jax.Array], jax.Array]
+    width: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[N, H, W, C] to logits float32 [N, num_classes], in training only."""
+        window = (min(5, x.shape[1]), min(5, x.shape[2]))  # small images have smaller maps
+        x = nn.avg_pool(x, window, (3, 3), "VALID")
+        x = self.conv(scaled(128, self.width), (1, 1), norm=None, name="conv_1x1")(x, train=True)
+        x = nn.Dense(
+            scaled(1024, self.width),
+            kernel_init=nn.initializers.glorot_normal(),
+            dtype=self.dtype,
+            name="dense",
+        )(x.reshape(x.shape[0], -1))
+        x = nn.Dropout(0.7, deterministic=False)(self.activation(x))
+        return classifier(self.num_classes, self.dtype)(x).astype(jnp.float32)
+
+
+class Inception(nn.Module):
+    """Fig. 5, from pixels to logits.
+
+    width: multiplies every number of filters (1 in the paper). variant: one of VARIANTS, whose
+    project_4cd and separable_stem can be overridden. norm: as in layers.ConvBN, or None.
+    per_activation: names of modules ("inception_5b") whose BN has one scale and offset per
+    activation instead of per feature map (4.2.3). dropout: share of features dropped before the
+    classifier. lrn: local response normalization after pool1 and conv2_3x3 (GoogLeNet). aux: two
+    auxiliary heads, after 4a and 4d. kernel_init: of the convolutions. dtype: of the computation;
+    parameters are float32.
+    """
+
+    num_classes: int
+    width: float = 1.0
+    variant: str = "paper"
+    norm: Callable[..., Any] | None = None
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    dropout: float = 0.0
+    lrn: bool = False
+    aux: bool = False
+    per_activation: tuple[str, ...] = ()
+    kernel_init: nn.initializers.Initializer = nn.initializers.glorot_normal()
+    dtype: Any = jnp.float32
+    project_4cd: int | None = None
+    separable_stem: bool | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> Any:
+        """Images [N, H, W, C] in 0..255 to logits float32 [N, num_classes].
+
+        In training with `aux`: (logits, (logits of head 1, of head 2)). mask: bool [N]; rows that
+        are False take no part in batch statistics.
+        """
+        conv = partial(
+            ConvBN,
+            norm=self.norm,
+            activation=self.activation,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+        )
+        variant = VARIANTS[self.variant]
+        x = self._stem(self._pixels(images), conv, train=train, mask=mask)
+        aux = []
+        for row in TABLE:
+            name = f"inception_{row.name}"
+            if row.name in ("4c", "4d"):
+                row = row._replace(project=_first(self.project_4cd, variant.project_4cd))
+            local = conv
+            if name in self.per_activation and self.norm is not None:
+                local = partial(conv, norm=partial(self.norm, axis=(1, 2, 3)))
+            x = Block(row, local, self.width, variant.symmetric, name=name)(
+                x, train=train, mask=mask
+            )
+            if self.aux and train and row.name in ("4a", "4d"):
+                head = AuxiliaryHead(
+                    self.num_classes,
+                    conv,
+                    self.activation,
+                    self.width,
+                    self.dtype,
+                    name=f"aux_{row.name}",
+                )
+                aux.append(head(x))
+        x = jnp.mean(x, axis=(1, 2))  # Fig. 5's average pool covers the whole map
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        logits = classifier(self.num_classes, self.dtype)(x).astype(jnp.float32)
+        return (logits, tuple(aux)) if aux else logits
+
+    def _pixels(self, images: jax.Array) -> jax.Array:
+        variant = VARIANTS[self.variant]
+        mean = jnp.array(variant.mean if images.shape[-1] == 3 else sum(variant.mean) / 3)
+        return ((images.astype(jnp.float32) - mean) / variant.scale).astype(self.dtype)
+
+    def _stem(self, x, conv, *, train, mask):
+        """[N, H, W, C] to [N, H/8, W/8, 192] (H/4 below 64 px)."""
+        variant = VARIANTS[self.variant]
+        keep_pool2 = min(x.shape[1:3]) >= SMALLEST_FOR_POOL2
+        width = self.width
+        stride_2 = {"strides": (2, 2), "padding": [(3, 3)] * 2 if variant.symmetric else "SAME"}
+        if _first(self.separable_stem, variant.separable_stem):
+            x = nn.Conv(
+                8 * x.shape[-1],
+                (7, 7),
+                **stride_2,
+                feature_group_count=x.shape[-1],
+                use_bias=False,
+                kernel_init=self.kernel_init,
+                dtype=self.dtype,
+                name="conv1_7x7_depthwise",
+            )(x)
+            x = conv(scaled(64, width), (1, 1), name="conv1_7x7")(x, train=train, mask=mask)
+        else:
+            x = conv(scaled(64, width), (7, 7), name="conv1_7x7", **stride_2)(
+                x, train=train, mask=mask
+            )
+        x = max_pool(x, 2)
+        if self.lrn:
+            x = LocalResponseNorm()(x)
+        x = conv(scaled(64, width), (1, 1), name="conv2_3x3_reduce")(x, train=train, mask=mask)
+        x = conv(scaled(192, width), (3, 3), name="conv2_3x3")(x, train=train, mask=mask)
+        if self.lrn:
+            x = LocalResponseNorm()(x)
+        return max_pool(x, 2) if keep_pool2 else x
+
+
+def scaled(features: int, width: float) -> int:
+    """A number of filters times the width multiplier, at least 1."""
+    return max(1, round(features * width))
+
+
+def strided_3x3(stride: int, symmetric: bool) -> dict[str, Any]:
+    """Strides and padding of a 3x3 convolution; the two paddings differ only at stride 2."""
+    return {"strides": (stride, stride), "padding": [(1, 1)] * 2 if symmetric else "SAME"}
+
+
+def max_pool(x: jax.Array, stride: int) -> jax.Array:
+    """3x3 max pooling, [N, H, W, C] to [N, ceil(H/stride), ceil(W/stride), C]."""
+    return nn.max_pool(x, (3, 3), (stride, stride), "SAME")
+
+
+def classifier(num_classes: int, dtype: Any) -> nn.Dense:
+    """The last layer, linear with a bias; called `classifier` in the parameters."""
+    init = nn.initializers.glorot_normal()
+    return nn.Dense(num_classes, kernel_init=init, dtype=dtype, name="classifier")
+
+
+def _first(override: Any, default: Any) -> Any:
+    return default if override is None else override
