@@ -31,11 +31,11 @@ import orbax.checkpoint as ocp
 from bn_jax import disk, hosts, manifest
 from bn_jax.errors import CheckpointError, DiskError, DivergedError
 
-INDEX = 'index.json'
-QUARANTINE = 'quarantine'
-_TMP = 'tmp.'
+INDEX = "index.json"
+QUARANTINE = "quarantine"
+_TMP = "tmp."
 _ALONE = ocp.options.MultiprocessingOptions(
-    primary_host=0, active_processes={0}, barrier_sync_key_prefix='bn_jax'
+    primary_host=0, active_processes={0}, barrier_sync_key_prefix="bn_jax"
 )
 
 
@@ -58,14 +58,14 @@ class Checkpoints:
         read_only: bool = False,
     ):
         if keep_last < 1 or keep_best < 0:
-            raise ValueError(f'keep_last={keep_last} must be >= 1, keep_best={keep_best} >= 0')
+            raise ValueError(f"keep_last={keep_last} must be >= 1, keep_best={keep_best} >= 0")
         self.directory = pathlib.Path(directory).absolute()
         self.keep_last, self.keep_best, self.read_only = keep_last, keep_best, read_only
         self._main = jax.process_index() == 0
         self._pending: concurrent.futures.Future[None] | None = None
         self._worker: concurrent.futures.ThreadPoolExecutor | None = None
         self._metrics: dict[int, float | None] | None = None  # of the steps on disk
-        logging.getLogger('absl').addFilter(_quiet)
+        logging.getLogger("absl").addFilter(_quiet)
 
     # Saving
 
@@ -96,8 +96,8 @@ class Checkpoints:
         if not self._main:
             return
         if self._worker is None:
-            self._worker = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
-        body = {'step': step, 'metric': _finite(metric), 'meta': dict(meta or {})}
+            self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        body = {"step": step, "metric": _finite(metric), "meta": dict(meta or {})}
         manifest.canonical(body)  # a meta that is not JSON fails here, in the caller
         self._pending = self._worker.submit(self._write, step, arrays, body)
 
@@ -122,20 +122,18 @@ class Checkpoints:
                 self._worker = None
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], body: dict[str, Any]) -> None:
-        scratch, final = self.directory / f'{_TMP}{step}', self.directory / str(step)
+        scratch, final = self.directory / f"{_TMP}{step}", self.directory / str(step)
         for name, array in arrays.items():
             _require_finite(step, name, array)
-        body['arrays'] = {name: manifest.array_entry(array) for name, array in arrays.items()}
+        body["arrays"] = {name: manifest.array_entry(array) for name, array in arrays.items()}
         try:
-            with disk.reported(self.directory, 'cannot save a checkpoint in'):
+            with disk.reported(self.directory, "cannot save a checkpoint in"):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 _remove(scratch)
                 scratch.mkdir()
                 with _orbax() as checkpointer:
-                    checkpointer.save(
-                        scratch / 'arrays', args=ocp.args.StandardSave(_nest(arrays))
-                    )
-                body['files'] = manifest.file_entries(scratch)
+                    checkpointer.save(scratch / "arrays", args=ocp.args.StandardSave(_nest(arrays)))
+                body["files"] = manifest.file_entries(scratch)
                 disk.write_atomic(scratch / manifest.NAME, manifest.seal(body))
                 if final.exists():  # saved again after going back to an older step
                     _remove(final)
@@ -148,11 +146,11 @@ class Checkpoints:
                 raise
             # Orbax and tensorstore wrap the system's error in their own.
             raise DiskError(
-                f'cannot save step {step} in {self.directory}: {_first_line(error)}; '
-                f'{disk.free_text(self.directory)}. The previous checkpoint is intact: free space '
-                'and run the same command again.'
+                f"cannot save step {step} in {self.directory}: {_first_line(error)}; "
+                f"{disk.free_text(self.directory)}. The previous checkpoint is intact: free space "
+                "and run the same command again."
             ) from error
-        self._retain(step, body['metric'])
+        self._retain(step, body["metric"])
 
     def _retain(self, step: int, metric: float | None) -> None:
         metrics = self._known_metrics()
@@ -189,8 +187,8 @@ class Checkpoints:
     def _scan_metrics(self) -> dict[int, float | None]:
         metrics = {}
         for step in self.steps():
-            with contextlib.suppress(manifest.Damaged):
-                metrics[step] = manifest.load(self.directory / str(step), step)['metric']
+            with contextlib.suppress(manifest.DamagedError):
+                metrics[step] = manifest.load(self.directory / str(step), step)["metric"]
         return metrics
 
     # Restoring
@@ -218,22 +216,22 @@ class Checkpoints:
         if self._main:
             try:
                 found = self._read(names, leaves, step)
-                header = {'step': None}
+                header = {"step": None}
                 if found is not None:
-                    header, arrays = {'step': found[0], 'meta': found[2]}, found[1]
+                    header, arrays = {"step": found[0], "meta": found[2]}, found[1]
             except CheckpointError as error:
-                header = {'error': str(error)}
+                header = {"error": str(error)}
         header = json.loads(hosts.broadcast(json.dumps(header).encode()))
-        if 'error' in header:
-            raise CheckpointError(header['error'])
-        if header['step'] is None:
+        if "error" in header:
+            raise CheckpointError(header["error"])
+        if header["step"] is None:
             return None
         placed = []
         for name, leaf in zip(names, leaves, strict=True):
             data = hosts.broadcast(arrays[name].tobytes() if self._main else None)
             array = np.frombuffer(data, leaf.dtype).reshape(leaf.shape)
             placed.append(_place(array, leaf))
-        return header['step'], jax.tree.unflatten(jax.tree.structure(like), placed), header['meta']
+        return header["step"], jax.tree.unflatten(jax.tree.structure(like), placed), header["meta"]
 
     def _read(
         self, names: Sequence[str], leaves: Sequence[Any], wanted: int | None
@@ -245,27 +243,27 @@ class Checkpoints:
             path = self.directory / str(step)
             if wanted is not None and not path.is_dir():
                 raise CheckpointError(
-                    f'{self.directory} has no step {wanted}; it has {self.steps() or "none"}'
+                    f"{self.directory} has no step {wanted}; it has {self.steps() or 'none'}"
                 )
             try:
                 body = manifest.load(path, step)
                 manifest.check_files(path, body)
                 _require_same_model(self.directory, step, names, leaves, body)
-                arrays = _load_arrays(path / 'arrays', body)
+                arrays = _load_arrays(path / "arrays", body)
                 manifest.check_arrays(arrays, body)
-            except manifest.Damaged as error:
+            except manifest.DamagedError as error:
                 bad.append(step)
                 self._set_aside(path, str(error))
                 continue
             if not self.read_only and bad:
                 self._write_index(self._scan_metrics())
-            return step, arrays, body['meta']
+            return step, arrays, body["meta"]
         if not held and not bad:
             return None
         raise CheckpointError(
-            f'{self.directory}: no usable checkpoint (damaged or missing: '
-            f'{", ".join(map(str, bad)) or "all that were saved"}). Bring one back, or delete this '
-            'directory to start from step 0.'
+            f"{self.directory}: no usable checkpoint (damaged or missing: "
+            f"{', '.join(map(str, bad)) or 'all that were saved'}). Bring one back, or delete this "
+            "directory to start from step 0."
         )
 
     def _tidy(self) -> bool:
@@ -273,54 +271,54 @@ class Checkpoints:
         index = self._read_index()
         held = index is not None or (self.directory / QUARANTINE).is_dir()
         for path in self._entries():
-            if path.name.startswith((_TMP, '.')):
+            if path.name.startswith((_TMP, ".")):
                 if not self.read_only:
                     _remove(path)
             elif path.is_dir() and path.name != QUARANTINE and not _is_step(path):
                 held = True
-                self._set_aside(path, 'not the name of a step')
+                self._set_aside(path, "not the name of a step")
         here = set(self.steps())
         missing = sorted(set(index or ()) - here)
         for step in missing:
-            _say(f'checkpoint {self.directory / str(step)} was saved but is no longer there')
+            _say(f"checkpoint {self.directory / str(step)} was saved but is no longer there")
         if not self.read_only and here and (missing or index is None):
             self._write_index(self._scan_metrics())
         return held or bool(here)
 
     def _set_aside(self, path: pathlib.Path, why: str) -> None:
         if self.read_only:
-            _say(f'checkpoint {path} is not used: {why}')
+            _say(f"checkpoint {path} is not used: {why}")
             return
         target = self.directory / QUARANTINE / path.name
         count = 1
         while target.exists():
-            target = target.with_name(f'{path.name}.{count}')
+            target = target.with_name(f"{path.name}.{count}")
             count += 1
-        with disk.reported(path, 'cannot move aside'):
+        with disk.reported(path, "cannot move aside"):
             target.parent.mkdir(exist_ok=True)
             path.rename(target)
-        _say(f'checkpoint {path} is damaged ({why}); moved to {QUARANTINE}/{target.name}')
+        _say(f"checkpoint {path} is damaged ({why}); moved to {QUARANTINE}/{target.name}")
 
     def _read_index(self) -> list[int] | None:
         path = self.directory / INDEX
         if not path.exists():
             return None
         try:
-            return manifest.unseal(path.read_bytes(), INDEX)['steps']
-        except (OSError, manifest.Damaged) as error:
-            _say(f'{path}: {error}; rebuilt from the steps that are there')
+            return manifest.unseal(path.read_bytes(), INDEX)["steps"]
+        except (OSError, manifest.DamagedError) as error:
+            _say(f"{path}: {error}; rebuilt from the steps that are there")
             return []
 
     def _write_index(self, metrics: Mapping[int, float | None]) -> None:
-        disk.write_atomic(self.directory / INDEX, manifest.seal({'steps': sorted(metrics)}))
+        disk.write_atomic(self.directory / INDEX, manifest.seal({"steps": sorted(metrics)}))
 
 
 def _flatten(tree: Any) -> tuple[list[str], list[Any]]:
     """Leaves with names like 'params/stem/conv/kernel'."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in pairs]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
     if len(set(names)) != len(names):
-        raise ValueError(f'two leaves share a name: {sorted(names)}')
+        raise ValueError(f"two leaves share a name: {sorted(names)}")
     return names, [leaf for _, leaf in pairs]
 
 
@@ -328,7 +326,7 @@ def _nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """{'a/b': x} -> {'a': {'b': x}}."""
     tree: dict[str, Any] = {}
     for name, array in arrays.items():
-        *parents, last = name.split('/')
+        *parents, last = name.split("/")
         node = tree
         for part in parents:
             node = node.setdefault(part, {})
@@ -347,14 +345,14 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
 
 
 def _load_arrays(path: pathlib.Path, body: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    like = {n: np.empty(e['shape'], np.dtype(e['dtype'])) for n, e in body['arrays'].items()}
+    like = {n: np.empty(e["shape"], np.dtype(e["dtype"])) for n, e in body["arrays"].items()}
     try:
         with _orbax() as checkpointer:
             tree = checkpointer.restore(path, args=ocp.args.StandardRestore(_nest(like)))
     except Exception as error:
         # The files are what was written, so this is a writer or reader at fault: the step is as
         # unusable as a damaged one.
-        raise manifest.Damaged(f'orbax cannot read it: {_first_line(error)}') from error
+        raise manifest.DamagedError(f"orbax cannot read it: {_first_line(error)}") from error
     names, leaves = _flatten(tree)
     return {name: np.asarray(leaf) for name, leaf in zip(names, leaves, strict=True)}
 
@@ -368,22 +366,22 @@ def _require_same_model(
 ) -> None:
     """CheckpointError naming the first array that the model and the checkpoint do not share."""
     wants = {n: (list(x.shape), np.dtype(x.dtype).name) for n, x in zip(names, leaves, strict=True)}
-    holds = {n: (e['shape'], e['dtype']) for n, e in body['arrays'].items()}
+    holds = {n: (e["shape"], e["dtype"]) for n, e in body["arrays"].items()}
     for name in sorted(wants.keys() | holds.keys()):
         want, hold = wants.get(name), holds.get(name)
         if want != hold:
             raise CheckpointError(
-                f'{directory / str(step)} is of another model: {name} is {_describe(hold)} in the '
-                f'checkpoint, {_describe(want)} in this run. Use the config and code that wrote it.'
+                f"{directory / str(step)} is of another model: {name} is {_describe(hold)} in the "
+                f"checkpoint, {_describe(want)} in this run. Use the config and code that wrote it."
             )
 
 
 def _describe(entry: tuple[list[int], str] | None) -> str:
-    return 'absent' if entry is None else f'{entry[1]}{entry[0]}'
+    return "absent" if entry is None else f"{entry[1]}{entry[0]}"
 
 
 def _place(array: np.ndarray, like: Any) -> jax.Array:
-    sharding = getattr(like, 'sharding', None)
+    sharding = getattr(like, "sharding", None)
     if sharding is None:
         return jax.device_put(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -393,8 +391,8 @@ def _require_finite(step: int, name: str, array: np.ndarray) -> None:
     # A count of statistics updates is infinite where a converged tree was imported.
     if not np.issubdtype(array.dtype, np.integer) and array.dtype != bool:
         wide = array.astype(np.float32) if array.dtype.itemsize < 4 else array
-        if np.isnan(wide).any() or (name.split('/')[-1] != 'count' and np.isinf(wide).any()):
-            raise DivergedError(f'step {step} is not saved: {name} is not finite')
+        if np.isnan(wide).any() or (name.split("/")[-1] != "count" and np.isinf(wide).any()):
+            raise DivergedError(f"step {step} is not saved: {name} is not finite")
 
 
 def _finite(metric: float | None) -> float | None:
@@ -410,7 +408,7 @@ def _remove(path: pathlib.Path) -> None:
     if not path.exists():
         return
     if not path.name.startswith(_TMP):
-        path = path.rename(path.with_name(f'{_TMP}delete.{path.name}'))
+        path = path.rename(path.with_name(f"{_TMP}delete.{path.name}"))
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -424,4 +422,4 @@ def _say(line: str) -> None:
 
 def _quiet(record: logging.LogRecord) -> bool:
     """Keeps orbax' chatter about each save out of the user's terminal; its errors stay."""
-    return record.levelno > logging.WARNING or 'orbax' not in record.pathname
+    return record.levelno > logging.WARNING or "orbax" not in record.pathname

@@ -38,8 +38,8 @@ def reported(path: pathlib.Path, doing: str) -> Iterator[None]:
         if error.errno not in _DISK_ERRNO:
             raise
         raise DiskError(
-            f'{doing} {path}: {error.strerror or error}; {free_text(path)}. '
-            'Free space or make the directory writable, then run the same command again.'
+            f"{doing} {path}: {error.strerror or error}; {free_text(path)}. "
+            "Free space or make the directory writable, then run the same command again."
         ) from error
 
 
@@ -49,14 +49,14 @@ def write_atomic(path: pathlib.Path, data: bytes) -> None:
     Raises:
       DiskError: the disk is full or cannot be written; `path` is unchanged.
     """
-    scratch = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    with reported(path, 'cannot write'):
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with reported(path, "cannot write"):
         try:
-            with open(scratch, 'wb') as file:
+            with scratch.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(scratch, path)
+            scratch.replace(path)
         except OSError:
             with contextlib.suppress(OSError):
                 scratch.unlink(missing_ok=True)
@@ -87,14 +87,14 @@ def require_free(path: pathlib.Path, needed: int) -> None:
     free = shutil.disk_usage(existing_parent(path)).free
     if free < needed:
         raise DiskError(
-            f'{path}: {free / 1e6:.1f} MB free on this disk, {needed / 1e6:.1f} MB needed for the '
-            'next checkpoint. Free space (or lower keep_last), then run the same command again.'
+            f"{path}: {free / 1e6:.1f} MB free on this disk, {needed / 1e6:.1f} MB needed for the "
+            "next checkpoint. Free space (or lower keep_last), then run the same command again."
         )
 
 
 def free_text(path: pathlib.Path) -> str:
     """For messages: how much is free on the disk that holds `path`."""
     try:
-        return f'{shutil.disk_usage(existing_parent(path)).free / 1e6:.1f} MB free'
+        return f"{shutil.disk_usage(existing_parent(path)).free / 1e6:.1f} MB free"
     except OSError:
-        return 'free space unknown'
+        return "free space unknown"

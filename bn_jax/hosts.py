@@ -43,8 +43,8 @@ def broadcast(data: bytes | None) -> bytes:
     for start in range(0, total, _CHUNK):
         stop = min(start + _CHUNK, total)
         if jax.process_index() == 0:
-            part = np.frombuffer(data or b'', np.uint8, stop - start, start)
+            part = np.frombuffer(data or b"", np.uint8, stop - start, start)
         else:
             part = np.zeros(stop - start, np.uint8)
         parts.append(np.asarray(multihost_utils.broadcast_one_to_all(part), np.uint8).tobytes())
-    return b''.join(parts)
+    return b"".join(parts)

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-NAME = 'manifest.json'
+NAME = "manifest.json"
 _DIGEST_BYTES = 20  # 160 bits: an accidental collision is out of the question
 
 
-class Damaged(Exception):
+class DamagedError(Exception):
     """A step does not hold what was saved; the message says where."""
 
 
@@ -34,21 +34,21 @@ def array_entry(array: np.ndarray) -> dict[str, Any]:
     """Shape, dtype and digest of one host array."""
     # ascontiguousarray makes a scalar one-dimensional; the bytes are the same.
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return {'shape': list(array.shape), 'dtype': array.dtype.name, 'digest': digest(data)}
+    return {"shape": list(array.shape), "dtype": array.dtype.name, "digest": digest(data)}
 
 
 def file_entries(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Size and digest of every file below `directory` but the manifest, by relative path."""
     entries: dict[str, dict[str, Any]] = {}
-    for path in sorted(directory.rglob('*')):
+    for path in sorted(directory.rglob("*")):
         relative = path.relative_to(directory).as_posix()
         if path.is_dir() or relative == NAME:
             continue
-        with open(path, 'rb') as file:
+        with path.open("rb") as file:
             value = hashlib.file_digest(
                 file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES)
             ).hexdigest()
-        entries[relative] = {'size': path.stat().st_size, 'digest': value}
+        entries[relative] = {"size": path.stat().st_size, "digest": value}
     return entries
 
 
@@ -58,69 +58,71 @@ def canonical(value: Any) -> bytes:
     Raises:
       ValueError, TypeError: not plain JSON, or NaN or infinity in it.
     """
-    text = json.dumps(value, sort_keys=True, separators=(',', ':'), allow_nan=False)
-    return text.encode() + b'\n'
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode() + b"\n"
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
     """Canonical JSON of `body` with its own digest."""
-    return canonical({'body': body, 'digest': digest(canonical(body))})
+    return canonical({"body": body, "digest": digest(canonical(body))})
 
 
 def unseal(data: bytes, what: str) -> dict[str, Any]:
     """The body of sealed JSON.
 
     Raises:
-      Damaged: `data` is not exactly what `seal` wrote; `what` names it in the message.
+      DamagedError: `data` is not exactly what `seal` wrote; `what` names it in the message.
     """
     try:
         value = json.loads(data)
-        whole = value.keys() == {'body', 'digest'} and canonical(value) == data
-        if whole and digest(canonical(value['body'])) == value['digest']:
-            return value['body']
+        whole = value.keys() == {"body", "digest"} and canonical(value) == data
+        if whole and digest(canonical(value["body"])) == value["digest"]:
+            return value["body"]
     except (ValueError, TypeError, AttributeError, RecursionError):
         pass
-    raise Damaged(f'{what} is damaged ({len(data)} bytes)')
+    raise DamagedError(f"{what} is damaged ({len(data)} bytes)")
 
 
 def load(directory: pathlib.Path, step: int) -> dict[str, Any]:
     """The manifest of a step directory, checked against itself and the step's number.
 
     Raises:
-      Damaged: missing, altered, or of another step.
+      DamagedError: missing, altered, or of another step.
     """
     try:
         data = (directory / NAME).read_bytes()
     except OSError as error:
-        raise Damaged(f'{NAME} cannot be read: {error.strerror}') from error
+        raise DamagedError(f"{NAME} cannot be read: {error.strerror}") from error
     body = unseal(data, NAME)
-    if body['step'] != step:
-        raise Damaged(f'the directory is named {step} but holds step {body["step"]}')
+    if body["step"] != step:
+        raise DamagedError(f"the directory is named {step} but holds step {body['step']}")
     return body
 
 
 def check_files(directory: pathlib.Path, body: Mapping[str, Any]) -> None:
-    """Raises Damaged unless the step's files are, byte for byte, those of the manifest."""
+    """Raises DamagedError unless the step's files are, byte for byte, those of the manifest."""
     try:
         found = file_entries(directory)
     except OSError as error:
-        raise Damaged(f'unreadable: {error}') from error
-    for name, entry in body['files'].items():
+        raise DamagedError(f"unreadable: {error}") from error
+    for name, entry in body["files"].items():
         if name not in found:
-            raise Damaged(f'{name} is missing')
-        if found[name]['size'] != entry['size']:
-            raise Damaged(f'{name} has {found[name]["size"]} bytes, {entry["size"]} were written')
+            raise DamagedError(f"{name} is missing")
+        if found[name]["size"] != entry["size"]:
+            raise DamagedError(
+                f"{name} has {found[name]['size']} bytes, {entry['size']} were written"
+            )
         if found[name] != entry:
-            raise Damaged(f'{name} has changed: its digest differs')
-    extra = found.keys() - body['files'].keys()
+            raise DamagedError(f"{name} has changed: its digest differs")
+    extra = found.keys() - body["files"].keys()
     if extra:
-        raise Damaged(f'{min(extra)} was not there when the step was saved')
+        raise DamagedError(f"{min(extra)} was not there when the step was saved")
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], body: Mapping[str, Any]) -> None:
-    """Raises Damaged unless the restored arrays are, bit for bit, those that were saved."""
-    for name, entry in body['arrays'].items():
+    """Raises DamagedError unless the restored arrays are, bit for bit, those that were saved."""
+    for name, entry in body["arrays"].items():
         if name not in arrays:
-            raise Damaged(f'array {name} is missing')
+            raise DamagedError(f"array {name} is missing")
         if array_entry(arrays[name]) != entry:
-            raise Damaged(f'array {name} differs from what was saved')
+            raise DamagedError(f"array {name} differs from what was saved")

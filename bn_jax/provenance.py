@@ -1,0 +1,82 @@
+"""What a result was made with: versions, commit, hardware. Never the environment as a whole."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import socket
+import subprocess
+from typing import Any
+
+import jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
+# The only variables that are recorded: they change the bits of a result. Others may hold secrets.
+_VARIABLES = ("NPROC", "XLA_FLAGS", "JAX_PLATFORMS")
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def source() -> dict[str, Any]:
+    """The package's version, and the commit where it runs from a git checkout."""
+    try:
+        found: dict[str, Any] = {"version": importlib.metadata.version("bn_jax")}
+    except importlib.metadata.PackageNotFoundError:
+        found = {"version": "not installed"}
+    here = pathlib.Path(__file__).resolve()
+    # An environment inside some other project's checkout must not name that project's commit.
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None:
+        found["commit"] = _git(here.parent, "rev-parse", "HEAD")
+        found["dirty"] = bool(_git(here.parent, "status", "--porcelain", "--untracked-files=no"))
+    return found
+
+
+def _git(directory: pathlib.Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(directory), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def hardware() -> dict[str, Any]:
+    """Devices and processes of the run, and the size of XLA's CPU thread pool."""
+    device = jax.devices()[0]
+    return {
+        "host": socket.gethostname(),
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cpu_threads": cpu_threads(),
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }
+
+
+def cpu_threads() -> int:
+    """Threads of XLA's CPU backend: $NPROC, or the CPUs that this process may use.
+
+    A sum over a split array depends on where it is split, so the bits of a CPU run depend on it.
+    """
+    text = os.environ.get("NPROC", "")
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
