@@ -22,14 +22,14 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from bn_jax import disk, hosts, manifest
-from bn_jax.errors import CheckpointError, DiskError, DivergedError
+from bn_jax.errors import CheckpointError, DiskError, DivergedError, UserError
 
 INDEX = "index.json"
 QUARANTINE = "quarantine"
@@ -120,6 +120,17 @@ class Checkpoints:
             if self._worker is not None:
                 self._worker.shutdown()
                 self._worker = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()
+        except UserError as second:
+            if error is None:
+                raise
+            _say(f"bn_jax: {second}")  # the first error is the one that ends the command
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], body: dict[str, Any]) -> None:
         scratch, final = self.directory / f"{_TMP}{step}", self.directory / str(step)

@@ -28,17 +28,23 @@ PATIENCE = 20.0  # seconds for all processes to answer a request
 _NUMBERS = itertools.count()  # keys of the service cannot be written twice in a job
 
 
-class StopSignal:
+class Signals:
     """Context manager around the training loop; construct it after `jax.distributed.initialize`.
 
     The first SIGTERM or SIGINT asks for a stop; after a first Ctrl-C a second one kills at once.
+
+    Args:
+      dispatch: steps that the loop begins between two calls of `stop_at`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dispatch: int) -> None:
+        self._dispatch = dispatch
         self.requested = threading.Event()  # by a signal to this process
         self.reason = ""
         self._lock = threading.Condition()
-        self._began = 0  # last step that the loop was allowed to begin
+        # Last step that the loop was allowed to begin. 0 before the first call of stop_at: the
+        # first dispatch is under way then, which all processes begin alike.
+        self._began = 0
         self._held = False  # the loop may begin no further step until _target is known
         self._target: int | None = None
         self._error: Exception | None = None
@@ -74,11 +80,10 @@ class StopSignal:
             text = f"bn_jax: {name}: stopping after this step; Ctrl-C ends at once, unsaved\n"
             os.write(2, text.encode())  # print is not safe in a handler
 
-    def should_stop(self, next_step: int) -> bool:
-        """Whether to stop now instead of beginning the dispatch that ends with `next_step`.
+    def stop_at(self, step: int) -> bool:
+        """Whether to stop after `step`; to be called after each dispatch, with its last step.
 
-        To be called once before every dispatch, the first too. All processes get True before the
-        same step. With one process: as soon as there was a signal.
+        All processes get True at the same step. With one process: as soon as there was a signal.
 
         Raises:
           PeerLostError: a process did not answer a request to stop.
@@ -94,8 +99,8 @@ class StopSignal:
             if self._error is not None:
                 raise self._error
             if self._target is not None:
-                return next_step > self._target
-            self._began = next_step
+                return step >= self._target
+            self._began = step + self._dispatch
             return False
 
     def _watch(self) -> None:

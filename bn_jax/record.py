@@ -17,47 +17,36 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
+import jax
 import numpy as np
 
 from bn_jax import disk, lock, provenance
-from bn_jax.errors import ConfigError, DivergedError, Preempted
-from bn_jax.ledger import Ledger, account
+from bn_jax import workdir as workdirs
+from bn_jax.errors import DivergedError, Preempted
+from bn_jax.ledger import Ledger, account, process_started
 from bn_jax.progress import Progress
 
-# A resumed run may change how long it goes on and what it keeps and shows, not what it computes.
-MAY_CHANGE = frozenset(
-    (
-        "total_steps",
-        "log_every",
-        "eval_every",
-        "checkpoint_every",
-        "keep_last",
-        "keep_best",
-        "eval_batch_size",
-        "record.tensorboard",
-        "data.dir",
-    )
-)
 STATUSES = ("running", "done", "diverged", "preempted", "failed")
 
 
 class Recorder:
-    """Records one attempt at a run; holds the workdir's lock. Only process 0 writes.
+    """Records one attempt at a run; holds the workdir's lock from here to `finish`.
 
-    As a context manager it finishes with the status that the exception, if any, stands for.
+    Every process makes one; only process 0 (`is_main`) writes. `begin` must follow once it is known
+    which step was restored, since the lock comes before the restore. As a context manager it
+    finishes with the status that the exception, if any, stands for.
 
     Args:
       workdir: created if absent.
       config: plain JSON.
       info: more for run.json, plain JSON.
-      resume_step: the step that was restored, 0 for a fresh start; later lines are dropped.
       total_steps: of the whole run.
       tensorboard: also write events to WORKDIR/tensorboard.
       is_main: whether this is process 0.
       started: time.monotonic() of the program's start (ledger.process_started()); default: now.
 
     Raises:
-      LockedError, ConfigError (workdir of another config), DiskError.
+      ConfigError (workdir of another config or not writable), LockedError, DiskError.
     """
 
     def __init__(
@@ -66,58 +55,46 @@ class Recorder:
         *,
         config: Mapping[str, Any],
         info: Mapping[str, Any],
-        resume_step: int,
         total_steps: int,
         tensorboard: bool,
         is_main: bool,
         started: float | None = None,
     ):
+        workdirs.check_workdir(workdir, config)
         self.workdir = pathlib.Path(workdir)
         self._ledger = Ledger(time.monotonic() if started is None else started)
-        self._main, self._step, self._finished = is_main, resume_step, False
+        self._main, self._step, self._begun = is_main, 0, False
+        self._config, self._info, self._tensorboard = config, info, tensorboard
         self._lock: lock.WorkdirLock | None = None
         self._events: Any = None
-        if not is_main:
-            return
-        self._progress = Progress(total_steps)
-        with disk.reported(self.workdir, "cannot create"):
-            self.workdir.mkdir(parents=True, exist_ok=True)
-        self._lock = lock.WorkdirLock(self.workdir)
-        try:
-            self._begin(config, info, resume_step, tensorboard)
-        except BaseException:
-            self._lock.release()
-            raise
+        if is_main:
+            self._progress = Progress(total_steps)
+            with disk.reported(self.workdir, "cannot create"):
+                self.workdir.mkdir(parents=True, exist_ok=True)
+            self._lock = lock.WorkdirLock(self.workdir)
+            if self._lock.taken_over:
+                self.say(self._lock.taken_over)
 
-    def _begin(
-        self, config: Mapping[str, Any], info: Mapping[str, Any], resume_step: int, events: bool
-    ) -> None:
-        before = _read_run(self.workdir) or {}
-        if before:
-            _require_same_config(self.workdir, before["config"], config)
-        if self._lock and self._lock.taken_over:
-            self.say(self._lock.taken_over)
+    def begin(self, resume_step: int) -> None:
+        """Starts the records after `resume_step` (0: from scratch); later lines are dropped."""
+        self._step, self._begun = resume_step, True
+        if not self._main:
+            return
+        before = workdirs.read_run(self.workdir) or {"attempts": []}
         for warning in _truncate(self.workdir / "metrics.jsonl", resume_step):
             self.say(warning)
         for warning in _truncate(self.workdir / "timing.jsonl", None):
             self.say(warning)
-        attempts = before.get("attempts", [])
+        attempts = before["attempts"]
         for attempt in attempts:  # killed ones could not say so themselves
             if attempt["status"] == "running":
                 attempt["status"] = "killed"
-        attempts.append(
-            {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "started": _now(),
-                "resume_step": resume_step,
-                "status": "running",
-            }
-        )
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}
+        attempts.append(me | {"resume_step": resume_step, "status": "running"})
         self._run: dict[str, Any] = {
             "status": "running",
-            "config": dict(config),
-            "info": dict(info),
+            "config": dict(self._config),
+            "info": dict(self._info),
             "source": provenance.source(),
             "versions": provenance.versions(),
             "hardware": provenance.hardware(),
@@ -130,11 +107,11 @@ class Recorder:
             self._metrics = (self.workdir / "metrics.jsonl").open("a", encoding="utf-8")
             self._timing = (self.workdir / "timing.jsonl").open("a", encoding="utf-8")
         self._mark()
-        if events:
+        if self._tensorboard:
             import tensorboardX  # 0.1 s, and not needed by everyone
 
             self._events = tensorboardX.SummaryWriter(
-                str(self.workdir / "tensorboard"), purge_step=resume_step + 1 if before else None
+                str(self.workdir / "tensorboard"), purge_step=resume_step + 1
             )
 
     # While it runs
@@ -194,26 +171,30 @@ class Recorder:
         """
         if status not in STATUSES:
             raise ValueError(f"{status!r} is not one of {STATUSES}")
-        if self._finished or not self._main:
+        if self._lock is None:
             return
-        self._finished = True
         try:
-            self._progress.end()
-            self._mark()
-            self._metrics.close()
-            self._timing.close()
-            if self._events is not None:
-                self._events.close()
-            self._run["attempts"][-1] |= {"status": status, "finished": _now()}
-            self._run["status"] = status
-            self._run["results"] = {k: _plain(v) for k, v in results.items()}
-            lines = [json.loads(x) for x in (self.workdir / "timing.jsonl").open(encoding="utf-8")]
-            resumed = [attempt["resume_step"] for attempt in self._run["attempts"]]
-            self._run["ledger"] = account(lines, resumed)
-            self._write_run()
+            if self._begun:
+                self._end(status, results)
         finally:
-            assert self._lock is not None
             self._lock.release()
+            self._lock = None
+
+    def _end(self, status: str, results: Mapping[str, Any]) -> None:
+        self._progress.end()
+        self._mark()
+        self._metrics.close()
+        self._timing.close()
+        if self._events is not None:
+            self._events.close()
+        self._run["attempts"][-1] |= {"status": status, "finished": _now()}
+        self._run["status"] = status
+        self._run["results"] = {k: _plain(v) for k, v in results.items()}
+        text = (self.workdir / "timing.jsonl").read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
+        resumed = [attempt["resume_step"] for attempt in self._run["attempts"]]
+        self._run["ledger"] = account(lines, resumed)
+        self._write_run()
 
     def __enter__(self) -> Self:
         return self
@@ -250,61 +231,17 @@ class Recorder:
         disk.write_atomic(self.workdir / "run.json", text.encode())
 
 
-def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Refuses a workdir that cannot be used for `config`, before anything is written.
-
-    Raises:
-      ConfigError: not a directory, not writable, or of another config (MAY_CHANGE apart).
-      LockedError: another run is at work in it.
-    """
-    workdir = pathlib.Path(workdir)
-    parent = disk.existing_parent(workdir)
-    if not parent.is_dir():
-        raise ConfigError(f"workdir {workdir}: {parent} is not a directory; choose another")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"workdir {workdir}: {parent} is not writable; choose another")
-    run = _read_run(workdir)
-    if run is not None:
-        _require_same_config(workdir, run["config"], config)
-    lock.refuse_if_held(workdir)
-
-
-def _read_run(workdir: pathlib.Path) -> dict[str, Any] | None:
-    path = workdir / "run.json"
-    try:
-        run = json.loads(path.read_bytes())
-        if {"config", "attempts"} <= run.keys():
-            return run
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, AttributeError):
-        pass
-    raise ConfigError(f"{path} cannot be read as a run's record; move it away or choose another")
-
-
-def _require_same_config(
-    workdir: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any]
-) -> None:
-    old, new = _flat(old), _flat(json.loads(json.dumps(new)))
-    absent = "absent"
-    differs = [
-        f"{key} ({old.get(key, absent)} there, {new.get(key, absent)} here)"
-        for key in sorted(old.keys() | new.keys())
-        if key not in MAY_CHANGE and old.get(key, absent) != new.get(key, absent)
-    ]
-    if differs:
-        raise ConfigError(
-            f"{workdir} belongs to another config: {', '.join(differs)}. "
-            "Choose another --workdir, or delete this one."
-        )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
-        flat.update(inner if inner is not None else {f"{prefix}{key}": value})
-    return flat
+def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any], **info: Any) -> Recorder:
+    """The Recorder of this process for a run of `config`, timed from the start of the process."""
+    return Recorder(
+        workdir,
+        config=config,
+        info=info,
+        total_steps=config["total_steps"],
+        tensorboard=config["record"]["tensorboard"],
+        is_main=jax.process_index() == 0,
+        started=process_started(),
+    )
 
 
 def _truncate(path: pathlib.Path, last: int | None) -> list[str]:

@@ -1,0 +1,84 @@
+"""May this workdir be used for this config? Asked before anything is compiled or written."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from bn_jax import disk, lock
+from bn_jax.errors import ConfigError
+
+# A resumed run may change how long it goes on and what it keeps and shows, not what it computes.
+MAY_CHANGE = frozenset(
+    (
+        "total_steps",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_last",
+        "keep_best",
+        "eval_batch_size",
+        "record.tensorboard",
+        "data.dir",
+    )
+)
+
+
+def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Refuses a workdir that cannot be used for `config`, before anything is written.
+
+    Raises:
+      ConfigError: not a directory, not writable, or of another config (MAY_CHANGE apart).
+      LockedError: another run is at work in it.
+    """
+    workdir = pathlib.Path(workdir)
+    parent = disk.existing_parent(workdir)
+    if not parent.is_dir():
+        raise ConfigError(f"workdir {workdir}: {parent} is not a directory; choose another")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"workdir {workdir}: {parent} is not writable; choose another")
+    run = read_run(workdir)
+    if run is not None:
+        require_same_config(workdir, run["config"], config)
+    lock.refuse_if_held(workdir)
+
+
+def read_run(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """WORKDIR/run.json; None if there is none. Raises ConfigError if it is not one."""
+    path = workdir / "run.json"
+    try:
+        run = json.loads(path.read_bytes())
+        if {"config", "attempts"} <= run.keys():
+            return run
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise ConfigError(f"{path} cannot be read as a run's record; move it away or choose another")
+
+
+def require_same_config(
+    workdir: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError naming the fields that differ, MAY_CHANGE apart."""
+    old, new = _flat(old), _flat(json.loads(json.dumps(new)))
+    absent = "absent"
+    differs = [
+        f"{key} ({old.get(key, absent)} there, {new.get(key, absent)} here)"
+        for key in sorted(old.keys() | new.keys())
+        if key not in MAY_CHANGE and old.get(key, absent) != new.get(key, absent)
+    ]
+    if differs:
+        raise ConfigError(
+            f"{workdir} belongs to another config: {', '.join(differs)}. "
+            "Choose another --workdir, or delete this one."
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
+        flat.update(inner if inner is not None else {f"{prefix}{key}": value})
+    return flat
