@@ -75,7 +75,7 @@ def get_config(scale: str = "mnist") -> ConfigDict:
     config.record = ConfigDict()
     config.record.activations = ("dense_2/input",)  # inputs of the last hidden layer (Fig. 1b, c)
     config.record.activation_every = 250  # steps
-    config.record.activation_examples = 1000  # training examples of the one fixed batch
+    config.record.activation_examples = 960  # training examples of the one fixed batch, 16 groups
     config.record.tensorboard = True  # also write TensorBoard events
 
     SCALES[scale](config)

@@ -1,0 +1,196 @@
+"""Whether a config can be trained, decided from its values alone: no device, data set or disk.
+
+What needs more is checked where it is known: the number of devices in `mesh.check_batch`, the data
+set in `data.pipeline`, the paths of activations in `activations.Taps`.
+"""
+
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bn_jax.errors import ConfigError
+from bn_jax.models import ACTIVATIONS
+from bn_jax.models.inception import TABLE, VARIANTS
+
+MODELS = ("inception", "mlp")
+NORMS = ("none", "batch_norm")
+DTYPES = ("float32", "bfloat16", "float64")
+SHUFFLES = ("none", "within_shard", "global")
+LARGEST = 2**31 - 1  # steps and seeds are int32 on the device
+INF = math.inf
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError with the field, its value, the limit and the remedy, or returns None."""
+    _optimization(config)
+    _network(config)
+    _normalization(config)
+    _data(config)
+    _records(config)
+    if config.reproducible:
+        _reproducible(config)
+
+
+def _optimization(config: ConfigDict) -> None:
+    _number(
+        config, "learning_rate", 0, INF, low_open=True, hint="the paper's rates: 0.0015 to 0.045"
+    )
+    _number(config, "momentum", 0, 1, high_open=True, hint="0.9 is usual, 0 for plain SGD")
+    _number(config, "decay_rate", 0, 1, low_open=True, hint="0.96 in the paper, 1 for none")
+    _number(config, "decay_examples", 0, INF, low_open=True, hint="8 epochs in the paper")
+    _number(config, "l2", 0, INF, hint="0.001 or 0.0002, 0 for none")
+    _integer(config, "batch_size", 1, hint="32 in the paper")
+    _integer(config, "batch_per_device", 0, hint="0 to use batch_size as it stands")
+    _integer(config, "total_steps", 1, hint="train for at least one step")
+    _integer(config, "seed", 0, hint="any number from 0 on")
+    _integer(config, "steps_per_dispatch", 1, hint="1 unless the network is small and dense")
+
+
+def _network(config: ConfigDict) -> None:
+    _choice(config, "activation", tuple(ACTIVATIONS))
+    _choice(config, "norm", NORMS)
+    _choice(config, "dtype", DTYPES)
+    _number(config, "dropout", 0, 1, high_open=True, hint="0.4 in Inception, 0 for none")
+    _choice(config, "model.name", MODELS)
+    if config.model.name == "mlp":
+        _integer(config, "image_size", 1, 4096, hint="28 for MNIST")
+        _number(config, "model.init_std", 0, INF, low_open=True, hint="a small number such as 0.1")
+        _number(config, "model.threshold", 0, 1, high_open=True, hint="0.5 is usual")
+        if not config.model.widths or min(config.model.widths) < 1:
+            raise _error(
+                config,
+                "model.widths",
+                "not one or more positive numbers of units",
+                "(100, 100, 100)",
+            )
+        if config.lrn:
+            raise _error(config, "lrn", "not an option of model.name='mlp'", "set it to False")
+        return
+    _integer(config, "image_size", 16, 4096, hint="224 in the paper, 28 for digits")
+    _choice(config, "model.variant", tuple(VARIANTS))
+    _number(config, "model.width", 0, 16, low_open=True, hint="1 is the paper's network")
+    _number(config, "model.init_scale", 0, INF, low_open=True, hint="1 is Glorot's")
+    modules = [f"inception_{row.name}" for row in TABLE]
+    for name in config.bn.per_activation:
+        if name not in modules:
+            raise _error(
+                config,
+                "bn.per_activation",
+                f"{name!r} is no module",
+                f"choose from {', '.join(modules)}",
+            )
+    if config.bn.per_activation and config.norm == "none":
+        raise _error(config, "bn.per_activation", "there is no BN (norm='none')", "set it to ()")
+
+
+def _normalization(config: ConfigDict) -> None:
+    _number(config, "bn.epsilon", 0, INF, hint="1e-3 is usual")
+    _number(
+        config, "bn.momentum", 0, 1, high_open=True, hint="0.99 is usual: the share that is kept"
+    )
+    group = config.bn.group_size
+    if group is None:
+        smallest = config.batch_per_device or config.batch_size
+        if config.norm == "batch_norm" and smallest < 2:
+            raise _error(config, "batch_size", "BN needs at least 2 examples", "set batch_size=32")
+        return
+    _integer(config, "bn.group_size", 2, hint="32 in the paper, None for the whole batch")
+    if config.norm == "none":
+        return
+    for field in ("batch_size", "record.activation_examples"):
+        value = _get(config, field)
+        if value % group:
+            near = max(group, value // group * group)
+            raise _error(
+                config,
+                field,
+                f"not divisible by bn.group_size={group}",
+                f"use a multiple, such as {near}",
+            )
+
+
+def _data(config: ConfigDict) -> None:
+    data = config.data
+    if not data.name:
+        raise _error(config, "data.name", "empty", "name a data set, such as digits")
+    _choice(config, "data.shuffle", SHUFFLES)
+    _number(config, "data.crop", 0, 1, low_open=True, hint="0.08 in GoogLeNet, 1 for no crop")
+    _integer(config, "data.shift", 0, config.image_size // 2, hint="a few pixels, 0 for none")
+    _number(config, "data.distortion", 0, 1, hint="0 for none")
+    _number(config, "data.holdout", 0, 1, high_open=True, hint="0 evaluates the test split")
+
+
+def _records(config: ConfigDict) -> None:
+    for field in ("eval_every", "checkpoint_every", "log_every", "record.activation_every"):
+        _integer(config, field, 1, hint="a number of steps; total_steps for once, at the end")
+    for field in (
+        "eval_batch_size",
+        "statistics_batches",
+        "record.activation_examples",
+        "keep_last",
+    ):
+        _integer(config, field, 1, hint="at least one")
+    _integer(config, "keep_best", 0, hint="0 keeps the last ones only")
+    for path in config.record.activations:
+        if not path.endswith(("/input", "/pre_bn")):
+            raise _error(
+                config, "record.activations", f"{path!r} is no tap", "end it with /input or /pre_bn"
+            )
+        if path.endswith("/pre_bn") and config.norm == "none":
+            raise _error(
+                config,
+                "record.activations",
+                f"{path!r} needs BN (norm='none')",
+                "record /input instead",
+            )
+
+
+def _reproducible(config: ConfigDict) -> None:
+    group = config.bn.group_size or config.batch_size
+    parts, rest = divmod(config.batch_size, group)
+    if rest or parts & (parts - 1):
+        raise ConfigError(
+            f"reproducible=True needs batch_size = bn.group_size x a power of two, not "
+            f"{config.batch_size} with groups of {group}: use {group} or {8 * group}, for example"
+        )
+
+
+def _get(config: ConfigDict, field: str) -> Any:
+    for name in field.split("."):
+        config = config[name]
+    return config
+
+
+def _error(config: ConfigDict, field: str, limit: str, remedy: str) -> ConfigError:
+    return ConfigError(f"{field}={_get(config, field)!r}: {limit}; {remedy}")
+
+
+def _number(
+    config: ConfigDict,
+    field: str,
+    low: float,
+    high: float,
+    *,
+    low_open: bool = False,
+    high_open: bool = False,
+    hint: str,
+) -> None:
+    """A finite number between the limits."""
+    value = _get(config, field)
+    above = value > low if low_open else value >= low
+    below = value < high if high_open else value <= high
+    if not (math.isfinite(value) and above and below):  # comparisons with NaN are False
+        start, end = "(" if low_open else "[", ")" if high_open or high == INF else "]"
+        raise _error(config, field, f"not in {start}{low:g}, {high:g}{end}", hint)
+
+
+def _integer(config: ConfigDict, field: str, low: int, high: int = LARGEST, *, hint: str) -> None:
+    value = _get(config, field)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise _error(config, field, f"not a whole number from {low} to {high}", hint)
+
+
+def _choice(config: ConfigDict, field: str, choices: tuple[str, ...]) -> None:
+    if _get(config, field) not in choices:
+        raise _error(config, field, "unknown", f"choose from {', '.join(choices)}")
