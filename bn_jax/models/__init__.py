@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from bn_jax.layers import BatchNorm
 from bn_jax.models.inception import Inception
+from bn_jax.models.init import Gaussian
 from bn_jax.models.mlp import Mlp
 
 ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid}
@@ -31,7 +32,7 @@ def build(config: ConfigDict, num_classes: int) -> nn.Module:
     if config.model.name == "mlp":
         return Mlp(
             widths=tuple(config.model.widths),
-            kernel_init=nn.initializers.normal(config.model.init_std),
+            kernel_init=Gaussian(std=config.model.init_std),
             threshold=config.model.threshold,
             **shared,
         )
@@ -41,10 +42,7 @@ def build(config: ConfigDict, num_classes: int) -> nn.Module:
         lrn=config.lrn,
         aux=config.model.aux,
         per_activation=tuple(config.bn.per_activation),
-        # Glorot-normal is variance_scaling(1, ...): a variance, hence the square.
-        kernel_init=nn.initializers.variance_scaling(
-            config.model.init_scale**2, "fan_avg", "truncated_normal"
-        ),
+        kernel_init=Gaussian(gain=config.model.init_scale),
         **shared,
     )
 

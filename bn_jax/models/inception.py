@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bn_jax.layers import ConvBN, LocalResponseNorm
+from bn_jax.models.init import Gaussian, PooledInit
 
 SMALLEST_FOR_POOL2 = 64  # pixels: at 32 px stage 5 would be a single position
 
@@ -135,7 +136,7 @@ class AuxiliaryHead(nn.Module):
         x = self.conv(scaled(128, self.width), (1, 1), norm=None, name="conv_1x1")(x, train=True)
         x = nn.Dense(
             scaled(1024, self.width),
-            kernel_init=nn.initializers.glorot_normal(),
+            kernel_init=Gaussian(),
             dtype=self.dtype,
             name="dense",
         )(x.reshape(x.shape[0], -1))
@@ -143,7 +144,7 @@ class AuxiliaryHead(nn.Module):
         return classifier(self.num_classes, self.dtype)(x).astype(jnp.float32)
 
 
-class Inception(nn.Module):
+class Inception(PooledInit):
     """Fig. 5, from pixels to logits.
 
     width: multiplies every number of filters (1 in the paper). variant: one of VARIANTS, whose
@@ -164,7 +165,7 @@ class Inception(nn.Module):
     lrn: bool = False
     aux: bool = False
     per_activation: tuple[str, ...] = ()
-    kernel_init: nn.initializers.Initializer = nn.initializers.glorot_normal()
+    kernel_init: nn.initializers.Initializer = Gaussian()
     dtype: Any = jnp.float32
     project_4cd: int | None = None
     separable_stem: bool | None = None
@@ -265,8 +266,7 @@ def max_pool(x: jax.Array, stride: int) -> jax.Array:
 
 def classifier(num_classes: int, dtype: Any) -> nn.Dense:
     """The last layer, linear with a bias; called `classifier` in the parameters."""
-    init = nn.initializers.glorot_normal()
-    return nn.Dense(num_classes, kernel_init=init, dtype=dtype, name="classifier")
+    return nn.Dense(num_classes, kernel_init=Gaussian(), dtype=dtype, name="classifier")
 
 
 def _first(override: Any, default: Any) -> Any:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from bn_jax.models.init import Gaussian, PooledInit
+
 
 class DenseBN(nn.Module):
     """g(BN(W u)) or, without `norm`, g(W u + b): BN goes before the nonlinearity and replaces b.
@@ -39,7 +41,7 @@ class DenseBN(nn.Module):
         return self.activation(x)
 
 
-class Mlp(nn.Module):
+class Mlp(PooledInit):
     """Hidden layers `dense_0`, `dense_1`, ... and a linear `classifier` (4.1).
 
     widths: units of the hidden layers. threshold: share of full intensity above which a pixel is 1.
@@ -50,7 +52,7 @@ class Mlp(nn.Module):
     widths: Sequence[int] = (100, 100, 100)
     norm: Callable[..., Any] | None = None
     activation: Callable[[jax.Array], jax.Array] = nn.sigmoid
-    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.1)
+    kernel_init: nn.initializers.Initializer = Gaussian(std=0.1)
     threshold: float = 0.5
     dropout: float = 0.0
     dtype: Any = jnp.float32

@@ -1,0 +1,69 @@
+"""Initial weights: Gaussian, and drawn for the whole network at once.
+
+XLA compiles the random number generator anew for every kernel it fills: jit(init) of Inception with
+Flax's initializers takes 38 CPU-seconds to compile on one Zen 4 core, with `PooledInit` 2.
+"""
+
+import contextvars
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+_pooled: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("pooled", default=None)
+
+
+class Gaussian(NamedTuple):
+    """Initializer: normal with mean 0 and standard deviation `std`, or `gain` times Glorot's.
+
+    Glorot's is sqrt(2 / (fan_in + fan_out)). The paper gives neither for its networks.
+    """
+
+    gain: float = 1.0
+    std: float | None = None
+
+    def __call__(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> jax.Array:
+        """A kernel [..., inputs, outputs]."""
+        window = math.prod(shape[:-2])
+        glorot = math.sqrt(2 / (window * (shape[-2] + shape[-1])))
+        std = self.gain * glorot if self.std is None else self.std
+        sizes = _pooled.get()
+        if sizes is not None:
+            sizes.append(math.prod(shape))
+            return jnp.full(shape, std, dtype)  # PooledInit multiplies it by its share of the draw
+        return std * jax.random.normal(key, shape, dtype)
+
+
+class PooledInit(nn.Module):
+    """A module whose kernels all have `Gaussian` initializers, and come from one draw.
+
+    Networks whose kernels have the same shapes (with and without BN, say) get the same kernels from
+    the same key.
+    """
+
+    @nn.nowrap
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.init`. Faster still under `jax.jit`, which leaves the forward pass out."""
+        key = rngs["params"] if isinstance(rngs, dict) else rngs
+        sizes: list[int] = []
+        token = _pooled.set(sizes)
+        try:
+            variables = super().init(rngs, *args, **kwargs)
+        finally:
+            _pooled.reset(token)
+        flat = traverse_util.flatten_dict(variables["params"])
+        kernels = [path for path in sorted(flat) if path[-1] == "kernel"]
+        if sum(flat[path].size for path in kernels) != sum(sizes):
+            raise TypeError(f"{type(self).__name__} has a kernel whose initializer is not Gaussian")
+        noise = jax.random.normal(key, (sum(sizes),))
+        start = 0
+        for path in kernels:
+            std = flat[path]
+            flat[path] = std * noise[start : start + std.size].reshape(std.shape).astype(std.dtype)
+            start += std.size
+        return {**variables, "params": traverse_util.unflatten_dict(flat)}
