@@ -1,8 +1,8 @@
-"""BN-x30: "Like BN-x5, but with the initial learning rate 0.045 (30 times that of Inception)." (4.2.2)
+"""BN-x30: "Like BN-x5, but with the initial learning rate 0.045 (30 times that of Inception)."
 
     python -m bn_jax.main --config=configs/bn_x30.py:digits    # 2 CPU cores, minutes
 
-Expected: 72.2% after 2.7e6 steps on ImageNet, 74.8% after 6e6 (not yet run here).
+Expected: 72.2% after 2.7e6 steps on ImageNet, 74.8% after 6e6 (4.2.2; not yet run here).
 """
 
 from ml_collections import ConfigDict

