@@ -1,4 +1,4 @@
-"""Percentiles of chosen activations on one fixed batch (Fig. 1b,c): how their distributions move."""
+"""Percentiles of chosen activations on one fixed batch (Fig. 1b,c): how distributions move."""
 
 import difflib
 from typing import Any
@@ -24,7 +24,7 @@ class Taps:
     examples, the same at every step and on every device; the network runs in training mode, so a BN
     layer normalizes with the statistics of the batch's groups, as it does in a training step.
 
-    Raises ConfigError at construction for a path that the model does not have. Compiles nothing yet.
+    Raises ConfigError at construction for a path that the model does not have, before compiling.
     """
 
     def __init__(self, exp: Experiment):

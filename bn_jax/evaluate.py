@@ -1,7 +1,7 @@
 """Exact evaluation, with population statistics: `python -m bn_jax.evaluate --workdir=DIR`.
 
-Every example of the split counts once, whatever the batch size and the number of devices: batches are
-padded and masked, sums are added up, and the number of examples is asserted.
+Every example of the split counts once, whatever the batch size and the number of devices: batches
+are padded and masked, sums are added up, and the number of examples is asserted.
 """
 
 import argparse
@@ -13,10 +13,9 @@ from typing import Any
 
 import jax
 
-from bn_jax import batch_norm, command, experiment, layers, step
+from bn_jax import command, experiment, layers, step
 from bn_jax import mesh as meshes
-from bn_jax.checkpoint import Checkpoints
-from bn_jax.errors import CheckpointError, DataError
+from bn_jax.errors import DataError
 from bn_jax.experiment import Experiment
 
 
@@ -86,9 +85,9 @@ class Evaluator:
 
 
 def running_gap(running: Any, population: Any) -> float:
-    """Largest distance of a running mean from its population mean, in population standard deviations.
+    """Largest distance of a running mean from its population mean, in population std deviations.
 
-    It says how much the moving average lags behind the network. Trees of batch_stats; NaN without BN.
+    It says how far the moving average lags behind. Trees of batch_stats; NaN without BN.
     """
     gaps = []
 
@@ -102,3 +101,41 @@ def running_gap(running: Any, population: Any) -> float:
 
     visit(running, population)
     return max(gaps, default=math.nan)
+
+
+def sentence(exp: Experiment, scores: dict[str, Any]) -> str:
+    """Accuracy with the count it rests on and its standard error, in words."""
+    n, top1 = scores["examples"], scores["top1"]
+    error = 100 * math.sqrt(top1 * (1 - top1) / n)
+    return (
+        f"{experiment.split_name(exp.config)} accuracy {100 * top1:.2f}% +- {error:.2f} "
+        f"({round(top1 * n):,} of {n:,} examples), top-5 {100 * scores['top5']:.2f}%"
+    )
+
+
+def main() -> None:
+    """Scores the best or newest checkpoint of a run."""
+    parser = argparse.ArgumentParser("python -m bn_jax.evaluate", description=__doc__)
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a trained run")
+    parser.add_argument("--step", type=int, help="checkpoint to score (the newest)")
+    parser.add_argument(
+        "--statistics",
+        choices=("population", "running"),
+        default="population",
+        help="statistics of BN: Algorithm 2 over fixed training batches, or the moving average",
+    )
+    args = parser.parse_args()
+    exp = experiment.from_workdir(args.workdir)
+    found_step, state = experiment.restore(exp, args.workdir, args.step)
+    evaluator = Evaluator(exp)
+    batch_stats = state.batch_stats
+    if args.statistics == "population":
+        batch_stats = evaluator.population(state.params, batch_stats)
+    scores = evaluator.scores(state.params, batch_stats)
+    print(f"{args.workdir}, step {found_step:,}, {args.statistics} statistics")
+    print(sentence(exp, scores))
+    print(json.dumps({"step": found_step, "statistics": args.statistics, **scores}))
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bn_jax import mesh as meshes
-from bn_jax import models, optim, validate
+from bn_jax import models, optim, step, validate
+from bn_jax.checkpoint import Checkpoints
 from bn_jax.data import pipeline
-from bn_jax.errors import ConfigError
+from bn_jax.errors import CheckpointError, ConfigError
 
 
 class Experiment(NamedTuple):
@@ -27,19 +28,8 @@ class Experiment(NamedTuple):
     key: jax.Array
 
 
-def default_name(config: ConfigDict) -> str:
-    """Folder name of a run: the experiment's, with the scale unless it is the default one."""
-    default = {"inception": "imagenet", "mlp": "mnist"}[config.model.name]
-    return config.name if config.scale == default else f"{config.name}_{config.scale}"
-
-
-def check(config: ConfigDict) -> None:
-    """Raises ConfigError for a config that cannot be trained, without touching a device or disk."""
-    validate.check(config)
-
-
 def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
-    """The config of a run on `devices` devices: scale `pod` gets its batch, others stay as they are.
+    """The config of a run on `devices` devices: scale `pod` gets its batch, others are kept.
 
     Differs from the paper: at scale `pod` one synchronous step of 32 x devices examples stands for
     as many asynchronous steps of 32, so that the number of examples seen stays the same.
@@ -57,7 +47,7 @@ def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
 
 def build(config: ConfigDict) -> Experiment:
     """Everything a run needs but its state. Raises ConfigError before anything is compiled."""
-    check(config)
+    validate.check(config)
     mesh = meshes.make()
     config = for_devices(config, mesh.size)
     meshes.check_batch(config.batch_size, mesh.size)
@@ -76,8 +66,52 @@ def build(config: ConfigDict) -> Experiment:
 
 
 def from_workdir(workdir: pathlib.Path) -> Experiment:
-    """The experiment that a run's run.json describes. Raises ConfigError if there is no such run."""
+    """The experiment that a run's run.json describes. Raises ConfigError if there is none."""
     path = workdir / "run.json"
     if not path.is_file():
         raise ConfigError(f"{workdir} is no run: it has no run.json (--workdir of a trained run)")
     return build(ConfigDict(json.loads(path.read_text())["config"]).lock())
+
+
+def abstract_state(exp: Experiment) -> step.TrainState:
+    """Shapes, dtypes and shardings of the experiment's state; nothing is computed."""
+    everywhere = meshes.replicated(exp.mesh)
+    shapes = jax.eval_shape(lambda: initial_state(exp))
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes
+    )
+
+
+def initial_state(exp: Experiment) -> step.TrainState:
+    """The state before the first step. For `jax.jit`."""
+    return step.init_state(exp.model, exp.config.seed, exp.data.image_shape)
+
+
+def restore(
+    exp: Experiment, workdir: pathlib.Path, at_step: int | None = None
+) -> tuple[int, step.TrainState]:
+    """A run's newest checkpoint, or that of one step. Raises CheckpointError if there is none."""
+    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=0, read_only=True)
+    found = checkpoints.restore(abstract_state(exp), at_step)
+    if found is None:
+        raise CheckpointError(f"{workdir} has no checkpoint yet: let the run reach its first one")
+    return found[0], found[1]
+
+
+def describe(exp: Experiment) -> dict[str, Any]:
+    """What run.json says of the data and the devices."""
+    data = {
+        "name": exp.config.data.name,
+        "split": split_name(exp.config),
+        "description": exp.data.description,
+        "train_examples": exp.data.num_train,
+        "eval_examples": exp.data.num_eval,
+    }
+    return {"data": data, "mesh": meshes.describe(exp.mesh)}
+
+
+def split_name(config: ConfigDict) -> str:
+    """What the examples that evaluations count are called."""
+    if config.data.holdout:
+        return "held-out training"
+    return "validation" if config.data.name in ("imagenet2012", "folder") else "test"

@@ -16,17 +16,23 @@ from bn_jax import command
 from bn_jax.errors import ConfigError
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#777777"  # Okabe & Ito: colour-blind safe
+BLUE, ORANGE, GREEN, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#777777",
+)  # Okabe & Ito: colour-blind safe
 PERCENTILES = (15, 50, 85)  # of Fig. 1b,c
 
 
 class Run(NamedTuple):
-    """One recorded run: its run.json and the lines of metrics.jsonl by kind."""
+    """One recorded run: its config, what run.json says of its data, metrics.jsonl by kind."""
 
     workdir: pathlib.Path
-    info: dict[str, Any]
+    config: dict[str, Any]
+    data: dict[str, Any]
     lines: dict[str, list[dict[str, Any]]]
 
 
@@ -41,7 +47,8 @@ def read_run(workdir: pathlib.Path) -> Run:
     for text in (workdir / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
         lines.setdefault(line["kind"], []).append(line)
-    return Run(workdir, json.loads((workdir / "run.json").read_text()), lines)
+    info = json.loads((workdir / "run.json").read_text())
+    return Run(workdir, info["config"], info["info"]["data"], lines)
 
 
 class Percentiles(NamedTuple):
@@ -121,14 +128,14 @@ def draw_run(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     axes = iter(all_axes[0])
     if run.lines["eval"]:
         panel = next(axes)
-        plot_accuracy(panel, run, BLUE, run.info["config"]["name"])
+        plot_accuracy(panel, run, BLUE, run.config["name"])
         last = run.lines["eval"][-1]
-        panel.set_title(f"{run.info['data']['split']}: {100 * last['top1']:.1f}% of {last['examples']:,}")
+        panel.set_title(f"{run.data['split']}: {100 * last['top1']:.1f}% of {last['examples']:,}")
     if inputs:
         panel, curves = next(axes), percentiles(run, inputs[-1])
         plot_percentiles(panel, curves, typical_unit(curves), ORANGE)
         panel.set_title(f"{{15, 50, 85}}th percentiles, {curves.layer}", fontsize=9)
-    figure.suptitle(f"{run.info['config']['name']} on {run.info['data']['name']}", fontsize=10)
+    figure.suptitle(f"{run.config['name']} on {run.data['name']}", fontsize=10)
     return _save(figure, out, "run")
 
 
@@ -149,7 +156,9 @@ def fig1_numbers(baseline: Run, with_bn: Run, layer: str = "dense_2/input") -> d
             "examples": last["examples"],
             "steps": last["step"],
             "unit": unit,
-            "drift": dict(zip(map(str, PERCENTILES), drifts[:, unit].round(4).tolist(), strict=True)),
+            "drift": dict(
+                zip(map(str, PERCENTILES), drifts[:, unit].round(4).tolist(), strict=True)
+            ),
             "layer_drift": dict(
                 zip(map(str, PERCENTILES), np.median(drifts, axis=1).round(4).tolist(), strict=True)
             ),
@@ -175,17 +184,17 @@ def draw_fig1(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     ):
         plot_percentiles(axes, percentiles(run, layer), numbers[name]["unit"], colour)
         axes.set_title(f"({letter}) {name}: {{15, 50, 85}}th percentiles")
-    figure.suptitle(f"MNIST study (section 4.1), {baseline.info['data']['name']}", fontsize=10)
+    figure.suptitle(f"MNIST study (section 4.1), {baseline.data['name']}", fontsize=10)
     paths = _save(figure, out, "fig1")
     (out / "fig1.json").write_text(json.dumps(numbers, indent=2) + "\n")
     print(fig1_table(numbers))
-    return paths + [out / "fig1.json"]
+    return [*paths, out / "fig1.json"]
 
 
 def fig1_table(numbers: dict[str, Any]) -> str:
     """The numbers of Fig. 1 as Markdown."""
     rows = [
-        "| network | steps | test accuracy | drift of p15, p50, p85 (typical unit) | layer median |",
+        "| network | steps | test accuracy | drift of p15, p50, p85 | layer's median |",
         "|---|---|---|---|---|",
     ]
     for name, n in numbers.items():
@@ -214,7 +223,9 @@ def _save(figure, out: pathlib.Path, name: str) -> list[pathlib.Path]:
 def main() -> None:
     """Draws what the folder holds."""
     parser = argparse.ArgumentParser("python -m bn_jax.figures", description=__doc__)
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a run, or a pair's folder")
+    parser.add_argument(
+        "--workdir", required=True, type=pathlib.Path, help="a run, or a pair's folder"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="where pictures go (WORKDIR/figures)")
     args = parser.parse_args()
     out = args.out or args.workdir / "figures"

@@ -5,6 +5,8 @@ import difflib
 import pathlib
 import sys
 
+from ml_collections import ConfigDict
+
 from bn_jax.errors import ConfigError
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -31,11 +33,17 @@ def experiments() -> str:
         [
             *lines,
             "",
-            "Scales: imagenet (default), digits, folder, synthetic, pod; mnist*: mnist (default), "
-            "digits, synthetic.",
+            "Scales: imagenet (default), digits, folder, synthetic, pod;",
+            "        of mnist*: mnist (default), digits, synthetic.",
             "Train one: python -m bn_jax.main --config=configs/bn_x30.py:digits",
         ]
     )
+
+
+def run_name(config: ConfigDict) -> str:
+    """Folder name of a run: the experiment's, with the scale unless it is the default one."""
+    default = {"inception": "imagenet", "mlp": "mnist"}[config.model.name]
+    return config.name if config.scale == default else f"{config.name}_{config.scale}"
 
 
 def resolve(argv: list[str]) -> list[str]:
@@ -69,4 +77,4 @@ def _file(value: str) -> str:
     return f"{path}{colon}{scale}"
 
 
-_KNOWN_PARENTS = (pathlib.Path("."), pathlib.Path("configs"))
+_KNOWN_PARENTS = (pathlib.Path(), pathlib.Path("configs"))

@@ -4,9 +4,8 @@ The same command again resumes the run. Any field can be changed: --config.learn
 """
 
 import pathlib
-import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from bn_jax import command, listing
@@ -24,30 +23,41 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check the config, print it, and 
 
 def main(argv: list[str]) -> None:
     """Everything after the command line has been read."""
+    logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
         raise ConfigError(f"unexpected argument {argv[1]!r}: options are written --name=value")
     if _LIST.value:
         print(listing.experiments())
         return
-    if _CONFIG.value is None:
-        raise ConfigError("--config=configs/NAME.py[:SCALE] is needed; --list names them")
-    from bn_jax import train  # jax is imported only once the command line is known to be right
-
     config = _CONFIG.value
-    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / train.default_name(config))
+    if config is None:
+        raise ConfigError("--config=configs/NAME.py[:SCALE] is needed; --list names them")
+    from bn_jax import validate  # later imports take seconds: first see whether they are needed
+
+    validate.check(config)
+    workdir = pathlib.Path(_WORKDIR.value or f"runs/{listing.run_name(config)}")
     if _DRY_RUN.value:
-        train.check(config)
         print(f"{config}\nworkdir: {workdir}")
         return
+    import jax
+
+    from bn_jax import figures, mesh, train
+
+    mesh.initialize()
     train.run(config, workdir)
+    if jax.process_index() == 0:
+        for path in figures.draw_run(workdir, workdir / "figures"):
+            print(path)
 
 
 def parse(argv: list[str]) -> list[str]:
     """absl's parsing, with one line and exit code 2 for everything that can be wrong in it."""
     try:
         return flags.FLAGS(listing.resolve(argv))
-    except (flags.Error, ValueError, TypeError, AttributeError, KeyError, OSError, ImportError) as e:
-        command.fail(str(e), ConfigError.exit_code)
+    except SystemExit:  # --help has been printed; absl ends with 1
+        raise SystemExit(0) from None
+    except (flags.Error, ConfigError, ValueError, TypeError, LookupError, AttributeError) as error:
+        command.fail(str(error), ConfigError.exit_code)
 
 
 if __name__ == "__main__":

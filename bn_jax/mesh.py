@@ -1,8 +1,8 @@
 """Devices, hosts and shardings: the only file that knows how many there are.
 
-Data parallelism is one mesh axis, `data`: batches are cut along their first axis, everything else is
-replicated. `jax.jit` with these shardings inserts the collectives; the mathematics of a step does not
-depend on the number of devices (statistic groups are keyed to an example's place in the batch).
+Data parallelism is one mesh axis, `data`: batches are cut along their first axis, everything else
+is replicated. `jax.jit` with these shardings inserts the collectives; what a step computes does
+not depend on the number of devices (statistic groups are keyed to an example's place).
 """
 
 import os
@@ -18,8 +18,8 @@ from bn_jax.errors import ConfigError
 def initialize() -> None:
     """Joins the other processes of this run, if there are any.
 
-    A cluster is recognised by jax itself (Cloud TPU, SLURM, Open MPI, GKE) or named by the variables
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which launch/local.sh sets.
+    A cluster is recognised by jax itself (Cloud TPU, SLURM, Open MPI, GKE) or named by the
+    variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
     if jax.distributed.is_initialized():
         return
@@ -45,7 +45,9 @@ def cluster_has_many_hosts(env) -> bool:
     hosts = env["TPU_WORKER_HOSTNAMES"].split(",") if "TPU_WORKER_HOSTNAMES" in env else []
     slurm_tasks = int(env["SLURM_NTASKS"]) if "SLURM_PROCID" in env and "SLURM_NTASKS" in env else 1
     mpi_size = int(env["OMPI_COMM_WORLD_SIZE"]) if "OMPI_COMM_WORLD_SIZE" in env else 1
-    return len(hosts) > 1 or slurm_tasks > 1 or mpi_size > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in env
+    return (
+        len(hosts) > 1 or slurm_tasks > 1 or mpi_size > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in env
+    )
 
 
 def make(devices: list[jax.Device] | None = None) -> Mesh:
@@ -88,7 +90,7 @@ def rows(mesh: Mesh, batch_size: int) -> slice:
 
 
 def put_batch(mesh: Mesh, batch: Any, batch_size: int) -> Any:
-    """This process's rows, a tree of numpy arrays [rows, ...], as global arrays [batch_size, ...]."""
+    """This process's rows, a tree of arrays [rows, ...], as global arrays [batch_size, ...]."""
     sharding = along_batch(mesh)
 
     def put(x: np.ndarray) -> jax.Array:

@@ -1,7 +1,7 @@
 """Momentum SGD, exponential decay by examples seen, and L2 (paper section 4.2).
 
-The rate and its decay are data, not constants of the compiled program, so that networks which differ
-only in numbers (BN-x5, BN-x30, "decay 6 times faster") share one program.
+The rate and its decay are data, not constants of the compiled program, so that networks which
+differ only in numbers (BN-x5, BN-x30, "decay 6 times faster") share one program.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ def decayed_rate(hyper: Hyper, step: jax.Array, batch_size: int) -> jax.Array:
 
     GoogLeNet lowers its rate by 4% every 8 epochs; the modified networks do so 6 times faster
     (section 4.2.1). Differs from the paper: the decay is continuous, not a staircase, because the
-    paper does not say which. Equal to `optax.exponential_decay`, whose checks refuse traced numbers.
+    paper does not say which. Equal to `optax.exponential_decay`, which takes no traced numbers.
     """
     examples = jnp.asarray(step, jnp.float32) * batch_size
     return hyper.learning_rate * hyper.decay_rate ** (examples / hyper.decay_examples)

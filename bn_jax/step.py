@@ -63,10 +63,10 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of momentum SGD on one global batch.
 
-    batch: image [N, H, W, C] in 0..255, label int32 [N], mask bool [N] (False: the row takes part in
-    nothing). key: the run's dropout key; step k uses fold_in(key, k). Returns the next state and
+    batch: image [N, H, W, C] in 0..255, label int32 [N], mask bool [N] (False: the row takes part
+    in nothing). key: the run's dropout key; step k uses fold_in(key, k). Returns the next state and
     metrics: `loss` (with the L2 and auxiliary terms) and `cross_entropy` in nats, `top1` (share of
-    the batch), `learning_rate`, `gradient_square` [leaves of params] (their sum is the squared norm).
+    the batch), `learning_rate`, `gradient_square` [leaves of params] (their sum: squared norm).
     """
     labels, mask = batch["label"], batch["mask"]
 
@@ -148,7 +148,9 @@ def eval_step(
     Sums and counts, never means, so that batches of any size add up to the exact figure.
     """
     labels, mask = batch["label"], batch["mask"]
-    logits = model.apply({"params": params, "batch_stats": batch_stats}, batch["image"], train=False)
+    logits = model.apply(
+        {"params": params, "batch_stats": batch_stats}, batch["image"], train=False
+    )
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     rank = label_rank(logits, labels)
     return {

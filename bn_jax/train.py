@@ -1,9 +1,11 @@
 """The training loop: batches in, steps out; records, evaluations and checkpoints every k steps.
 
-The state after step k is a function of (config, k): what a step sees depends on (seed, step) only, so
-a run that is stopped and started again ends with the same bits as one that never stopped.
+The state after step k is a function of (config, k): what a step sees depends on (seed, step) only,
+so a run that is stopped and started again ends with the same bits as one that never stopped.
 """
 
+import contextlib
+import functools
 import math
 import pathlib
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bn_jax import evaluate, experiment, preempt, record
+from bn_jax import activations, evaluate, experiment, preempt, record
 from bn_jax import mesh as meshes
 from bn_jax import step as steps
 from bn_jax.checkpoint import Checkpoints
@@ -28,12 +30,20 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     DivergedError, Preempted and the other errors of `bn_jax.errors` as they come.
     """
     exp = experiment.build(config)
-    with record.open_workdir(workdir, exp.config.to_dict()) as records:
-        checkpoints = Checkpoints(
-            workdir / "checkpoints", keep_last=exp.config.keep_last, keep_best=exp.config.keep_best
-        )
-        with checkpoints, preempt.Signals() as signals:
-            return Loop(exp, records, checkpoints, signals).run()
+    config, taps = exp.config, activations.Taps(exp)
+    records = record.open_workdir(workdir, config.to_dict(), **experiment.describe(exp))
+    with (
+        records,
+        contextlib.closing(
+            Checkpoints(
+                workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
+            )
+        ) as checkpoints,
+        preempt.Signals(steps_per_dispatch(config)) as signals,
+    ):
+        scores = Loop(exp, taps, records, checkpoints, signals).run()
+        records.finish("done", **scores)
+    return scores
 
 
 def steps_per_dispatch(config: ConfigDict) -> int:
@@ -57,9 +67,10 @@ def compile_step(exp: Experiment, dispatch: int):
 
     batch = meshes.along_batch(exp.mesh)
     resident = (everywhere, everywhere, meshes.along_batch(exp.mesh, axis=1))
+    fed = (batch,) if dispatch == 1 else resident
     return jax.jit(
         one if dispatch == 1 else many,
-        in_shardings=(everywhere, *((batch,) if dispatch == 1 else resident), everywhere, everywhere),
+        in_shardings=(everywhere, *fed, everywhere, everywhere),
         out_shardings=everywhere,
         donate_argnums=0,
     )
@@ -67,74 +78,166 @@ def compile_step(exp: Experiment, dispatch: int):
 
 def feed(exp: Experiment, start: int, dispatch: int) -> Iterator[tuple]:
     """The arguments of each dispatch from step `start` on, already on the devices."""
-    config, mesh, data = exp.config, exp.mesh, exp.data
+    mesh, data, seed = exp.mesh, exp.data, exp.config.seed
+    size, total = exp.config.batch_size, exp.config.total_steps
     if dispatch == 1:
-        rows = meshes.rows(mesh, config.batch_size)
-        for batch in data.train(start, config.total_steps, config.batch_size, rows, seed=config.seed):
-            yield (meshes.put_batch(mesh, batch, config.batch_size),)
+        for batch in data.train(start, total, size, meshes.rows(mesh, size), seed=seed):
+            yield (meshes.put_batch(mesh, batch, size),)
         return
     images, labels = meshes.put_replicated(mesh, data.resident())
-    for first in range(start, config.total_steps, dispatch):
-        order = [
-            data.train_indices(step, config.batch_size, seed=config.seed)
-            for step in range(first, first + dispatch)
-        ]
+    for first in range(start, total, dispatch):
+        order = [data.train_indices(k, size, seed=seed) for k in range(first, first + dispatch)]
         yield images, labels, meshes.put_replicated(mesh, np.stack(order).astype(np.int32))
 
 
 class Loop:
     """One attempt at a run: from the newest checkpoint, or the start, to the last step."""
 
-    def __init__(self, exp: Experiment, records, checkpoints: Checkpoints, signals):
-        self.exp, self.records = exp, records
+    def __init__(
+        self,
+        exp: Experiment,
+        taps: activations.Taps,
+        records: record.Recorder,
+        checkpoints: Checkpoints,
+        signals: preempt.Signals,
+    ):
+        self.exp, self.taps, self.records = exp, taps, records
         self.checkpoints, self.signals = checkpoints, signals
         self.evaluator = evaluate.Evaluator(exp)
-        self.taps = activations.Taps(exp) if exp.config.record.activations else None
+        self.dispatch = steps_per_dispatch(exp.config)
+        self.leaves: list[str] = []  # paths of the parameters, to name the one that diverged
         self.scores: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
         """Trains to the end and returns the last evaluation's scores."""
-        config = self.exp.config
-        dispatch = steps_per_dispatch(config)
-        with self.records.timed("startup"):
-            step, state = self.start()
-        train_step = compile_step(self.exp, dispatch)
-        hyper, key = meshes.put_replicated(self.exp.mesh, self.exp.hyper), self.exp.key
-        if step == 0:
-            self.record_activations(step, state)
-        pending = None  # metrics are read while the next step runs
-        batches = feed(self.exp, step, dispatch)
-        while step < config.total_steps:
-            with self.records.timed("input"):
-                fed = next(batches)
-            with self.records.timed("step"):
-                state, metrics = train_step(state, *fed, hyper, key)
-                self.report(pending)
-            step, pending = step + dispatch, (step, metrics)
-            stopping = self.signals.stop_at(step)
-            if stopping or self.due(step):
-                self.report(pending)
-                pending = None
-                self.at_interval(step, state, stopping)
-        self.checkpoints.wait()
+        exp, records = self.exp, self.records
+        step, state = self.start()
+        if step < exp.config.total_steps:
+            state = self.train(step, state)
+        with records.timed("save"):
+            self.checkpoints.wait()
+        self.records.say(f"done: {evaluate.sentence(exp, self.scores)}; {exp.data.description}")
         return self.scores
 
     def start(self) -> tuple[int, steps.TrainState]:
         """The state to go on from: the newest good checkpoint's, or a new one."""
-        exp, everywhere = self.exp, meshes.replicated(self.exp.mesh)
-        config = exp.config
-        init = functools.partial(
-            steps.init_state, exp.model, config.seed, exp.data.image_shape
+        exp = self.exp
+        with self.records.timed("startup"):
+            like = experiment.abstract_state(exp)
+            self.leaves = [
+                jax.tree_util.keystr(path, simple=True, separator="/")
+                for path, _ in jax.tree_util.tree_leaves_with_path(like.params)
+            ]
+            found = self.checkpoints.restore(like)
+            if found is not None:
+                step, state, meta = found
+                self.scores = meta["scores"]
+                self.records.begin(step)
+                self.records.say(f"resumed from step {step:,}")
+                return step, state
+        self.records.begin(0)
+        self.records.say(exp.data.description)
+        with self.records.timed("compile"):
+            init = functools.partial(experiment.initial_state, exp)
+            state = jax.jit(init, out_shardings=meshes.replicated(exp.mesh))()
+        self.record_activations(0, state)
+        return 0, state
+
+    def train(self, step: int, state: steps.TrainState) -> steps.TrainState:
+        """Takes the steps from `step` to the last one."""
+        exp, records = self.exp, self.records
+        total, dispatch = exp.config.total_steps, self.dispatch
+        hyper, key = meshes.put_replicated(exp.mesh, exp.hyper), exp.key
+        train_step, pending = None, None
+        batches = feed(exp, step, dispatch)
+        while step < total:
+            with records.timed("input"):
+                fed = next(batches)
+            if train_step is None:
+                records.say("compiling the training step ...")
+                with records.timed("compile"):
+                    program = compile_step(exp, dispatch)
+                    train_step = program.lower(state, *fed, hyper, key).compile()
+            with records.timed("step"):
+                state, metrics = train_step(state, *fed, hyper, key)
+                self.report(pending)  # while the next step runs
+            step += dispatch
+            pending = (step, metrics)
+            stopping = self.signals.stop_at(step)
+            if stopping or self.due(step):
+                with records.timed("step"):
+                    self.report(pending)
+                pending = None
+                self.at_interval(step, state, stopping)
+        return state
+
+    def due(self, step: int) -> bool:
+        """Whether something but a training line is to be written after `step`."""
+        config = self.exp.config
+        intervals = (config.eval_every, config.checkpoint_every, config.record.activation_every)
+        return step == config.total_steps or any(step % every == 0 for every in intervals)
+
+    def at_interval(self, step: int, state: steps.TrainState, stopping: bool) -> None:
+        """Activations, evaluation and checkpoint, in this order: a checkpoint of step k vouches for
+        all lines of step k. Raises Preempted if the run is to stop here."""
+        config, last = self.exp.config, step == self.exp.config.total_steps
+        if last or step % config.record.activation_every == 0:
+            self.record_activations(step, state)
+        if last or step % config.eval_every == 0:
+            self.evaluate(step, state)
+        if last or stopping or step % config.checkpoint_every == 0:
+            with self.records.timed("save"):
+                self.records.sync()
+                metric = self.scores["top1"] if self.scores.get("step") == step else None
+                self.checkpoints.save(step, state, metric=metric, meta={"scores": self.scores})
+        with self.records.timed("save"):
+            self.checkpoints.wait() if stopping else self.checkpoints.check()
+        if stopping and not last:
+            raise Preempted(
+                f"stopped by {self.signals.reason or 'another process'} after step {step:,}, "
+                "which is saved: the same command goes on from there"
+            )
+
+    def report(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+        """Writes the metrics of a finished dispatch. Raises DivergedError if one is not finite."""
+        if pending is None:
+            return
+        last, metrics = pending[0], jax.device_get(pending[1])
+        squares = metrics.pop("gradient_square")
+        metrics["gradient_norm"] = np.sqrt(np.sum(squares, axis=-1))
+        for i in range(self.dispatch):
+            step = last - self.dispatch + 1 + i
+            line = {name: float(values[i]) for name, values in metrics.items()}
+            if not (np.isfinite(line["loss"]) and np.all(np.isfinite(squares[i]))):
+                raise self.diverged(step, line["loss"], squares[i])
+            if step % self.exp.config.log_every == 0 or step == self.exp.config.total_steps:
+                self.records.write("train", step, **line)
+        examples = self.dispatch * self.exp.config.batch_size
+        self.records.progress(last, float(metrics["loss"][-1]), examples)
+
+    def diverged(self, step: int, loss: float, squares: np.ndarray) -> DivergedError:
+        """The error that ends a run whose loss or gradient is not finite."""
+        pairs = zip(self.leaves, squares, strict=True)
+        bad = [name for name, square in pairs if not np.isfinite(square)]
+        return DivergedError(
+            f"diverged at step {step:,}: loss {loss}, gradient not finite in {len(bad)} of "
+            f"{len(self.leaves)} parameters{f' ({bad[0]}, ...)' if bad else ''}; "
+            "the records and the last finite checkpoint are kept"
         )
-        like = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
-            jax.eval_shape(init),
-        )
-        found = self.checkpoints.restore(like)
-        if found is None:
-            self.records.begin(0)
-            return 0, jax.jit(init, out_shardings=everywhere)()
-        step, state, meta = found
-        self.scores = meta["scores"]
-        self.records.begin(step)
-        return step, state
+
+    def evaluate(self, step: int, state: steps.TrainState) -> None:
+        """Scores the state with population statistics, and says so."""
+        with self.records.timed("evaluate"):
+            population = self.evaluator.population(state.params, state.batch_stats)
+            scores = self.evaluator.scores(state.params, population)
+            gap = evaluate.running_gap(state.batch_stats, population)
+        self.scores = {"step": step, **scores}
+        self.records.write("eval", step, **scores, running_gap=gap)
+        self.records.say(f"step {step:,}: {evaluate.sentence(self.exp, scores)}")
+
+    def record_activations(self, step: int, state: steps.TrainState) -> None:
+        """Writes the percentiles of the chosen activations."""
+        if self.taps.paths:
+            with self.records.timed("evaluate"):
+                for layer, values in self.taps.record(state).items():
+                    self.records.write("activation", step, layer=layer, **values)

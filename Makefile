@@ -1,0 +1,56 @@
+# Everything a developer or CI runs. `make demo` and `make test` need only Python >= 3.11 and an index.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo fig1 test check lint readme slow faults table bench lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP)  ## create .venv from the hash-pinned lock, with $(PYTHON)
+
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bn_jax needs Python >= 3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup  ## train BN-x30 on the embedded digits, 5 minutes on 2 cores, and draw it
+	$(RUN) bn_jax.main --config=configs/bn_x30.py:digits --workdir=runs/bn_x30
+
+MNIST ?=
+SCALE := $(if $(MNIST),mnist,digits)
+DATA := $(if $(MNIST),--config.data.dir=$(MNIST))
+fig1: setup  ## the MNIST study (Fig. 1) on the digits, or MNIST=FOLDER with the four idx files
+	$(RUN) bn_jax.main --config=configs/mnist.py:$(SCALE) $(DATA) --workdir=runs/fig1_$(SCALE)/mnist
+	$(RUN) bn_jax.main --config=configs/mnist_bn.py:$(SCALE) $(DATA) --workdir=runs/fig1_$(SCALE)/mnist_bn
+	$(RUN) bn_jax.figures --workdir=runs/fig1_$(SCALE)
+
+test: setup  ## the tests
+	$(RUN) pytest -m "not slow and not faults"
+
+lint: setup  ## ruff, format, types, bytecode
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(RUN) compileall -q bn_jax configs tests benchmarks
+
+check: lint test  ## all that CI runs
+
+slow: setup  ## the tests that take minutes
+	$(RUN) pytest -m "slow"
+
+faults: setup  ## fault injection in full
+	$(RUN) pytest -m "faults" -s
+
+lock:  ## write requirements.lock anew (needs uv)
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-emit-find-links --no-header --no-annotate --extra digits --extra test --extra dev \
+	  pyproject.toml -o requirements.lock
+
+clean:  ## remove the environment and caches; runs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
