@@ -201,10 +201,14 @@ class Checkpoints:
             raise kind(header["error"])
         if header["step"] is None:
             return None
-        placed = []
-        for name, leaf in zip(names, leaves, strict=True):
-            data = hosts.broadcast(arrays[name].tobytes() if self._main else None)
-            placed.append(named.place(np.frombuffer(data, leaf.dtype).reshape(leaf.shape), leaf))
+        # One broadcast for all: each size of a broadcast is a program to compile.
+        data = hosts.broadcast(b"".join(arrays[name].tobytes() for name in names if self._main))
+        placed, start = [], 0
+        for leaf in leaves:
+            count = math.prod(leaf.shape)
+            array = np.frombuffer(data, leaf.dtype, count, start).reshape(leaf.shape)
+            placed.append(named.place(array, leaf))
+            start += array.nbytes
         return header["step"], jax.tree.unflatten(jax.tree.structure(like), placed), header["meta"]
 
     def _read(
