@@ -1,0 +1,1 @@
+"""One experiment a file; `inception` and `mnist` are the roots, the others change what they name."""
