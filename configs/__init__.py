@@ -1,1 +1,1 @@
-"""One experiment a file; `inception` and `mnist` are the roots, the others change what they name."""
+"""One experiment a file; `inception` and `mnist` are the roots, the others change a few keys."""

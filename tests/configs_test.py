@@ -100,7 +100,7 @@ def test_config_is_locked_valid_and_knows_itself(name, scale):
 
 @pytest.mark.parametrize("root", [inception, mnist])
 def test_unknown_scale_is_refused_with_the_list(root):
-    with pytest.raises(ValueError, match="'huge' is none of .*digits, .*synthetic"):
+    with pytest.raises(ValueError, match=r"'huge' is none of .*digits, .*synthetic"):
         root.get_config("huge")
 
 
@@ -125,11 +125,10 @@ def test_delta_is_a_page_with_command_and_expectation(name):
 
 def test_scales_change_data_image_width_and_length_only():
     """The paper's own rates, decay, L2 and other modifications hold at every scale."""
-    scaled = (
-        "scale image_size model.width total_steps data.name data.crop data.mirror data.shift "
-        "eval_every eval_batch_size statistics_batches checkpoint_every log_every "
-        "record.activation_every record.activation_examples"
-    ).split()
+    scaled = ["scale", "image_size", "model.width", "total_steps", "eval_every", "log_every"]
+    scaled += ["eval_batch_size", "statistics_batches", "checkpoint_every", "data.name"]
+    scaled += ["data.crop", "data.mirror", "data.shift", "record.activation_every"]
+    scaled += ["record.activation_examples"]
     pod = ["scale", "batch_per_device", "dtype"]
     reference = flat(inception.get_config())
     for scale in inception.SCALES:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
+from flax.core.scope import DenyList
 
 _pooled: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("pooled", default=None)
 
@@ -49,6 +50,8 @@ class PooledInit(nn.Module):
     @nn.nowrap
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module.init`. Faster still under `jax.jit`, which leaves the forward pass out."""
+        # What is recorded on request ("activations") is no part of a network's variables.
+        kwargs.setdefault("mutable", DenyList(("intermediates", "activations")))
         key = rngs["params"] if isinstance(rngs, dict) else rngs
         sizes: list[int] = []
         token = _pooled.set(sizes)
