@@ -1,5 +1,6 @@
 """What the commands share: a user's error is one line on stderr and an exit code, no traceback."""
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -20,3 +21,18 @@ def fail(message: str, code: int) -> None:
     """Ends the program with one line on stderr."""
     print(f"bn_jax: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+def reason(error: Exception) -> str:
+    """Why a command line was refused: an unknown field by name, a config's error without a stack.
+
+    ml_collections reports an unknown field as an AttributeError around a quoted KeyError.
+    """
+    text = str(error)
+    field = re.search(r"'(\w+)'", text)
+    if isinstance(error, (AttributeError, KeyError)) and field:
+        close = re.search(r'Did you mean "(\w+)"', text)
+        hint = f"did you mean {close[1]!r}?" if close else "--dry_run prints them all"
+        return f"the config has no field {field[1]!r}: {hint}"
+    stack = text.rpartition("Traceback (most recent call last):")[2]
+    return text if stack == text else stack.strip().splitlines()[-1]

@@ -125,6 +125,7 @@ def main() -> None:
         help="statistics of BN: Algorithm 2 over fixed training batches, or the moving average",
     )
     args = parser.parse_args()
+    meshes.use_compilation_cache()
     exp = experiment.from_workdir(args.workdir)
     found_step, state = experiment.restore(exp, args.workdir, args.step)
     evaluator = Evaluator(exp)

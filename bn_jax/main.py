@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
 
     from bn_jax import figures, mesh, train
 
+    mesh.use_compilation_cache()
     mesh.initialize()
     train.run(config, workdir)
     if jax.process_index() == 0:
@@ -57,7 +58,7 @@ def parse(argv: list[str]) -> list[str]:
     except SystemExit:  # --help has been printed; absl ends with 1
         raise SystemExit(0) from None
     except (flags.Error, ConfigError, ValueError, TypeError, LookupError, AttributeError) as error:
-        command.fail(str(error), ConfigError.exit_code)
+        command.fail(command.reason(error), ConfigError.exit_code)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ is replicated. `jax.jit` with these shardings inserts the collectives; what a st
 not depend on the number of devices (statistic groups are keyed to an example's place).
 """
 
+import contextlib
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -38,6 +40,22 @@ def initialize() -> None:
         )
     elif cluster_has_many_hosts(env):
         jax.distributed.initialize()
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between processes, in JAX_COMPILATION_CACHE_DIR or ~/.cache/bn_jax.
+
+    An empty JAX_COMPILATION_CACHE_DIR turns it off. A folder that cannot be written is no error.
+    """
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if folder is None:
+        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        folder = str(pathlib.Path(base) / "bn_jax" / "xla")
+    if folder:
+        with contextlib.suppress(OSError):
+            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", folder)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def cluster_has_many_hosts(env) -> bool:

@@ -1,0 +1,54 @@
+"""Devices and shardings on 8 virtual CPU devices."""
+
+import jax
+import numpy as np
+import pytest
+
+from bn_jax import mesh
+from bn_jax.errors import ConfigError
+
+
+def test_every_device_gets_the_same_number_of_examples():
+    mesh.check_batch(32, 8)
+    with pytest.raises(ConfigError, match="30 is not divisible by the 8 devices.*24"):
+        mesh.check_batch(30, 8)
+    with pytest.raises(ConfigError, match="4 is smaller than the 8 devices.*:pod"):
+        mesh.check_batch(4, 8)
+
+
+def test_a_batch_is_cut_along_its_first_axis():
+    devices = mesh.make()
+    assert devices.size == 8 and mesh.rows(devices, 16) == slice(0, 16)
+    x = np.arange(32).reshape(16, 2)
+    put = mesh.put_batch(devices, {"x": x}, 16)["x"]
+    np.testing.assert_array_equal(put, x)
+    assert {s.data.shape for s in put.addressable_shards} == {(2, 2)}
+    everywhere = mesh.put_replicated(devices, x)
+    assert {s.data.shape for s in everywhere.addressable_shards} == {(16, 2)}
+
+
+def test_a_mesh_of_some_devices():
+    assert mesh.make(jax.devices()[:2]).size == 2
+
+
+@pytest.mark.parametrize(
+    ("env", "many"),
+    [
+        ({}, False),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"SLURM_NTASKS": "4"}, False),  # inside salloc, not inside srun
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ],
+)
+def test_a_job_of_several_hosts_is_recognised(env, many):
+    assert mesh.cluster_has_many_hosts(env) is many
+
+
+def test_half_a_coordinator_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
+    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES"):
+        mesh.initialize()

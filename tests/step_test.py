@@ -1,0 +1,138 @@
+"""The training and evaluation steps as pure functions, without jit, mesh or flags."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bn_jax import optim, step
+from bn_jax.layers import BatchNorm
+from bn_jax.models.mlp import Mlp
+
+HYPER = optim.Hyper(*map(np.float32, (0.1, 0.96, 1000, 0.01, 0.9)))
+KEY = jax.random.key(3)
+
+
+def model(dropout=0.0):
+    norm = partial(BatchNorm, momentum=0.9, epsilon=1e-3)
+    return Mlp(num_classes=3, widths=(5, 4), norm=norm, dropout=dropout)
+
+
+def batch(n=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (n, 4, 4, 1), np.uint8),
+        "label": rng.integers(0, 3, n).astype(np.int32),
+        "mask": np.ones(n, bool),
+    }
+
+
+def test_one_step_is_the_gradient_step_written_out():
+    net, data = model(), batch()
+    state = step.init_state(net, 0, (4, 4, 1))
+
+    def loss(params):
+        logits, _ = net.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            data["image"],
+            train=True,
+            mutable=["batch_stats"],
+        )
+        log_p = jax.nn.log_softmax(logits)[np.arange(8), data["label"]]
+        kernels = [params[f"dense_{i}"]["dense"]["kernel"] for i in (0, 1)]
+        kernels.append(params["classifier"]["kernel"])
+        return -jnp.mean(log_p) + 0.005 * sum(jnp.sum(k**2) for k in kernels)
+
+    value, grads = jax.value_and_grad(loss)(state.params)
+    after, metrics = step.train_step(state, data, HYPER, KEY, model=net)
+    np.testing.assert_allclose(
+        metrics["loss"], value, rtol=1e-6
+    )  # float32, another summation order
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.params, expected)
+    assert int(after.step) == 1
+    assert float(after.batch_stats["dense_0"]["bn"]["count"]) == 1.0
+    square = sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads))
+    np.testing.assert_allclose(np.sum(metrics["gradient_square"]), square, rtol=1e-5)
+
+
+@pytest.mark.parametrize("junk", [0, 255])
+def test_a_masked_row_changes_nothing_whatever_it_holds(junk):
+    net, data = model(), batch()
+    data["mask"][5] = False
+    state = step.init_state(net, 0, (4, 4, 1))
+    spoilt = {**data, "image": data["image"].copy(), "label": data["label"].copy()}
+    spoilt["image"][5], spoilt["label"][5] = junk, 2
+    a, metrics_a = step.train_step(state, data, HYPER, KEY, model=net)
+    b, metrics_b = step.train_step(state, spoilt, HYPER, KEY, model=net)
+    jax.tree.map(np.testing.assert_array_equal, (a, metrics_a), (b, metrics_b))
+    seven = {k: np.delete(v, 5, axis=0) for k, v in data.items()}
+    c, metrics_c = step.train_step(state, seven, HYPER, KEY, model=net)
+    np.testing.assert_allclose(metrics_a["loss"], metrics_c["loss"], rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a.params, c.params)
+
+
+def test_dropout_depends_on_step_and_key_only():
+    net, data = model(dropout=0.5), batch()
+    state = step.init_state(net, 0, (4, 4, 1))
+    losses = [
+        float(step.train_step(s, data, HYPER, k, model=net)[1]["loss"])
+        for s, k in (
+            (state, KEY),
+            (state, KEY),
+            (state._replace(step=jnp.int32(1)), KEY),
+            (state, jax.random.key(4)),
+        )
+    ]
+    assert losses[0] == losses[1] and len(set(losses)) == 3
+
+
+def test_several_steps_in_one_dispatch_are_the_same_steps():
+    net, data = model(), batch(n=20)
+    indices = np.array([[0, 1, 2, 3], [4, 5, 6, 7], [19, 0, 8, 2]], np.int32)
+    state = one = step.init_state(net, 0, (4, 4, 1))
+    many, metrics = step.train_steps(
+        state, *map(jnp.asarray, (data["image"], data["label"], indices)), HYPER, KEY, model=net
+    )
+    for k, index in enumerate(indices):
+        rows = {
+            "image": data["image"][index],
+            "label": data["label"][index],
+            "mask": np.ones(4, bool),
+        }
+        one, alone = step.train_step(one, rows, HYPER, KEY, model=net)
+        np.testing.assert_allclose(metrics["loss"][k], alone["loss"], rtol=1e-5)
+    # three steps in another program: rounding of float32
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), many.params, one.params)
+
+
+def test_rank_of_the_label_breaks_ties_and_refuses_nan():
+    logits = jnp.array([[0.0, 0.0, 0.0], [1.0, 3.0, 2.0], [jnp.nan, 1.0, 2.0], [2.0, 2.0, 9.0]])
+    ranks = step.label_rank(logits, jnp.array([2, 2, 2, 1]))
+    # a constant row is not a hit; NaN ranks last; equal logits go to the lower class
+    np.testing.assert_array_equal(ranks, [2, 1, 3, 2])
+
+
+def test_evaluation_sums_over_valid_rows():
+    net, data = model(), batch(n=10)
+    state = step.init_state(net, 0, (4, 4, 1))
+    whole = step.eval_step(state.params, state.batch_stats, data, model=net)
+    parts = []
+    for rows in (slice(0, 6), slice(4, 10)):
+        part = {k: v[rows].copy() for k, v in data.items()}
+        if rows.start:
+            part["mask"][:2] = False  # already counted
+        parts.append(step.eval_step(state.params, state.batch_stats, part, model=net))
+    assert int(whole["examples"]) == 10 == sum(int(p["examples"]) for p in parts)
+    for name in ("top1", "top5"):
+        assert int(whole[name]) == sum(int(p[name]) for p in parts)
+    total = sum(float(p["cross_entropy"]) for p in parts)
+    np.testing.assert_allclose(whole["cross_entropy"], total, rtol=1e-6)
+
+
+def test_initial_weights_depend_on_the_seed():
+    a, b, c = (step.init_state(model(), seed, (4, 4, 1)).params for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert np.any(a["classifier"]["kernel"] != c["classifier"]["kernel"])
