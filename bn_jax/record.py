@@ -183,8 +183,9 @@ class Recorder:
     def _end(self, status: str, results: Mapping[str, Any]) -> None:
         self._progress.end()
         self._mark()
-        self._metrics.close()
-        self._timing.close()
+        with disk.reported(self.workdir, "cannot write in"):
+            self._metrics.close()
+            self._timing.close()
         if self._events is not None:
             self._events.close()
         self._run["attempts"][-1] |= {"status": status, "finished": _now()}
