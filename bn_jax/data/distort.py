@@ -1,4 +1,4 @@
-"""Training distortions: where to crop, mirror, shift, and how colours change.
+"""Training distortions: shifts, mirrors and colours (crops are in crops.py).
 
 Every function is pure: what happens to an example follows from its row of uniform draws
 (order.uniforms), whose columns are named by `Draw`. Geometry after GoogLeNet (sec. 6), colours
@@ -7,15 +7,12 @@ after Howard (2013, arXiv 1312.5402) and Krizhevsky et al. (2012, PCA lighting).
 
 import enum
 import itertools
-import math
 
 import cv2
 import numpy as np
 
 cv2.setNumThreads(0)  # the pipeline has its own threads, one a batch
 
-AREA = (0.08, 1.0)  # of a random crop, share of the image (GoogLeNet, sec. 6)
-ASPECT = (3 / 4, 4 / 3)  # width / height of a random crop (GoogLeNet, sec. 6)
 FACTOR = (
     0.5  # at strength 1 brightness, contrast and saturation are multiplied by U[1 - 0.5, 1 + 0.5]
 )
@@ -48,29 +45,6 @@ class Draw(enum.IntEnum):
 DRAWS = 15
 
 
-def random_box(
-    height: int, width: int, draws: np.ndarray, min_area: float
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random crop with an area of min_area..1 of the image and an
-    aspect of 3/4..4/3, both as drawn (aspect log-uniform).
-
-    A box that does not fit is shrunk on its longer side's limit, keeping its area where the image
-    allows; other implementations draw up to ten (torchvision) or a hundred (TF-slim) times. One
-    draw keeps the box a plain function of its numbers.
-    """
-    area = (min_area + (1 - min_area) * draws[Draw.AREA]) * height * width
-    low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
-    aspect = math.exp(low + (high - low) * draws[Draw.ASPECT])
-    w = min(max(round(math.sqrt(area * aspect)), 1), width)
-    h = min(max(round(math.sqrt(area / aspect)), 1), height)
-    # The side that was cut must not leave the other outside the allowed aspects.
-    h = min(h, max(math.floor(w / ASPECT[0]), 1))
-    w = min(w, max(math.floor(h * ASPECT[1]), 1))
-    top = int(draws[Draw.TOP] * (height - h + 1))
-    left = int(draws[Draw.LEFT] * (width - w + 1))
-    return top, left, h, w
-
-
 def shift(images_NHWC: np.ndarray, draws: np.ndarray, most: int) -> np.ndarray:
     """Moves each image by up to `most` pixels each way, independently per axis; what enters is
     0."""
@@ -80,6 +54,12 @@ def shift(images_NHWC: np.ndarray, draws: np.ndarray, most: int) -> np.ndarray:
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
     moved = windows[np.arange(n), places[:, 0], places[:, 1]]  # [N, C, H, W]
     return np.ascontiguousarray(moved.transpose(0, 2, 3, 1))
+
+
+def mirror(images_NHWC: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Mirrors the images whose draw is below one half."""
+    chosen = draws[:, Draw.MIRROR, None, None, None] < 0.5
+    return np.where(chosen, images_NHWC[:, :, ::-1], images_NHWC)
 
 
 def color_maps(means_NC: np.ndarray, draws: np.ndarray, strength: float) -> np.ndarray:
@@ -121,8 +101,13 @@ def lighting(draws: np.ndarray, strength: float) -> np.ndarray:
     return 255 * strength * LIGHTING * (normal * PCA_VALUES) @ PCA_VECTORS.T
 
 
-def photometric(images_NHWC: np.ndarray, draws: np.ndarray, strength: float) -> np.ndarray:
-    """uint8 images with their colours distorted (see color_maps), rounded and clipped to 0..255."""
+def photometric(
+    images_NHWC: np.ndarray, draws: np.ndarray, strength: float, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """uint8 images with their colours distorted (see color_maps), rounded and clipped to 0..255.
+
+    RGB images are changed in place; rows of mask False stay as they are.
+    """
     if not strength:
         return images_NHWC
     if images_NHWC.shape[-1] == 1:
@@ -130,8 +115,9 @@ def photometric(images_NHWC: np.ndarray, draws: np.ndarray, strength: float) -> 
         maps = color_maps(means, draws, strength).astype(np.float32)
         scaled = images_NHWC * maps[:, None, None, :, 0] + maps[:, None, None, :, 1]
         return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
-    means = np.array([cv2.mean(image)[:3] for image in images_NHWC])
+    means = np.array([cv2.mean(image)[:3] for image in images_NHWC]).reshape(-1, 3)
     maps = color_maps(means, draws, strength)
-    for image, color_map in zip(images_NHWC, maps, strict=True):
-        cv2.transform(image, color_map, dst=image)
+    for row, image in enumerate(images_NHWC):
+        if mask is None or mask[row]:
+            cv2.transform(image, maps[row], dst=image)
     return images_NHWC

@@ -6,16 +6,17 @@ holds is a pure function of (seed, k), so nothing is saved but the step.
 """
 
 import os
-import time
-from collections.abc import Callable, Iterator
+import pathlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from absl import logging
 
-from bn_jax.data import distort, order, sources
+from bn_jax.data import distort, folder, load, memory, order, sources, tfds
+from bn_jax.data.prefetch import Batch, Batches
 from bn_jax.errors import ConfigError
 
-Batch = dict[str, np.ndarray]
 PREFETCH_BYTES = 512 * 2**20  # at most this much is decoded ahead
 _HOLDOUT, _STATISTICS = 5, 6  # purposes of streams (order.key)
 
@@ -49,12 +50,16 @@ def open_data(config) -> "Data":
 def open_source(name: str, directory: str, image_size: int) -> sources.Source:
     """The data set `name` in `directory`. Raises ConfigError if it is absent."""
     if name == "digits":
-        return sources.digits()
+        return memory.digits()
     if name == "synthetic":
-        return sources.synthetic(image_size)
-    if name == "mnist":
-        return sources.mnist(directory)
-    raise ConfigError(f"data.name={name!r} is not supported yet")
+        return memory.synthetic(image_size)
+    if name == "folder":
+        return folder.source(directory)
+    if name == "mnist" and directory:
+        found = memory.mnist_idx(pathlib.Path(directory).expanduser())
+        if found is not None:
+            return found
+    return tfds.source(name, directory)
 
 
 class Data:
@@ -75,14 +80,9 @@ class Data:
         self.image_shape = (view.image_size, view.image_size, source.channels)
         self.num_train, self.num_eval = len(source.train), len(source.evaluation)
         self.description = source.description
+        self.bad_records = load.BadRecords(self.num_train)
         for split in (source.train, source.evaluation):
-            if not len(split):
-                raise ConfigError(f"a split of the data set is empty: {source.description}")
-            if isinstance(split, sources.Arrays) and split.images.shape[1:] != self.image_shape:
-                raise ConfigError(
-                    f"image_size={view.image_size}, but this set's images are "
-                    f"{split.images.shape[1]} pixels: set image_size={split.images.shape[1]}"
-                )
+            _check(split, self.image_shape, view, source.description)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Full batches in an epoch. Raises ConfigError if there is none."""
@@ -111,16 +111,18 @@ class Data:
 
     def train(
         self, start_step: int, stop_step: int, batch_size: int, rows: slice, *, seed: int
-    ) -> "Batches":
+    ) -> Batches:
         """Batches of steps start_step..stop_step - 1, prepared ahead by threads."""
-        self.steps_per_epoch(batch_size)
+        left = self.num_train - self.steps_per_epoch(batch_size) * batch_size
+        if left:
+            logging.info("the last %d of %d examples of an epoch are dropped", left, self.num_train)
         return self._ahead(
             range(start_step, stop_step),
             lambda k: self.train_batch(k, batch_size, rows, seed),
             rows,
         )
 
-    def evaluation(self, batch_size: int, rows: slice) -> "Batches":
+    def evaluation(self, batch_size: int, rows: slice) -> Batches:
         """The evaluation split in its stored order, every example once; the last batch is padded
         with rows of mask False."""
         steps = -(-self.num_eval // batch_size)
@@ -132,7 +134,7 @@ class Data:
 
         return self._ahead(range(steps), batch, rows)
 
-    def statistics(self, n: int, batch_size: int, rows: slice, seed: int) -> "Batches":
+    def statistics(self, n: int, batch_size: int, rows: slice, seed: int) -> Batches:
         """n fixed batches of training examples, distorted as in training, for Algorithm 2
         (population statistics). They come from a shuffle of their own, so that shards and class
         order play no part."""
@@ -161,60 +163,67 @@ class Data:
     ) -> Batch:
         """The examples of these indices; without draws undistorted. Indices past the end are
         padding."""
-        mask = indices < len(split)
-        assert isinstance(split, sources.Arrays)
-        images, labels = split.take(np.where(mask, indices, 0))
-        images[~mask], labels[~mask] = 0, 0
-        if draws is not None:
-            images = self._distort(images, draws)
+        if isinstance(split, sources.Arrays):
+            mask = indices < len(split)
+            images, labels = split.take(np.where(mask, indices, 0))
+            images[~mask], labels[~mask] = 0, 0
+            if draws is not None and not isinstance(split, memory.Random):
+                if self._view.mirror:
+                    images = distort.mirror(images, draws)
+                images = self._distort(images, draws)
+        elif draws is None:
+            images, labels, mask = load.evaluation_rows(
+                split, indices, size=self._view.image_size, num_classes=self.num_classes
+            )
+        else:
+            images, labels, mask = load.train_rows(
+                split,
+                indices,
+                draws,
+                size=self._view.image_size,
+                min_area=self._view.crop,
+                mirror=self._view.mirror,
+                num_classes=self.num_classes,
+                bad=self.bad_records,
+            )
+            images = self._distort(images, draws, mask)
         return {"image": images, "label": labels, "mask": mask}
 
-    def _distort(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    def _distort(
+        self, images: np.ndarray, draws: np.ndarray, mask: np.ndarray | None = None
+    ) -> np.ndarray:
         if self._view.shift:
             images = distort.shift(images, draws, self._view.shift)
-        return distort.photometric(images, draws, self._view.distortion)
+        return distort.photometric(images, draws, self._view.distortion, mask)
 
-    def _ahead(self, steps: range, batch: Callable[[int], Batch], rows: slice) -> "Batches":
+    def _ahead(self, steps: range, batch: Callable[[int], Batch], rows: slice) -> Batches:
         """Prepares batches in threads, a bounded number ahead. In-memory sets need one thread
         only."""
         size = (rows.stop - rows.start) * int(np.prod(self.image_shape))
-        ahead = max(2, min(64, PREFETCH_BYTES // max(size, 1)))
+        ahead = max(2, min(64, PREFETCH_BYTES // size))
         threads = 1 if isinstance(self._train, sources.Arrays) else min(os.cpu_count() or 1, ahead)
         return Batches(steps, batch, threads=threads, ahead=ahead)
 
 
-class Batches(Iterator[Batch]):
-    """Batches of the given steps, computed by threads (grain). `waited`: seconds that next() has
-    blocked; `alive`: seconds since the first batch was asked for, so waited/alive is the share
-    spent waiting."""
-
-    def __init__(self, steps: range, batch: Callable[[int], Batch], *, threads: int, ahead: int):
-        import grain  # takes a second to import
-
-        dataset = grain.MapDataset.range(steps.start, steps.stop).map(batch)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        self._batches = iter(dataset.to_iter_dataset(options))
-        self._count, self._began = len(steps), 0.0
-        self.waited = 0.0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> Batch:
-        now = time.perf_counter()
-        self._began = self._began or now
-        try:
-            return next(self._batches)
-        finally:
-            self.waited += time.perf_counter() - now
-
-    @property
-    def alive(self) -> float:
-        """Seconds since the first batch was asked for."""
-        return time.perf_counter() - self._began if self._began else 0.0
+def _check(
+    split: sources.Arrays | sources.Records, shape: tuple[int, ...], view: View, description: str
+) -> None:
+    """Raises ConfigError for an empty split, and for views that images held in memory do not
+    have."""
+    if not len(split):
+        raise ConfigError(f"a split of the data set is empty: {description}")
+    if not isinstance(split, sources.Arrays):
+        return
+    stored = split.images.shape[1:]
+    if stored != shape:
+        raise ConfigError(
+            f"image_size={view.image_size}, but this set's images are {stored[0]} pixels: set "
+            f"image_size={stored[0]}"
+        )
+    if view.crop < 1 and not isinstance(split, memory.Random):
+        raise ConfigError(
+            f"data.crop={view.crop}, but this set's small images are not cropped: set data.crop=1"
+        )
 
 
 def hold_out(source: sources.Source, amount: float) -> sources.Source:

