@@ -29,7 +29,7 @@ def reason(error: Exception) -> str:
     ml_collections reports an unknown field as an AttributeError around a quoted KeyError.
     """
     text = str(error)
-    field = re.search(r"'(\w+)'", text)
+    field = re.search(r"'(\w+)\\?'", text)
     if isinstance(error, (AttributeError, KeyError)) and field:
         close = re.search(r'Did you mean "(\w+)"', text)
         hint = f"did you mean {close[1]!r}?" if close else "--dry_run prints them all"

@@ -119,13 +119,17 @@ def put_batch(mesh: Mesh, batch: Any, batch_size: int) -> Any:
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:
     """A tree of host values, equal on every process, as arrays replicated over the mesh."""
-    sharding = replicated(mesh)
+    return put(replicated(mesh), tree)
 
-    def put(x: Any) -> jax.Array:
+
+def put(sharding: NamedSharding, tree: Any) -> Any:
+    """A tree of whole host values, equal on every process, as arrays of the given sharding."""
+
+    def place(x: Any) -> jax.Array:
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(place, tree)
 
 
 def describe(mesh: Mesh) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def feed(exp: Experiment, start: int, dispatch: int) -> Iterator[tuple]:
     images, labels = meshes.put_replicated(mesh, data.resident())
     for first in range(start, total, dispatch):
         order = [data.train_indices(k, size, seed=seed) for k in range(first, first + dispatch)]
-        yield images, labels, meshes.put_replicated(mesh, np.stack(order).astype(np.int32))
+        yield images, labels, meshes.put(meshes.along_batch(mesh, axis=1), np.stack(order))
 
 
 class Loop:
