@@ -60,7 +60,7 @@ class Recorder:
         is_main: bool,
         started: float | None = None,
     ):
-        workdirs.check_workdir(workdir, config)
+        workdirs.check_workdir(workdir, config, is_main=is_main)
         self.workdir = pathlib.Path(workdir)
         self._ledger = Ledger(time.monotonic() if started is None else started)
         self._main, self._step, self._begun = is_main, 0, False

@@ -25,8 +25,12 @@ MAY_CHANGE = frozenset(
 )
 
 
-def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+def check_workdir(
+    workdir: pathlib.Path, config: Mapping[str, Any], *, is_main: bool = True
+) -> None:
     """Refuses a workdir that cannot be used for `config`, before anything is written.
+
+    The lock is looked at by process 0 only (`is_main`): the others would find process 0's own.
 
     Raises:
       ConfigError: not a directory, not writable, or of another config (MAY_CHANGE apart).
@@ -41,7 +45,8 @@ def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     run = read_run(workdir)
     if run is not None:
         require_same_config(workdir, run["config"], config)
-    lock.refuse_if_held(workdir)
+    if is_main:
+        lock.refuse_if_held(workdir)
 
 
 def read_run(workdir: pathlib.Path) -> dict[str, Any] | None:

@@ -122,13 +122,16 @@ def test_an_exception_ends_the_record_with_its_status(tmp_path, error, status):
 
 
 def test_a_process_other_than_the_first_writes_nothing(tmp_path: pathlib.Path):
-    with open_run(tmp_path / "run", is_main=False) as recorder:
+    with open_run(tmp_path / "run") as first, open_run(tmp_path / "run", is_main=False) as recorder:
+        before = sorted((tmp_path / "run").iterdir())
         recorder.begin(0)
         with recorder.timed("step"):
             train(recorder, 1, 10)
         recorder.progress(1, 0.5, 32)
         recorder.say("nothing")
-    assert list(tmp_path.iterdir()) == []
+        recorder.finish("done")
+        assert sorted((tmp_path / "run").iterdir()) == before
+        first.begin(0)
 
 
 def test_tensorboard_events_hold_the_scalars(tmp_path: pathlib.Path):
