@@ -97,13 +97,26 @@ def _delimited(number: int, data: bytes) -> bytes:
     return _encode_varint(number << 3 | 2) + _encode_varint(len(data)) + data
 
 
+def _entry(name: str, value: Value) -> bytes:
+    if isinstance(value, int):
+        feature = _delimited(3, _delimited(1, _encode_varint(value)))
+    else:
+        feature = _delimited(1, _delimited(1, value))
+    return _delimited(1, _delimited(1, name.encode()) + _delimited(2, feature))
+
+
 def serialize(features: dict[str, Value]) -> bytes:
     """A serialized Example with one value a feature, in the order of their names."""
-    entries = []
-    for name, value in sorted(features.items()):
-        if isinstance(value, int):
-            feature = _delimited(3, _delimited(1, _encode_varint(value)))
-        else:
-            feature = _delimited(1, _delimited(1, value))
-        entries.append(_delimited(1, _delimited(1, name.encode()) + _delimited(2, feature)))
-    return _delimited(1, b"".join(entries))
+    return _delimited(1, b"".join(_entry(name, value) for name, value in sorted(features.items())))
+
+
+def serialized_size(features: dict[str, Value], name: str, size: int) -> int:
+    """len(serialize(...)) of these features and one more, `name`, of `size` bytes that need not
+    exist."""
+
+    def delimited(n: int) -> int:
+        return 1 + len(_encode_varint(n)) + n
+
+    others = sum(len(_entry(*item)) for item in features.items())
+    key, feature = delimited(len(name.encode())), delimited(delimited(delimited(size)))
+    return delimited(others + delimited(key + feature))

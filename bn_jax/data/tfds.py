@@ -114,8 +114,7 @@ def source(name: str, directory: str) -> sources.Source:
 def _in_memory(records: shards.Shards) -> sources.Arrays:
     """Small grey images decoded once (MNIST: 55 MB)."""
     images, labels = [], []
-    for index in range(len(records)):
-        record = records[index]
+    for record in records:
         try:
             images.append(decode.pixels(record.data, decode.frame(record.data))[..., :1])
         except decode.BadImageError as e:
