@@ -7,10 +7,8 @@ import pathlib
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -18,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bn_jax import disk, preempt, record
+from bn_jax import disk, record
 from bn_jax.checkpoint import Checkpoints
 from bn_jax.errors import CheckpointError, DiskError
 
@@ -347,58 +345,6 @@ def test_a_disk_that_cannot_be_written_is_one_line(tmp_path: pathlib.Path):
         with pytest.raises(DiskError) as caught:
             checkpoints.wait()
     assert "\n" not in str(caught.value)
-
-
-# Signals
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_after_the_step(number: signal.Signals, capfd):
-    before = signal.getsignal(number)
-    with preempt.Signals(1) as signals:
-        assert not signals.stop_at(1)
-        os.kill(os.getpid(), number)
-        assert signals.stop_at(2) and signals.reason == number.name
-    assert signal.getsignal(number) == before
-    assert f"bn_jax: {number.name}: stopping after this step" in capfd.readouterr().err
-
-
-def test_outside_the_main_thread_there_are_no_handlers():
-    found = []
-
-    def run() -> None:
-        with preempt.Signals(1) as signals:
-            found.append(signals.stop_at(1))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert found == [False]
-
-
-STUCK = """
-import ctypes, sys, time
-sys.path.insert(0, sys.argv[1])
-from bn_jax import preempt
-with preempt.Signals(1) as signals:
-    print("ready", flush=True)
-    while not signals.requested.is_set():
-        time.sleep(0.01)
-    ctypes.PyDLL(None).sleep(60)  # holds the interpreter, as a program stuck in XLA may
-"""
-
-
-def test_a_second_ctrl_c_ends_at_once():
-    child = subprocess.Popen(
-        [sys.executable, "-c", STUCK, str(ROOT)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert child.stdout is not None and child.stdout.readline() == b"ready\n"
-    child.send_signal(signal.SIGINT)
-    assert child.stderr is not None and b"Ctrl-C ends at once" in child.stderr.readline()
-    time.sleep(0.5)
-    assert child.poll() is None
-    child.send_signal(signal.SIGINT)
-    assert child.wait(5) == -signal.SIGINT
 
 
 # Safety

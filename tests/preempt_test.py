@@ -1,0 +1,231 @@
+"""SIGTERM and Ctrl-C: saved at the same step everywhere, and the same bits afterwards."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from bn_jax import preempt
+from bn_jax.errors import Preempted
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# The paper's MLP on the embedded digits: the real trainer, and it compiles in two seconds.
+TRAIN = [
+    "-m",
+    "bn_jax.main",
+    "--config=configs/mnist_bn.py:digits",
+    "--config.total_steps=1500",
+    "--config.eval_every=250",
+    "--config.checkpoint_every=250",
+    "--config.log_every=50",
+    "--config.steps_per_dispatch=50",
+    "--config.record.tensorboard=False",
+]
+
+
+def spawn(arguments: list[str], log: pathlib.Path, processes: int = 1) -> list[subprocess.Popen]:
+    """Python processes with one CPU device each; their output goes to LOG.0, LOG.1, ..."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for index in range(processes):
+        env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        if processes > 1:
+            env |= {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(index),
+            }
+        with log.with_suffix(f".{index}").open("wb") as file:
+            command = [sys.executable, *arguments]
+            children.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file))
+    return children
+
+
+def wait_for(text: str, log: pathlib.Path, children: list[subprocess.Popen]) -> None:
+    """Until LOG.0 has `text`; fails if a process ends before, or after two minutes."""
+    deadline = time.monotonic() + 120
+    while text not in (seen := log.with_suffix(".0").read_text()):
+        assert all(c.poll() is None for c in children) and time.monotonic() < deadline, seen
+        time.sleep(0.02)
+
+
+def arrays(workdir: pathlib.Path, step: int) -> dict[str, object]:
+    """Shape, dtype and digest of every array of a checkpoint."""
+    text = (workdir / "checkpoints" / str(step) / "manifest.json").read_text()
+    return json.loads(text)["body"]["arrays"]
+
+
+def lines(workdir: pathlib.Path) -> bytes:
+    return (workdir / "metrics.jsonl").read_bytes()
+
+
+def test_after_sigterm_and_sigkill_the_run_ends_with_the_same_bits(tmp_path: pathlib.Path):
+    whole, cut, log = tmp_path / "whole", tmp_path / "cut", tmp_path / "log"
+    (child,) = spawn([*TRAIN, f"--workdir={whole}"], log)
+    assert child.wait(300) == 0, log.with_suffix(".0").read_text()
+
+    command = [*TRAIN, f"--workdir={cut}"]
+    for number, at, code in (
+        (signal.SIGTERM, "step 250:", Preempted.exit_code),
+        (signal.SIGKILL, "step 750:", -signal.SIGKILL),
+    ):
+        (child,) = spawn(command, log)
+        wait_for(at, log, [child])
+        begin = time.monotonic()
+        child.send_signal(number)
+        assert child.wait(60) == code, log.with_suffix(".0").read_text()
+        # Promised: 5 s. The rest is for a machine that runs other tests at the same time.
+        assert time.monotonic() - begin < 15
+    (child,) = spawn(command, log)
+    assert child.wait(300) == 0, log.with_suffix(".0").read_text()
+
+    assert lines(cut) == lines(whole)
+    assert lines(whole).count(b"\n") > 36
+    assert arrays(cut, 1500) == arrays(whole, 1500)
+    run = json.loads((cut / "run.json").read_text())
+    assert [a["status"] for a in run["attempts"]] == ["preempted", "killed", "done"]
+    assert run["attempts"][1]["resume_step"] >= 250
+    # At most one save interval is done again.
+    assert run["attempts"][2]["resume_step"] >= 500
+    parts = sum(run["ledger"]["parts"].values()) + run["ledger"]["lost"]
+    assert parts == pytest.approx(run["ledger"]["wall"], rel=0.01)
+    assert {p.name for p in cut.iterdir()} == {p.name for p in whole.iterdir()}
+
+
+@pytest.mark.slow
+def test_two_trainers_save_the_same_step_and_one_goes_on(tmp_path: pathlib.Path):
+    cut, log = tmp_path / "cut", tmp_path / "log"
+    # One step a dispatch: over the loopback a step of two processes takes 0.05 to 0.15 s.
+    command = [*TRAIN, f"--workdir={cut}", "--config.steps_per_dispatch=1"]
+    command += ["--config.eval_every=50", "--config.total_steps=100"]
+    for signalled in (1, 0):
+        children = spawn(command, log, processes=2)
+        wait_for("step 50:" if signalled else "resumed", log, children)
+        begin = time.monotonic()
+        children[signalled].send_signal(signal.SIGTERM)
+        assert [c.wait(60) for c in children] == [Preempted.exit_code] * 2
+        assert time.monotonic() - begin < 15
+        texts = [log.with_suffix(f".{i}").read_text() for i in range(2)]
+        ends = {text.split("after step ")[1].split(",")[0] for text in texts}
+        assert len(ends) == 1, texts
+    (child,) = spawn(command, log)  # on one process
+    assert child.wait(300) == 0, log.with_suffix(".0").read_text()
+    assert f"resumed from step {ends.pop()}" in log.with_suffix(".0").read_text()
+
+
+PAIR = """
+import os, pathlib, signal, sys, threading
+import jax, numpy as np
+sys.path.insert(0, sys.argv[1])
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from bn_jax import mesh as meshes, preempt
+from bn_jax.checkpoint import Checkpoints
+meshes.initialize()
+me, mesh = jax.process_index(), meshes.make()
+put = lambda x, s: jax.make_array_from_callback(x.shape, NamedSharding(mesh, s), lambda i: x[i])
+state = {
+    "replicated": put(np.array([-0.0, np.float32(1e-45), 3.5], np.float32), P()),
+    "sharded": put(np.arange(6, dtype=np.int32), P("data")),
+}
+# Process 1 has no disk in common with process 0.
+directory = pathlib.Path(sys.argv[2]) if me == 0 else pathlib.Path("/nowhere")
+with Checkpoints(directory, keep_last=2, keep_best=0) as checkpoints:
+    assert checkpoints.restore(state) is None
+    checkpoints.save(1, state, meta={"scores": 0.5})
+    spec = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    like = jax.tree.map(spec, state)
+    step, found, meta = checkpoints.restore(like)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state)):
+        for x, y in zip(a.addressable_shards, b.addressable_shards):
+            assert np.asarray(x.data).tobytes() == np.asarray(y.data).tobytes()
+    print("restored", step, meta["scores"], flush=True)
+    if me == 0:
+        (directory / "1" / "manifest.json").write_bytes(b"")
+    try:
+        checkpoints.restore(like)
+    except Exception as error:
+        print("refused", type(error).__name__, flush=True)
+add, x = jax.jit(lambda x: x + 1 + 0 * x.sum()), put(np.zeros(2, np.float32), P("data"))
+with preempt.Signals(2) as signals:
+    if me == 1:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    for step in range(2, 10**6, 2):
+        x = add(add(x))
+        if me == 0:  # the other one runs ahead
+            x.block_until_ready()
+        if signals.stop_at(step):
+            break
+    assert float(x.addressable_shards[0].data[0]) == step
+print("stopped at", step, flush=True)
+"""
+
+
+def test_two_processes_stop_at_the_same_step_and_share_one_disk(tmp_path: pathlib.Path):
+    log = tmp_path / "log"
+    children = spawn(["-c", PAIR, str(ROOT), str(tmp_path / "checkpoints")], log, processes=2)
+    codes = [child.wait(120) for child in children]
+    texts = [log.with_suffix(f".{index}").read_text() for index in range(2)]
+    assert codes == [0, 0], texts
+    said = [[x for x in t.splitlines() if x.split()[0] in ("restored", "refused", "stopped")]
+            for t in texts]  # fmt: skip
+    assert said[0] == said[1]
+    assert said[0][:2] == ["restored 1 0.5", "refused CheckpointError"]
+    assert said[0][2].startswith("stopped at ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step(number: signal.Signals, capfd):
+    before = signal.getsignal(number)
+    with preempt.Signals(1) as signals:
+        assert not signals.stop_at(1)
+        os.kill(os.getpid(), number)
+        assert signals.stop_at(2) and signals.reason == number.name
+    assert signal.getsignal(number) == before
+    assert f"bn_jax: {number.name}: stopping after this step" in capfd.readouterr().err
+
+
+def test_outside_the_main_thread_there_are_no_handlers():
+    found = []
+
+    def run() -> None:
+        with preempt.Signals(1) as signals:
+            found.append(signals.stop_at(1))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+STUCK = """
+import ctypes, sys, time
+sys.path.insert(0, sys.argv[1])
+from bn_jax import preempt
+with preempt.Signals(1) as signals:
+    print("ready", flush=True)
+    while not signals.requested.is_set():
+        time.sleep(0.01)
+    ctypes.PyDLL(None).sleep(60)  # holds the interpreter, as a program stuck in XLA may
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    child = subprocess.Popen(
+        [sys.executable, "-c", STUCK, str(ROOT)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+    child.send_signal(signal.SIGINT)
+    assert child.stderr is not None and b"Ctrl-C ends at once" in child.stderr.readline()
+    time.sleep(0.5)
+    assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    assert child.wait(5) == -signal.SIGINT
