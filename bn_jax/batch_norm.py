@@ -1,27 +1,31 @@
 """Batch normalization as pure functions: state in, state out (Ioffe & Szegedy, arXiv 1502.03167).
 
-Algorithm 1 is `normalize(..., train=True)`: a mini-batch is normalized by its own mean and biased variance. The mini-batch is a
-*statistic group*: `group_size` consecutive examples of the global batch (the paper's worker batch of 32), wherever they are held.
-Algorithm 2 is `merge` of single-batch statistics, then `normalize(..., train=False)` or, as one affine map, `fold`.
-
-Statistics are kept in promote(float32, x.dtype) and taken about a shift, never as E[x^2] - E[x]^2.
+Algorithm 1 is `normalize(..., train=True)`: a mini-batch is normalized by its own mean and biased
+variance. The mini-batch is a *statistic group*: `group_size` consecutive examples of the global
+batch (the paper's worker batch of 32), on whatever devices they are. Algorithm 2 is `population` of
+the batches' statistics, then `normalize(..., train=False)` or, as one affine layer, `fold`.
+Statistics are computed in promote(float32, x.dtype) and about a shift, never as E[x^2] - E[x]^2.
 """
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bn_jax import grouping
+
 
 class Stats(NamedTuple):
-    """Estimates of the population statistics, one value a feature (the shape of `scale`).
+    """Estimates of the population's statistics, one value a feature.
 
-    After k updates from `init_stats`, `mean` and `var` are the weighted averages of the k batches' means and *unbiased* variances
-    with weights proportional to momentum**(k - i): debiased, so right after one step. `count` is k (a float32 scalar);
-    infinity means "converged", and every further update is the plain moving average.
+    After k updates from `init_stats`, `mean` and `var` are weighted averages of the k batches'
+    means and *unbiased* variances, with weights in the ratio momentum**(k - i): right from the
+    first step. `count` is k (float32 scalar); infinity is "converged": then updates are the plain
+    moving average.
     """
 
     mean: jax.Array
@@ -30,133 +34,87 @@ class Stats(NamedTuple):
 
 
 def init_stats(shape, dtype=jnp.float32) -> Stats:
-    """Statistics before the first update: those of a standard normal, with no weight at all."""
+    """Before the first update: mean 0 and variance 1, which that update replaces entirely."""
     return Stats(jnp.zeros(shape, dtype), jnp.ones(shape, dtype), jnp.zeros((), jnp.float32))
 
 
 def normalize(
-    x,
-    scale,
-    offset,
+    x: jax.Array,
+    scale: jax.Array | None,
+    offset: jax.Array | None,
     stats: Stats,
     *,
     train: bool,
     group_size: int | None = None,
-    mask=None,
+    mask: jax.Array | None = None,
     axis: int | tuple[int, ...] = -1,
     epsilon: float,
     momentum: float,
     relu: bool = False,
 ) -> tuple[jax.Array, Stats]:
-    """Batch normalization of `x`: Algorithm 1 (`train`), or the inference map of Algorithm 2 from `stats`.
+    """Algorithm 1 (`train`), or the inference network of Algorithm 2, which reads `stats`.
 
     Args:
-      x: floating point, any rank. Its first axis that is not a feature axis holds the examples.
+      x: floating point, of any rank; its first axis that is no feature axis holds the examples.
       scale, offset: gamma and beta, one value a feature, or None for 1 and 0.
-      stats: running estimates, one value a feature; read if not `train`, updated if `train`.
-      group_size: examples that share statistics; divides the batch. None: the whole (global) batch.
-      mask: True where a value counts: [examples], or broadcastable to `x`. Masked values enter no statistic and no gradient and
-        come out as 0. Ignored if not `train`.
-      axis: feature axes. -1 is the convolutional form of section 3.2; every axis but the first is the per-activation form.
-      epsilon: added to the variance, in units of x squared.
-      momentum: share of the running estimate kept at an update, in [0, 1]; 1 averages all updates alike.
-      relu: returns max(y, 0), without keeping y for the backward pass.
+      stats: running estimates, one value a feature: read if not `train`, updated if `train`.
+      group_size: examples that share statistics; divides the batch. None: all (the global batch).
+      mask: True where a value counts, [examples] or broadcastable to x; for training only. Other
+        values enter no statistic and no gradient, whatever they are, and come out as 0.
+      axis: feature axes. -1 is the convolutional form (section 3.2), all but 0 the per-activation.
+      epsilon: added to the variance, in the unit of x squared.
+      momentum: share of the running estimate that an update keeps; 1 averages all batches alike.
+      relu: give max(y, 0), in a backward pass that needs no copy of y.
 
     Returns:
-      y, of the shape and dtype of `x`, and the new statistics (`stats` itself if not `train`).
+      y, of x's shape and dtype, and the statistics, new if `train`. A group of fewer than two valid
+      values is normalized with what it has and does not change them.
 
     Raises:
       TypeError: x is not floating point.
-      ValueError: a shape, group or constant that cannot be used, named with its value and limit.
+      ValueError: a shape, group or constant that cannot be used, named with its limit.
     """
-    view = _View(x, axis, group_size if train else None)
-    _check(x, view, scale, offset, stats, group_size, train, epsilon, momentum)
-    gamma, beta = (p if p is None else jnp.reshape(p, view.feature_shape) for p in (scale, offset))
+    view = grouping.View(x, axis, group_size if train else None)
+    view.check(train, scale=scale, offset=offset, mean=stats.mean, var=stats.var)
+    if not epsilon >= 0 or not 0 <= momentum <= 1:
+        raise ValueError(f"batch_norm: {epsilon=} must be >= 0, and {momentum=} within 0..1")
+    parameters = (scale, offset, stats.mean, stats.var)
+    gamma, beta, running_mean, running_var = map(view.per_feature, parameters)
     x_G = jnp.reshape(x, view.shape)
     if not train:
-        mean, var = (jnp.reshape(s, view.feature_shape) for s in stats[:2])
-        y = _affine(x_G, mean, lax.rsqrt(var + epsilon), gamma, beta, None, relu)
+        rstd = lax.rsqrt(running_var + epsilon)
+        y = _affine(x_G, running_mean, rstd, gamma, beta, None, relu)
         return jnp.reshape(y, x.shape), stats
-    mask_G = None if mask is None else view.grouped_mask(mask)
-    m = view.values_per_statistic(mask_G)
-    gamma, beta = (p if p is None else _vary_like(x, p) for p in (gamma, beta))
-    y, mean, var = _batch_norm(x_G, gamma, beta, mask_G, m, epsilon, view.axes, relu)
-    stats = _update(stats, *_pool(mean, var, m, view), momentum)
-    return jnp.reshape(y, x.shape), stats
+    mask = None if mask is None else view.mask(mask)
+    m = grouping.count(view.shape, mask, view.axes)
+    gamma, beta = _vary_like(x, gamma), _vary_like(x, beta)
+    y, mean, var = _batch_norm(x_G, gamma, beta, mask, m, epsilon, view.axes, relu)
+    return jnp.reshape(y, x.shape), _update(stats, *_pool(mean, var, m, view), momentum)
 
 
-class _View:
-    """`x` with its batch axis split into [groups, examples of a group]; all shapes below are of this view."""
-
-    def __init__(self, x, axis, group_size):
-        axis = (axis,) if isinstance(axis, int) else tuple(axis)
-        if not axis or any(not -x.ndim <= a < x.ndim for a in axis):
-            raise ValueError(f"batch_norm: axis is {axis}, but x has the axes 0..{x.ndim - 1}")
-        features = {a % x.ndim for a in axis}
-        self.batch_axis = next((a for a in range(x.ndim) if a not in features), None)
-        if self.batch_axis is None:
-            raise ValueError(f"batch_norm: axis {axis} leaves none of the {x.ndim} axes of x for the examples")
-        b, n = self.batch_axis, x.shape[self.batch_axis]
-        size = n if group_size is None else group_size
-        if size < 1 or n % size:
-            raise ValueError(f"batch_norm: group_size is {size}, but must divide the batch of {n} examples")
-        groups = n // size if size else 1
-        self.x_shape = x.shape
-        self.shape = (*x.shape[:b], groups, size, *x.shape[b + 1 :])
-        features = {a + (a > b) for a in features}
-        self.axes = tuple(a for a in range(x.ndim + 1) if a not in features and a != b)
-        self.feature_shape = tuple(s if a in features else 1 for a, s in enumerate(self.shape))
-        self.stats_shape = tuple(self.shape[a] for a in sorted(features))
-
-    def grouped_mask(self, mask):
-        mask = jnp.asarray(mask, bool)
-        b = self.batch_axis
-        if mask.ndim == 1:
-            mask = jnp.reshape(mask, [-1 if a == b else 1 for a in range(len(self.x_shape))])
-        mask = jnp.reshape(mask, (1,) * (len(self.x_shape) - mask.ndim) + mask.shape)
-        if mask.ndim != len(self.x_shape) or any(s not in (1, t) for s, t in zip(mask.shape, self.x_shape, strict=True)):
-            raise ValueError(f"batch_norm: mask has shape {mask.shape}, which does not broadcast to x, {self.x_shape}")
-        if mask.shape[b] == 1:
-            mask = jnp.broadcast_to(mask, (*mask.shape[:b], self.x_shape[b], *mask.shape[b + 1 :]))
-        return jnp.reshape(mask, (*mask.shape[:b], *self.shape[b : b + 2], *mask.shape[b + 1 :]))
-
-    def values_per_statistic(self, mask):
-        """m, the number of values behind each statistic: a constant, or an array where a mask decides."""
-        if mask is None:
-            return math.prod(self.shape[a] for a in self.axes)
-        repeats = math.prod(self.shape[a] for a in self.axes if mask.shape[a] == 1)
-        return jnp.sum(mask, self.axes, keepdims=True, dtype=jnp.float32) * repeats
-
-
-def _check(x, view, scale, offset, stats, group_size, train, epsilon, momentum):
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"batch_norm: x has dtype {x.dtype}, but must be floating point")
-    for name, p in (("scale", scale), ("offset", offset), ("stats.mean", stats.mean), ("stats.var", stats.var)):
-        if p is not None and jnp.shape(p) != view.stats_shape:
-            raise ValueError(f"batch_norm: {name} has shape {jnp.shape(p)}, but the features of x have {view.stats_shape}")
-    if not epsilon >= 0 or not 0 <= momentum <= 1:
-        raise ValueError(f"batch_norm: epsilon is {epsilon}, momentum {momentum}, but the limits are >= 0 and 0..1")
-    values = math.prod(view.shape[a] for a in view.axes)
-    if train and values < 2:
-        raise ValueError(f"batch_norm: {values} value(s) a statistic in x of shape {x.shape} with group_size {group_size}, but training needs 2")
-
-
-# Algorithm 1 and its backward pass. x is grouped: [groups, examples, ...] with statistics over `axes`.
+# Algorithm 1. Here x is [..., groups, examples of a group, ...]; statistics are over `axes`, whose
+# first holds the examples, and keep every axis; m is the number of values behind a statistic.
 
 
 def _moments(x, mask, m, axes):
-    """Mean and biased variance (Alg. 1, lines 1 and 2), in two passes, the second about the rounded mean of the first."""
-    x = _promote(x)
-    m = jnp.maximum(m, 1)
-    near = jnp.sum(x, axes, keepdims=True, where=mask) / m
-    centered = x - near
-    rest = jnp.sum(centered, axes, keepdims=True, where=mask) / m
-    square = jnp.sum(jnp.square(centered), axes, keepdims=True, where=mask) / m
-    return near + rest, jnp.maximum(square - jnp.square(rest), 0)
+    """Mean and biased variance (Alg. 1, lines 1 and 2), as moments about a value near the mean.
+
+    That value is the mean of one example: then (mean - near)^2 <= var * examples for any data,
+    which bounds the cancellation, and a constant feature's mean is exactly its value.
+    """
+    x, m = _promote(x), jnp.maximum(m, 1)
+    example, valid = grouping.fullest_example(x, mask, axes)
+    size = jnp.maximum(grouping.count(example.shape, valid, axes), 1)
+    near = jnp.sum(example, axes, keepdims=True, where=valid) / size
+    # Two names for one value: else XLA on CPU writes x - near to memory because two sums share it.
+    near, near_too = lax.optimization_barrier((near, near))
+    first = jnp.sum(x - near, axes, keepdims=True, where=mask) / m
+    second = jnp.sum(jnp.square(x - near_too), axes, keepdims=True, where=mask) / m
+    return near + first, jnp.maximum(second - jnp.square(first), 0)
 
 
 def _affine(x, mean, rstd, gamma, beta, mask, relu):
-    """y = gamma * (x - mean) * rstd + beta (Alg. 1, lines 3 and 4), in the dtype of x."""
+    """y = gamma * (x - mean) * rstd + beta (Alg. 1, lines 3 and 4), in x's dtype."""
     y = (_promote(x) - mean) * (rstd if gamma is None else rstd * gamma)
     y = y if beta is None else y + beta
     y = jnp.maximum(y, 0) if relu else y
@@ -165,7 +123,7 @@ def _affine(x, mean, rstd, gamma, beta, mask, relu):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _batch_norm(x, gamma, beta, mask, m, epsilon, axes, relu):
-    """Algorithm 1: y, and the mean and biased variance of each group and feature."""
+    """Algorithm 1: y, and the mean and biased variance of every group and feature."""
     return _forward(x, gamma, beta, mask, m, epsilon, axes, relu)[0]
 
 
@@ -173,102 +131,121 @@ def _forward(x, gamma, beta, mask, m, epsilon, axes, relu):
     mean, var = _moments(x, mask, m, axes)
     rstd = lax.rsqrt(var + epsilon)
     y = _affine(x, mean, rstd, gamma, beta, mask, relu)
-    # x is kept, not x_hat: the convolution before holds x anyway, so this layer adds only two vectors.
+    # x is kept and not x_hat: the layer before holds x anyway, so this one adds two vectors only.
     return (y, mean, var), (x, gamma, beta, mask, m, mean, rstd)
 
 
 def _backward(epsilon, axes, relu, residuals, cotangents):
-    """The paper's backward formulas (section 3), plus what flows in through mean and var themselves."""
+    """The paper's formulas (section 3), plus what comes in through mean and var themselves."""
     x, gamma, beta, mask, m, mean, rstd = residuals
     dy, mean_in, var_in = cotangents
-    m = jnp.maximum(m, 1)
-    centered = _promote(x) - mean
-    dy = _promote(dy)
-    if relu:
-        dy = jnp.where(_affine(x, mean, rstd, gamma, beta, None, False) > 0, dy, 0)
-    if mask is not None:
-        dy, centered = jnp.where(mask, dy, 0), jnp.where(mask, centered, 0)
+    m, g = jnp.maximum(m, 1), 1 if gamma is None else gamma
+
+    def read(inputs):
+        # The barrier makes each pass compute x - mean anew instead of sharing it through memory.
+        inputs = x, dy, mean = lax.optimization_barrier(inputs)
+        keep = mask
+        if relu:
+            positive = _affine(x, mean, rstd, gamma, beta, None, False) > 0
+            keep = positive if mask is None else positive & mask
+        dy = _promote(dy) if keep is None else jnp.where(keep, _promote(dy), 0)
+        centered = _promote(x) - mean
+        return inputs, dy, centered if mask is None else jnp.where(mask, centered, 0)
+
+    inputs, dy, centered = read((x, dy, mean))
     sum_dy = jnp.sum(dy, axes, keepdims=True)
     sum_dy_xhat = jnp.sum(dy * centered, axes, keepdims=True) * rstd
-    g = 1 if gamma is None else gamma
     dvar = -g * sum_dy_xhat * jnp.square(rstd) / 2 + var_in
-    dmean = -g * sum_dy * rstd + mean_in  # the paper's second term, dvar * sum(-2(x - mean))/m, is zero
-    dx = dy * (g * rstd) + centered * (2 / m * dvar) + dmean / m
-    if mask is not None:
-        dx = jnp.where(mask, dx, 0)
-    like = lambda total, p: None if p is None else _sum_to(total, p).astype(p.dtype)
-    return dx.astype(x.dtype), like(sum_dy_xhat, gamma), like(sum_dy, beta), None, None
+    dmean = -g * sum_dy * rstd + mean_in  # the term dvar * sum(-2(x - mean))/m of the paper is 0
+    _, dy, centered = read(inputs)
+    dx = dy * (g * rstd) + centered * (2 * dvar / m) + dmean / m
+    dx = (dx if mask is None else jnp.where(mask, dx, 0)).astype(x.dtype)
+    return dx, _sum_like(gamma, sum_dy_xhat), _sum_like(beta, sum_dy), None, None
 
 
 _batch_norm.defvjp(_forward, _backward)
 
 
-def _sum_to(total, like):
-    """Sums the per-group totals to the shape of a parameter."""
-    return jnp.sum(total, [a for a in range(total.ndim) if like.shape[a] != total.shape[a]], keepdims=True)
+def _sum_like(p, total):
+    """Gradient of a parameter from the totals of the groups."""
+    if p is None:
+        return None
+    groups = tuple(a for a in range(p.ndim) if p.shape[a] != total.shape[a])
+    return jnp.sum(total, groups, keepdims=True).astype(p.dtype)
+
+
+def _vary_like(x, p):
+    """Under shard_map, marks a replicated parameter as used by each shard: gradients are summed."""
+    if p is None:
+        return None
+    missing = jax.typeof(x).manual_axis_type.varying - jax.typeof(p).manual_axis_type.varying
+    return lax.pcast(p, tuple(missing), to="varying") if missing else p
 
 
 def _promote(x):
     return x.astype(jnp.promote_types(jnp.float32, x.dtype))
 
 
-def _vary_like(x, p):
-    """Under shard_map, marks a replicated parameter as used by every shard, so that its gradient is summed over them."""
-    missing = tuple(jax.typeof(x).manual_axis_type.varying - jax.typeof(p).manual_axis_type.varying)
-    return lax.pcast(p, missing, to="varying") if missing else p
-
-
-# Running estimates and Algorithm 2.
+# Running estimates, and Algorithm 2.
 
 
 def _pool(mean, var, m, view):
-    """Mean and unbiased variance over all groups, and whether there is one: groups of fewer than two values do not count."""
+    """Mean, unbiased variance and usability over all groups; those of fewer than two values do not
+    count. For groups of one size this is m/(m-1) times the mean of the biased variances (Alg. 2).
+    """
     m = jnp.broadcast_to(jnp.asarray(m, mean.dtype), mean.shape)
     m = jnp.where(m < 2, 0, m)
-    total = lambda v: jnp.reshape(jnp.sum(v, view.batch_axis), view.stats_shape)
-    weight, freedom = total(m), total(jnp.maximum(m - 1, 0))
-    usable = freedom > 0
-    return total(m * mean) / jnp.maximum(weight, 1), total(m * var) / jnp.maximum(freedom, 1), usable
+
+    def total(v):
+        return jnp.reshape(jnp.sum(v, view.group_axis), view.stats_shape)
+
+    freedom = total(jnp.maximum(m - 1, 0))
+    mean = total(m * mean) / jnp.maximum(total(m), 1)
+    return mean, total(m * var) / jnp.maximum(freedom, 1), freedom > 0
 
 
 def _update(stats, mean, var, usable, momentum):
-    k = stats.count + 1
-    # The weight of batch k that leaves the k batches weighted as momentum**(k - i), summing to one.
-    weight = 1 / k if momentum == 1 else (1 - momentum) / -jnp.expm1(k * _log(momentum))
+    """Update k with the weight that leaves batch i the share momentum**(k - i) of the whole."""
+    k = (stats.count + 1).astype(stats.mean.dtype)
+    log = math.log(momentum) if momentum > 0 else -math.inf
+    # expm1 is exact where momentum is near 1; at 1 itself the limit is the plain average.
+    weight = (1 - momentum) / -jnp.expm1(k * log) if momentum < 1 else 1 / k
     weight = jnp.where(usable, weight, 0)
-    step = lambda old, new: (old + weight * (new - old)).astype(old.dtype)
-    return Stats(step(stats.mean, mean), step(stats.var, var), jnp.where(jnp.any(usable), k, stats.count))
+    count = stats.count + jnp.any(usable)
+    return Stats(_toward(stats.mean, mean, weight), _toward(stats.var, var, weight), count)
 
 
-def _log(momentum):
-    return math.log(momentum) if momentum > 0 else -math.inf
+def _toward(old, new, weight):
+    return (old + weight * (new - old)).astype(old.dtype)
 
 
 def merge(a: Stats, b: Stats) -> Stats:
-    """Average of two sets of statistics weighted by their counts: Algorithm 2, lines 10 and 11, as a stream.
-
-    The statistics of one training batch are those that `normalize` returns from `init_stats`: m/(m-1) times its biased variance,
-    count 1. Merging those of N batches, in any order, gives E[x] and Var[x] of Algorithm 2. A count of 0 adds nothing.
-    """
+    """The average of two statistics, weighted by their finite counts. A count of 0 adds nothing."""
     count = a.count + b.count
-    share = b.count / jnp.maximum(count, 1)
-    return Stats(a.mean + share * (b.mean - a.mean), a.var + share * (b.var - a.var), count)
+    share = (b.count / jnp.maximum(count, 1)).astype(a.mean.dtype)
+    return Stats(_toward(a.mean, b.mean, share), _toward(a.var, b.var, share), count)
+
+
+def population(batches: Iterable[Stats]) -> Stats:
+    """E[x] and Var[x] of Algorithm 2, lines 10 and 11, from the statistics of training batches.
+
+    Those of one batch are what `normalize(..., train=True)` makes of `init_stats`: its mean,
+    m/(m-1) times its biased variance, a count of 1. A stream calls `merge` batch by batch.
+    """
+    return functools.reduce(merge, batches)
 
 
 def fold(kernel, bias, scale, offset, stats: Stats, *, epsilon: float):
-    """Turns a convolution or dense layer followed by BN in inference into one affine layer (Alg. 2, line 12).
+    """A linear layer and the inference BN after it as one layer (Alg. 2, line 12): kernel and bias.
 
-    Args:
-      kernel: [..., features]; bias, scale, offset: [features] or None; stats: of shape [features].
-
-    Returns:
-      The kernel and bias of the layer that gives the same outputs.
-
-    Raises:
-      ValueError: the statistics are not one value an output feature (the per-activation form of a convolution cannot be folded).
+    kernel: [..., features]; bias, scale, offset: [features] or None; stats: of shape [features].
+    Raises ValueError if the statistics are not per output feature (a per-activation form is not).
     """
     if jnp.shape(stats.mean) != kernel.shape[-1:]:
-        raise ValueError(f"batch_norm.fold: statistics of shape {jnp.shape(stats.mean)} do not fit a kernel of shape {kernel.shape}")
+        raise ValueError(
+            f"batch_norm.fold: statistics have shape {jnp.shape(stats.mean)}, but a kernel of "
+            f"shape {kernel.shape} folds with {kernel.shape[-1:]} only"
+        )
     gain = lax.rsqrt(stats.var + epsilon) * (1 if scale is None else scale)
-    shift = (0 if bias is None else bias) - stats.mean
-    return kernel * gain, shift * gain + (0 if offset is None else offset)
+    shift = ((0 if bias is None else bias) - stats.mean) * gain
+    return kernel * gain, shift if offset is None else shift + offset

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -12,18 +11,21 @@ from bn_jax import batch_norm
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization with the arguments, leaf names and defaults of `flax.linen.BatchNorm`; docs/batch_norm.md has the differences.
+    """`batch_norm.normalize` with `flax.linen.BatchNorm`'s arguments, defaults and leaf names.
 
-    Parameters `scale` and `bias`, and in `batch_stats` `mean`, `var` and `count` (number of updates), all of the shape of the feature
-    axes. A tree without `count`, as Flax writes it, loads as it is and counts as converged. `init` checks no group.
+    docs/batch_norm.md lists the differences. Parameters `scale` and `bias`, and in `batch_stats`
+    `mean` and `var`, all of the shape of the feature axes, and `count`, the number of updates. A
+    tree without `count`, as Flax writes it, loads as it is and counts as converged. `init` does
+    not check groups.
 
     Attributes:
-      use_running_average: normalize with `batch_stats` (inference, frozen statistics) instead of the batch; here or in the call.
+      use_running_average: normalize with `batch_stats` (inference, or frozen statistics) and not
+        with the batch; set here or in the call.
       axis: feature axes; the first other axis holds the examples.
-      momentum: share of the running estimate kept at an update (Flax's convention; PyTorch's is one minus it).
+      momentum: share of the running estimate kept at an update (PyTorch's is 1 minus this).
       epsilon: added to the variance.
       dtype: of the result; None promotes input and parameters, as Flax does.
-      group_size: examples that share statistics, by their place in the global batch. None: all.
+      group_size: examples that share statistics, by their place in the global batch; None: all.
     """
 
     use_running_average: bool | None = None
@@ -39,22 +41,35 @@ class BatchNorm(nn.Module):
     group_size: int | None = None
 
     @nn.compact
-    def __call__(self, x, use_running_average: bool | None = None, *, mask=None, relu: bool = False):
+    def __call__(
+        self, x, use_running_average: bool | None = None, *, mask=None, relu: bool = False
+    ):
         """Normalizes `x`; see `batch_norm.normalize` for mask, relu and the errors raised."""
-        frozen = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        frozen = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
         axes = (self.axis,) if isinstance(self.axis, int) else self.axis
         shape = tuple(x.shape[a] for a in sorted({a % x.ndim for a in axes}))
-        scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
-        bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
+        scale = bias = None
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
         # Statistics that come without a count are somebody's converged moving average.
-        loaded = self.has_variable("batch_stats", "mean") and not self.has_variable("batch_stats", "count")
+        loaded = self.has_variable("batch_stats", "mean") and not self.has_variable(
+            "batch_stats", "count"
+        )
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         if loaded and not self.is_mutable_collection("batch_stats"):
             count = None
         else:
-            count = self.variable("batch_stats", "count", jnp.full, (), jnp.inf if loaded else 0.0, jnp.float32)
-        stats = batch_norm.Stats(mean.value, var.value, jnp.float32(jnp.inf) if count is None else count.value)
+            count = self.variable(
+                "batch_stats", "count", jnp.full, (), jnp.inf if loaded else 0.0, jnp.float32
+            )
+        stats = batch_norm.Stats(
+            mean.value, var.value, jnp.float32(jnp.inf) if count is None else count.value
+        )
 
         params = [p for p in (scale, bias) if p is not None]
         dtype = jnp.result_type(x, *params) if self.dtype is None else self.dtype
@@ -82,10 +97,11 @@ class BatchNorm(nn.Module):
 
 
 class ConvBN(nn.Module):
-    """Convolution, normalization, nonlinearity, in the paper's order (section 3.2: BN on Wu, which then has no bias).
+    """g(BN(W u)): convolution, normalization, nonlinearity, in the paper's order (section 3.2).
 
-    `norm(name="bn")` makes the normalization, None leaves it out and gives the convolution (`conv`) a bias. What goes into the
-    normalization and into the nonlinearity is sown into `activations` as `pre_bn` and `input` where that collection is mutable.
+    `norm(name="bn")` makes the normalization; None leaves it out and gives the convolution (`conv`)
+    a bias. The inputs of the normalization and of the nonlinearity are sown into `activations`, as
+    `pre_bn` and `input`, where that collection is mutable (but not by `init`).
     """
 
     features: int
@@ -131,8 +147,9 @@ class ConvBN(nn.Module):
 class LocalResponseNorm(nn.Module):
     """x / (k + alpha/size * sum of x^2 over `size` neighbouring channels)**beta, across channels.
 
-    The constants and the division of alpha by the size are those of BVLC Caffe's `bvlc_googlenet/train_val.prototxt` and its LRN
-    layer; AlexNet (section 3.3), where the operation comes from, has k = 2 and does not divide.
+    Constants, and the division of alpha by the size, as in BVLC Caffe's LRN layer and its
+    models/bvlc_googlenet/train_val.prototxt. AlexNet (section 3.3), the operation's source, has
+    k = 2 and does not divide.
     """
 
     size: int = 5
@@ -141,7 +158,7 @@ class LocalResponseNorm(nn.Module):
     k: float = 1.0
 
     def __call__(self, x):
-        """x: [..., channels]; the result has its shape and dtype. Windows at the edge hold fewer channels."""
+        """x: [..., channels], like the result. Windows at the edge hold fewer channels."""
         window = (1,) * (x.ndim - 1) + (self.size,)
         square = jnp.square(x.astype(jnp.promote_types(jnp.float32, x.dtype)))
         total = lax.reduce_window(square, 0.0, lax.add, window, (1,) * x.ndim, "SAME")
@@ -149,53 +166,73 @@ class LocalResponseNorm(nn.Module):
 
 
 def fresh_stats(batch_stats):
-    """`batch_stats` of every layer as before the first update: what one training-mode pass turns into that batch's moments."""
+    """The tree before any update: one training-mode pass turns it into that batch's moments."""
     return _map_layers(lambda s: batch_norm.init_stats(s.mean.shape, s.mean.dtype), batch_stats)
 
 
 def merge_stats(total, batch):
-    """Algorithm 2 for all layers: `batch_norm.merge` of two `batch_stats` trees. See docs/batch_norm.md, "Algorithm 2"."""
+    """Algorithm 2 for all layers of a network: averages two `batch_stats` trees by their counts.
+
+        total = fresh_stats(batch_stats)
+        for images in training_batches:  # each pass starts afresh, so it yields its batch's moments
+            variables = {"params": params, "batch_stats": fresh_stats(batch_stats)}
+            _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+            total = merge_stats(total, updates["batch_stats"])
+
+    `total` is then the population's statistics, for inference and `fold_variables`.
+    """
     return _map_layers(batch_norm.merge, total, batch)
 
 
 def _map_layers(f, *trees):
+    """Applies f to the Stats of every layer in trees of `batch_stats`."""
     if "mean" in trees[0] and "var" in trees[0]:
-        converged = jnp.float32(jnp.inf)
-        stats = (batch_norm.Stats(t["mean"], t["var"], t["count"] if "count" in t else converged) for t in trees)
-        return f(*stats)._asdict()
+        return f(*map(_stats, trees))._asdict()
     return {name: _map_layers(f, *(t[name] for t in trees)) for name in trees[0]}
 
 
-def fold_variables(variables, *, epsilon: float):
-    """Folds every `conv` + `bn` and `dense` + `bn` of a network's variables (Alg. 2, line 12).
+def _stats(leaves) -> batch_norm.Stats:
+    count = leaves["count"] if "count" in leaves else jnp.float32(jnp.inf)
+    return batch_norm.Stats(leaves["mean"], leaves["var"], count)
 
-    Returns `{"params": ...}` for the same network built with `norm=None`: each folded layer has a kernel and a bias and no BN.
-    `variables` holds `params` and `batch_stats`, best the population's; `epsilon` is that of its BatchNorm layers.
+
+def fold_variables(variables, *, epsilon: float):
+    """Folds every `conv` + `bn` and `dense` + `bn` of a network (Alg. 2, line 12).
+
+    Args:
+      variables: `params` and `batch_stats`, best those of the population.
+      epsilon: that of the network's BatchNorm layers.
+
+    Returns:
+      Variables of the same network built with `norm=None`: kernels and biases, no BN.
+
+    Raises:
+      ValueError: a `bn` that stands beside no or several linear layers, or is per activation.
     """
     return {"params": _fold_tree(variables["params"], variables["batch_stats"], epsilon, "")}
 
 
 def _fold_tree(params, stats, epsilon, path):
-    out = {}
+    folded = {}
     for name, child in params.items():
-        if name == "bn":
-            continue
-        here = stats[name] if name in stats else {}
-        out[name] = _fold_tree(child, here, epsilon, f"{path}/{name}") if hasattr(child, "items") else child
-    if "bn" in stats:
-        names = [n for n in ("conv", "dense") if n in out]
-        if len(names) != 1:
-            raise ValueError(f"fold_variables: {path or '/'} has a bn but {len(names)} layers named conv or dense, limit 1")
-        layer, s = out[names[0]], stats["bn"]
-        bn = params["bn"] if "bn" in params else {}
-        part = lambda tree, leaf: tree[leaf] if leaf in tree else None
-        kernel, bias = batch_norm.fold(
-            layer["kernel"],
-            part(layer, "bias"),
-            part(bn, "scale"),
-            part(bn, "bias"),
-            batch_norm.Stats(s["mean"], s["var"], jnp.float32(jnp.inf)),
-            epsilon=epsilon,
+        if name != "bn":
+            inner = stats.get(name, {})
+            nested = hasattr(child, "items")
+            folded[name] = _fold_tree(child, inner, epsilon, f"{path}/{name}") if nested else child
+    if "bn" not in stats:
+        return folded
+    linear = [name for name in ("conv", "dense") if name in folded]
+    if len(linear) != 1:
+        raise ValueError(
+            f"fold_variables: {path or '/'} has a bn beside {len(linear)} layers named conv or "
+            "dense, but needs exactly 1"
         )
-        out[names[0]] = {**layer, "kernel": kernel, "bias": bias}
-    return out
+    layer = folded[linear[0]]
+    bn = params.get("bn", {})
+    bias, scale, offset = (
+        tree.get(leaf) for tree, leaf in ((layer, "bias"), (bn, "scale"), (bn, "bias"))
+    )
+    kernel, bias = batch_norm.fold(
+        layer["kernel"], bias, scale, offset, _stats(stats["bn"]), epsilon=epsilon
+    )
+    return folded | {linear[0]: {**layer, "kernel": kernel, "bias": bias}}
