@@ -32,9 +32,10 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     if config is None:
         raise ConfigError("--config=configs/NAME.py[:SCALE] is needed; --list names them")
-    from bn_jax import validate  # later imports take seconds: first see whether they are needed
+    from bn_jax import smoke, validate  # later imports take seconds: are they needed?
 
     validate.check(config)
+    config = smoke.shorten(config)
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{listing.run_name(config)}")
     if _DRY_RUN.value:
         print(f"{config}\nworkdir: {workdir}")

@@ -111,7 +111,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [({}, 5), ({"steps_per_dispatch": 1}, 1), ({"steps_per_dispatch": 8}, 2), ({"eval_every": 3}, 1)],
+    [
+        ({}, 5),
+        ({"steps_per_dispatch": 1}, 1),
+        ({"steps_per_dispatch": 8}, 2),
+        ({"eval_every": 3}, 1),
+    ],
 )
 def test_no_dispatch_steps_over_an_interval(changes, expected):
     config = small(**changes)

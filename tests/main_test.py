@@ -1,0 +1,113 @@
+"""The command line: what a user's mistake looks like, what is printed, what is written."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def run(*words, cwd=ROOT, **env):
+    """Runs `python -m bn_jax.main` with a compilation cache that would show any compiling."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    return subprocess.run(
+        [sys.executable, "-m", "bn_jax.main", *words],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# (words, what the line must say). One process each: the commoner mistakes; tests/validate_test.py
+# has the rest as a table.
+MISTAKES = [
+    ([], "--list names them"),
+    (["--config=configs/bn_x3.py"], "did you mean configs/bn_x30.py?"),
+    (["--config=configs/bn_x30.py:digit"], "'digit' is none of imagenet, digits"),
+    (["--config=configs/bn_x30.py", "--config.learning_rat=1"], "did you mean 'learning_rate'?"),
+    (["--config=configs/bn_x30.py", "--config.learning_rate=fast"], "learning_rate=fast"),
+    (["--config=configs/bn_x30.py", "--config.learning_rate=-1"], "learning_rate=-1"),
+    (["--config=configs/bn_x30.py", "--config.learning_rate=nan"], "learning_rate=nan"),
+    (["--config=configs/bn_x30.py", "--config.total_steps=0"], "total_steps=0"),
+    (["--config=configs/bn_x30.py:digits", "--config.batch_size=48"], "group_size"),
+    (["--confg=configs/bn_x30.py"], "confg"),
+    (["configs/bn_x30.py"], "unexpected argument 'configs/bn_x30.py'"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES, ids=lambda v: str(v)[:60])
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, words, said):
+    done = run(*words, f"--workdir={tmp_path}/w", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())  # nothing compiled, nothing written
+
+
+def test_without_imagenet_it_says_how_to_get_it(tmp_path):
+    done = run(
+        "--config=configs/bn_x30.py",
+        f"--workdir={tmp_path}/w",
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"),
+        HOME=str(tmp_path / "home"),  # no ~/tensorflow_datasets
+    )
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    for said in ("imagenet2012", "bn_jax.prepare imagenet", ":digits"):
+        assert said in lines[0]
+    assert not (tmp_path / "w").exists() and not list(tmp_path.glob("cache/*"))
+
+
+def test_too_many_devices_for_the_batch(tmp_path):
+    done = run(
+        "--config=configs/bn_x30.py:digits",
+        f"--workdir={tmp_path}/w",
+        XLA_FLAGS="--xla_force_host_platform_device_count=64",
+    )
+    assert done.returncode == 2 and "batch_size=32 is smaller than the 64 devices" in done.stderr
+    assert ":pod" in done.stderr and not (tmp_path / "w").exists()
+
+
+def test_list_names_every_experiment_from_any_folder(tmp_path):
+    done = run("--list", cwd=tmp_path)
+    assert done.returncode == 0
+    for path in (ROOT / "configs").glob("[a-z]*.py"):
+        assert f"\n{path.stem} " in f"\n{done.stdout}"
+    assert "digits" in done.stdout
+
+
+def test_help_names_the_flags_and_succeeds():
+    done = run("--help")
+    assert done.returncode == 0
+    assert all(
+        word in done.stdout for word in ("--config", "--workdir", "--[no]list", "--[no]dry_run")
+    )
+
+
+def test_dry_run_prints_the_config_and_writes_nothing(tmp_path):
+    done = run("--config=bn_x30:digits", "--dry_run", "--config.seed=7", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "learning_rate: 0.045" in done.stdout and "seed: 7" in done.stdout
+    assert "workdir: runs/bn_x30_digits" in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_a_short_run_shows_progress_accuracy_and_pictures(tmp_path):
+    workdir = tmp_path / "w"
+    done = run(
+        "--config=configs/mnist_bn.py:digits",
+        f"--workdir={workdir}",
+        BN_JAX_SMOKE="1",
+        XLA_FLAGS="",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout and "of 1,000 examples" in done.stdout
+    assert "not comparable" in done.stdout  # the limits of the set, where accuracy is printed
+    assert "images/s" in done.stdout and "ETA" in done.stdout
+    assert f"{workdir}/figures/run.png" in done.stdout.splitlines()
+    assert (workdir / "figures" / "run.png").stat().st_size > 10_000
