@@ -64,7 +64,7 @@ def _splits(
     if found is None:
         if not (directory / "train").is_dir():
             raise ConfigError(
-                f"{directory} holds neither the TFDS set {name!r} (--name) nor a folder of pictures, "
+                f"{directory} holds neither the TFDS set {name!r} (--name) nor pictures in "
                 "train/CLASS/*"
             )
         source = folder.source(str(directory))

@@ -232,7 +232,7 @@ def hold_out(source: sources.Source, amount: float) -> sources.Source:
     impossible amount."""
     n = len(source.train)
     count = round(amount * n) if amount < 1 else int(amount)
-    if not 0 < count < n:
+    if not 0 < count < n or (amount > 1 and amount != count):
         raise ConfigError(f"data.holdout={amount} is not in (0, 1) nor a count below {n}")
     places = order.permutation(n, order.key(_HOLDOUT))
     return sources.Source(
