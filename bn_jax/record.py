@@ -69,8 +69,7 @@ class Recorder:
         self._events: Any = None
         if is_main:
             self._progress = Progress(total_steps)
-            with disk.reported(self.workdir, "cannot create"):
-                self.workdir.mkdir(parents=True, exist_ok=True)
+            workdirs.create(self.workdir)
             self._lock = lock.WorkdirLock(self.workdir)
             if self._lock.taken_over:
                 self.say(self._lock.taken_over)

@@ -1,5 +1,6 @@
 """May this workdir be used for this config? Asked before anything is compiled or written."""
 
+import errno
 import json
 import os
 import pathlib
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bn_jax import disk, lock
-from bn_jax.errors import ConfigError
+from bn_jax.errors import ConfigError, DiskError
 
 # A resumed run may change how long it goes on and what it keeps and shows, not what it computes.
 MAY_CHANGE = frozenset(
@@ -47,6 +48,23 @@ def check_workdir(
         require_same_config(workdir, run["config"], config)
     if is_main:
         lock.refuse_if_held(workdir)
+
+
+def create(workdir: pathlib.Path) -> None:
+    """Makes the directory if it is absent.
+
+    Raises:
+      ConfigError: it cannot be there at all.
+      DiskError: the disk is full.
+    """
+    try:
+        with disk.reported(workdir, "cannot create"):
+            workdir.mkdir(parents=True, exist_ok=True)
+    except DiskError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(f"workdir {workdir} cannot be created; choose another") from error
 
 
 def read_run(workdir: pathlib.Path) -> dict[str, Any] | None:
