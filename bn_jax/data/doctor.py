@@ -29,6 +29,7 @@ class Report:
     duplicates: list[str] = field(default_factory=list)
     sides: list[int] = field(default_factory=list)
     examples: int = 0
+    decoded: int = 0
 
 
 def check(directory: pathlib.Path, name: str, *, threads: int) -> None:
@@ -152,6 +153,7 @@ def _add(
     if record is None:
         return
     report.examples += 1
+    report.decoded += not problem
     report.labels[record.label] += 1
     if digest in report.digests:
         report.duplicates.append(f"{name} = {report.digests[digest]}")
@@ -164,7 +166,7 @@ def _add(
 
 def _print(split: str, report: Report, classes: int, empty: list[int], seconds: float) -> None:
     rate = report.examples / max(seconds, 1e-9)
-    print(f"{split}: {report.examples:,} images read and decoded, {rate:,.0f} images/s")
+    print(f"{split}: {report.examples:,} images read, {report.decoded:,} decoded, {rate:,.0f}/s")
     counts = [report.labels[k] for k in range(classes)]
     print(
         f"  labels: {classes - len(empty)} of {classes} classes have images, "

@@ -1,0 +1,303 @@
+"""prepare.py: ImageNet from its tars, the data doctor, the contact sheet."""
+
+import csv
+import hashlib
+import importlib.util
+import io
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import cv2
+import numpy as np
+import pytest
+import small_sets
+
+from bn_jax import prepare
+from bn_jax.data import build, decode, doctor, example, imagenet, shards, tfds
+from bn_jax.errors import ConfigError, DataError, DiskError
+
+ROOT = pathlib.Path(__file__).parent.parent
+JPEG = small_sets.encode(small_sets.photo())
+SYNSETS = ("n01440764", "n01443537")  # classes 0 and 1
+
+
+def tar_bytes(members: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def write_tars(folder: pathlib.Path, each: int = 6) -> pathlib.Path:
+    """A pair of tars: two synsets of `each` pictures, and three validation pictures."""
+    folder.mkdir(exist_ok=True)
+    train = {
+        f"{s}.tar": tar_bytes({f"{s}_{k}.JPEG": JPEG + bytes([k]) for k in range(each)})
+        for s in SYNSETS
+    }
+    validation = {f"ILSVRC2012_val_{k:08d}.JPEG": JPEG for k in (1, 2, 50_000)}
+    (folder / imagenet.TARS["train"]).write_bytes(tar_bytes(train))
+    (folder / imagenet.TARS["validation"]).write_bytes(tar_bytes(validation))
+    return folder
+
+
+def built(tars: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
+    return build.build(tars, out, partial=True, threads=2)
+
+
+@pytest.fixture
+def four_shards(monkeypatch):
+    from tensorflow_datasets.core.utils import shard_utils
+
+    monkeypatch.setattr(
+        shard_utils.ShardConfig, "calculate_number_shards", classmethod(lambda *a: min(4, a[2]))
+    )
+
+
+def test_the_real_pair(test_data, tmp_path):
+    """Every record has its picture, label and name, in TFDS' order; TFDS itself reads the
+    result."""
+    import tensorflow_datasets
+
+    folder = built(test_data / "ilsvrc", tmp_path)
+    with (test_data / "ilsvrc" / "CONTENTS.csv").open() as f:
+        truth = {row["file_name"]: int(row["label"]) for row in csv.DictReader(f)}
+    pictures = {}
+    with tarfile.open(test_data / "ilsvrc" / imagenet.TARS["train"]) as tar:
+        for synset in tar:
+            with tarfile.open(fileobj=tar.extractfile(synset)) as inner:
+                pictures |= {m.name: inner.extractfile(m).read() for m in inner}
+    with tarfile.open(test_data / "ilsvrc" / imagenet.TARS["validation"]) as tar:
+        pictures |= {m.name: tar.extractfile(m).read() for m in tar}
+    meta = tfds.metadata(folder)
+    for split, count in (("train", 122), ("validation", 60)):
+        records = [example.parse(r) for r in map(shards.open_split(meta, split).raw, range(count))]
+        names = [r["file_name"][0].decode() for r in records]
+        assert names == sorted(names, key=lambda n: hashlib.md5((split + n).encode()).hexdigest())
+        assert [r["label"] for r in records] == [[truth[n]] for n in names]
+        assert [r["image"] for r in records] == [[pictures[n]] for n in names]
+    read = tensorflow_datasets.builder_from_directory(folder).as_data_source(split="validation")
+    assert len(read) == 60 and read[0]["label"] == truth[read[0]["file_name"].decode()]
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.slow
+def test_against_tfds_own_builder(test_data, tmp_path):
+    """TFDS builds the same pair with TensorFlow, where that is installed: the same records
+    throughout."""
+    if importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("TensorFlow is not installed")
+    code = (
+        "import sys, tensorflow_datasets as t; t.builder('imagenet2012', data_dir=sys.argv[1], "
+        "file_format='array_record').download_and_prepare(download_config="
+        "t.download.DownloadConfig(manual_dir=sys.argv[2]))"
+    )
+    arguments = [str(tmp_path / "tfds"), str(test_data / "ilsvrc")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+    ours = tfds.metadata(built(test_data / "ilsvrc", tmp_path / "ours"))
+    theirs = tfds.metadata(tfds.find("imagenet2012", str(tmp_path / "tfds")))
+    assert [p.name for p, _ in ours.splits["train"]] == [p.name for p, _ in theirs.splits["train"]]
+    for split in ("train", "validation"):
+        a, b = shards.open_split(ours, split), shards.open_split(theirs, split)
+        assert len(a) == len(b)
+        for k in range(len(b)):
+            assert example.parse(a.raw(k)) == example.parse(b.raw(k))
+    for name in ("features.json", "label.labels.txt"):
+        assert (ours.directory / name).read_text() == (theirs.directory / name).read_text()
+
+
+def test_incomplete_tars_are_refused(tmp_path):
+    tars = write_tars(tmp_path / "tars")
+    with pytest.raises(DataError, match=r"12 of 1,281,167 images.*--partial"):
+        build.build(tars, tmp_path / "out", partial=False, threads=1)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match=r"ILSVRC2012_img_train\.tar"):
+        built(tmp_path, tmp_path / "out")
+
+
+def test_labels_survive_missing_validation_files(tmp_path):
+    """By number, not by rank of what there is: number 50,000 has its own label."""
+    meta = tfds.metadata(built(write_tars(tmp_path / "tars"), tmp_path / "out"))
+    records = map(example.parse, map(shards.open_split(meta, "validation").raw, range(3)))
+    labels = {r["file_name"][0].decode(): r["label"][0] for r in records}
+    expected = imagenet.label_files()[1]
+    assert len(expected) == 50_000
+    assert labels["ILSVRC2012_val_00050000.JPEG"] == expected[-1]
+    assert labels["ILSVRC2012_val_00000002.JPEG"] == expected[1]
+
+
+@pytest.mark.usefixtures("four_shards")
+def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
+    tars = write_tars(tmp_path / "tars")
+    clean = built(tars, tmp_path / "clean")
+    whole, calls = imagenet.record, []
+
+    def fails(descriptor, image):
+        calls.append(image)
+        if len(calls) > 8:
+            raise KeyboardInterrupt
+        return whole(descriptor, image)
+
+    monkeypatch.setattr(imagenet, "record", fails)
+    with pytest.raises(KeyboardInterrupt):
+        build.build(tars, tmp_path / "out", partial=True, threads=1)
+    folder = tmp_path / "out" / "imagenet2012" / "5.1.0"
+    ready = {p.name: p.stat().st_mtime_ns for p in folder.glob("*-of-00004")}
+    assert len(ready) == 2  # of three pictures each
+    assert tfds.find("imagenet2012", str(tmp_path / "out")) is None  # no set yet
+    monkeypatch.setattr(imagenet, "record", whole)
+    built(tars, tmp_path / "out")
+    assert {n: (folder / n).stat().st_mtime_ns for n in ready} == ready  # kept, not written again
+    files = sorted(p.name for p in clean.iterdir())
+    assert sorted(p.name for p in folder.iterdir()) == files
+    assert [(folder / n).read_bytes() for n in files] == [(clean / n).read_bytes() for n in files]
+
+
+def test_a_finished_set_is_left_alone(tmp_path, capsys):
+    tars = write_tars(tmp_path / "tars")
+    folder = built(tars, tmp_path / "out")
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    built(tars, tmp_path / "out")
+    assert "complete already" in capsys.readouterr().out
+    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+    with pytest.raises(ConfigError, match="other tars"):
+        built(write_tars(tmp_path / "more", each=7), tmp_path / "out")
+
+
+def test_disk_space_is_checked_first(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DiskError, match="GiB free"):
+        built(write_tars(tmp_path / "tars"), tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*array_record*"))
+
+
+def hostile(name: str = "x", kind: bytes = tarfile.REGTYPE, link: str = "") -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, link
+        tar.addfile(info)
+    return out.getvalue()
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:20] + bytes([data[20] ^ 1]) + data[21:]
+
+
+INNER = tar_bytes({"n01440764_1.JPEG": JPEG})
+MEMBER = INNER[: 512 + -(-len(JPEG) // 512) * 512]  # header and padded picture
+HOSTILE = {
+    "a path that climbs": (hostile("../../../evil.tar"), "unexpected member"),
+    "an absolute path": (hostile("/etc/passwd"), "unexpected member"),
+    "a symbolic link": (hostile("n01440764.tar", tarfile.SYMTYPE, "/etc/passwd"), "plain files"),
+    "a hard link": (hostile("n01440764.tar", tarfile.LNKTYPE, "/etc/passwd"), "plain files"),
+    "a device": (hostile("n01440764.tar", tarfile.CHRTYPE), "plain files"),
+    "an unknown synset": (tar_bytes({"n00000000.tar": INNER}), "unexpected member"),
+    "a picture of another synset": (tar_bytes({"n01443537.tar": INNER}), "unexpected member"),
+    "a picture twice": (tar_bytes({"n01440764.tar": MEMBER * 2 + bytes(1024)}), "twice"),
+    "no tar within": (tar_bytes({"n01440764.tar": b"text" * 200}), "damaged"),
+    "a cut tar": (tar_bytes({"n01440764.tar": INNER})[:2000], "cut"),
+    "a flipped header": (flipped(tar_bytes({"n01440764.tar": INNER})), "checksum"),
+    "no end": (tar_bytes({"n01440764.tar": INNER})[: 512 + len(INNER)], "end mark"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_tars_are_refused_and_write_nothing(tmp_path, what):
+    data, message = HOSTILE[what]
+    tars = write_tars(tmp_path / "tars")
+    (tars / imagenet.TARS["train"]).write_bytes(data)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=message):
+        built(tars, tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_cmyk_and_png_become_rgb_jpegs():
+    photo = small_sets.photo()
+    for data in (
+        small_sets.encode(photo, mode="CMYK", quality=95),
+        small_sets.encode(photo, "PNG"),
+    ):
+        fixed = imagenet.as_jpeg(data)
+        found = decode.frame(fixed)
+        assert (found.kind, found.components) == ("jpeg", 3)
+        # Quality 100 with halved chroma: measured 0.4 levels in the mean.
+        assert np.abs(decode.pixels(fixed, found).astype(int) - photo).mean() < 1
+    assert imagenet.as_jpeg(JPEG) == JPEG
+    assert imagenet.as_jpeg(b"damaged") == b"damaged"
+
+
+def pairs(n: int, first: int = 0) -> list[tuple[bytes, int]]:
+    return [(small_sets.encode(small_sets.photo(seed=first + k)), k % 3) for k in range(n)]
+
+
+def test_doctor_of_a_sound_set(tmp_path, capsys):
+    splits = {"train": [*pairs(5), pairs(1)[0]], "test": pairs(1)}
+    small_sets.write_tfds(tmp_path, splits, file_format="array_record")
+    doctor.check(tmp_path, "little", threads=2)
+    out = capsys.readouterr().out
+    assert "train: 6 images read, 6 decoded" in out and "/s" in out
+    assert "3 of 3 classes have images, 1 to 3 each" in out
+    assert "1 duplicates" in out and "1 also in another split" in out
+    assert "is sound" in out
+
+
+def test_doctor_of_a_damaged_set(tmp_path, capsys):
+    bad = (JPEG[:-200], 0)
+    splits = {"train": [*pairs(4), bad, (JPEG, 7)], "test": pairs(2)}
+    written = small_sets.write_tfds(tmp_path, splits, file_format="array_record")
+    (written / "little-test.array_record-00001-of-00002").unlink()
+    with pytest.raises(DataError, match="NOT sound, 4 problems"):
+        doctor.check(tmp_path, "little", threads=2)
+    out = capsys.readouterr().out
+    assert "train: 6 images read, 4 decoded" in out
+    assert re.search(
+        r"record 1 of shard little-train\S+-00001-of-00002: .*premature end", out, re.I
+    )
+    assert "has label 7, the set has 3 classes" in out
+    assert "little-test.array_record-00001-of-00002 is missing" in out
+    assert "1 readable images, 2 expected" in out
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bn_jax.prepare", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_commands_and_exit_codes(tmp_path):
+    assert run("check", str(tmp_path)).returncode == 2
+    tars = write_tars(tmp_path / "tars")
+    out = str(tmp_path / "out")
+    refused = run("imagenet", f"--tars={tars}", f"--data_dir={out}")
+    assert refused.returncode == 3 and refused.stderr.count("\n") == 1
+    done = run("imagenet", f"--tars={tars}", f"--data_dir={out}", "--partial")
+    assert done.returncode == 0 and "images/s" in done.stderr and "left" in done.stderr
+    checked = run("check", out)  # 12 of 1,281,167 images
+    assert checked.returncode == 3 and "1,281,167 expected" in checked.stdout
+
+
+def test_contact_sheet(tmp_path, monkeypatch, capsys):
+    (tmp_path / "photo.jpg").write_bytes(JPEG)
+    for image in (str(tmp_path / "photo.jpg"), "digits"):
+        out = tmp_path / "sheet.png"
+        arguments = ["prepare", "sheet", image, f"--out={out}", "--size=40", "--strengths=0,1"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        prepare.main()
+        assert str(out) in capsys.readouterr().out
+        sheet = cv2.imread(str(out))
+        assert sheet.shape == (2 * 44, 8 * 44, 3)
+        undistorted, distorted = sheet[:40, 44:], sheet[44:84, 44:]
+        assert np.abs(undistorted.astype(int) - distorted).mean() > 1
+        assert np.array_equal(sheet[:40, :40], sheet[44:84, :40])  # the original, in every row
+    monkeypatch.setattr(sys, "argv", ["prepare", "sheet", str(tmp_path / "none.jpg")])
+    with pytest.raises(ConfigError, match="no picture"):
+        prepare.main()
