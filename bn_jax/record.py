@@ -8,7 +8,6 @@
 """
 
 import json
-import math
 import os
 import pathlib
 import socket
@@ -18,9 +17,8 @@ from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import jax
-import numpy as np
 
-from bn_jax import disk, lock, provenance
+from bn_jax import disk, jsonl, lock, provenance
 from bn_jax import workdir as workdirs
 from bn_jax.errors import DivergedError, Preempted
 from bn_jax.ledger import Ledger, account, process_started
@@ -61,6 +59,7 @@ class Recorder:
         started: float | None = None,
     ):
         workdirs.check_workdir(workdir, config, is_main=is_main)
+        workdirs.require_same_threads(workdir, jax.default_backend(), provenance.cpu_threads())
         self.workdir = pathlib.Path(workdir)
         self._ledger = Ledger(time.monotonic() if started is None else started)
         self._main, self._step, self._begun = is_main, 0, False
@@ -80,9 +79,9 @@ class Recorder:
         if not self._main:
             return
         before = workdirs.read_run(self.workdir) or {"attempts": []}
-        for warning in _truncate(self.workdir / "metrics.jsonl", resume_step):
+        for warning in jsonl.truncate(self.workdir / "metrics.jsonl", resume_step):
             self.say(warning)
-        for warning in _truncate(self.workdir / "timing.jsonl", None):
+        for warning in jsonl.truncate(self.workdir / "timing.jsonl", None):
             self.say(warning)
         attempts = before["attempts"]
         for attempt in attempts:  # killed ones could not say so themselves
@@ -128,7 +127,7 @@ class Recorder:
         self._step = max(self._step, step)
         if not self._main:
             return
-        line = {"step": int(step), "kind": kind} | {k: _plain(v) for k, v in values.items()}
+        line = {"step": int(step), "kind": kind} | {k: jsonl.plain(v) for k, v in values.items()}
         self._append(self._metrics, line)
         if kind == "train":
             self._mark()
@@ -189,7 +188,7 @@ class Recorder:
             self._events.close()
         self._run["attempts"][-1] |= {"status": status, "finished": _now()}
         self._run["status"] = status
-        self._run["results"] = {k: _plain(v) for k, v in results.items()}
+        self._run["results"] = {k: jsonl.plain(v) for k, v in results.items()}
         text = (self.workdir / "timing.jsonl").read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text.splitlines()]
         resumed = [attempt["resume_step"] for attempt in self._run["attempts"]]
@@ -242,40 +241,6 @@ def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any], **info: Any) 
         is_main=jax.process_index() == 0,
         started=process_started(),
     )
-
-
-def _truncate(path: pathlib.Path, last: int | None) -> list[str]:
-    """Drops torn lines and, given `last`, lines of later steps; returns what there is to say."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    kept, torn = [], 0
-    for line in data.splitlines(keepends=True):
-        try:
-            step = json.loads(line)["step"]
-            whole = line.endswith(b"\n")
-        except (ValueError, TypeError, KeyError):
-            whole = False
-        if not whole:
-            torn += 1
-        elif last is None or step <= last:
-            kept.append(line)
-    if b"".join(kept) != data:
-        disk.write_atomic(path, b"".join(kept))
-    return [f"{path}: dropped {torn} damaged line(s)"] if torn else []
-
-
-def _plain(value: Any) -> Any:
-    """JSON's numbers, strings and lists; a float's repr round-trips, float32 through float64."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, (str, bool, int)) or value is None:
-        return value
-    if not isinstance(value, float):
-        return _plain(np.asarray(value).tolist())
-    return value if math.isfinite(value) else str(value)
 
 
 def _now() -> str:

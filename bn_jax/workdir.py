@@ -26,6 +26,9 @@ MAY_CHANGE = frozenset(
 )
 
 
+ANY_THREADS = "BN_JAX_ANY_THREADS"  # environment variable
+
+
 def check_workdir(
     workdir: pathlib.Path, config: Mapping[str, Any], *, is_main: bool = True
 ) -> None:
@@ -48,6 +51,25 @@ def check_workdir(
         require_same_config(workdir, run["config"], config)
     if is_main:
         lock.refuse_if_held(workdir)
+
+
+def require_same_threads(workdir: pathlib.Path, platform: str, threads: int) -> None:
+    """Refuses to go on with a CPU run under another size of XLA's thread pool: other bits.
+
+    Raises:
+      ConfigError: the run in `workdir` used another number of threads, and BN_JAX_ANY_THREADS=1
+        does not say that this does not matter.
+    """
+    run = read_run(workdir)
+    if run is None or os.environ.get(ANY_THREADS) == "1":
+        return
+    before = run["hardware"]
+    if before["platform"] == platform == "cpu" and before["cpu_threads"] != threads:
+        raise ConfigError(
+            f"{workdir} was trained with {before['cpu_threads']} CPU threads, this process has "
+            f"{threads}: sums would be split otherwise and the bits differ. Set "
+            f"NPROC={before['cpu_threads']}, or {ANY_THREADS}=1 to go on all the same."
+        )
 
 
 def create(workdir: pathlib.Path) -> None:

@@ -401,3 +401,16 @@ def test_the_size_of_xlas_thread_pool_is_recorded(monkeypatch):
     assert provenance.hardware()["variables"]["NPROC"] == "3"
     monkeypatch.delenv("NPROC")
     assert provenance.cpu_threads() == len(os.sched_getaffinity(0))
+
+
+def test_a_cpu_run_does_not_go_on_under_another_thread_pool(tmp_path, monkeypatch):
+    monkeypatch.setenv("NPROC", "3")
+    with open_run(tmp_path) as recorder:
+        recorder.begin(0)
+    monkeypatch.setenv("NPROC", "4")
+    with pytest.raises(ConfigError, match=r"with 3 CPU threads, this process has 4.*NPROC=3"):
+        open_run(tmp_path)
+    workdir.require_same_threads(tmp_path, "gpu", 4)  # there the pool does not matter
+    monkeypatch.setenv("BN_JAX_ANY_THREADS", "1")
+    with open_run(tmp_path) as recorder:
+        recorder.begin(0)
