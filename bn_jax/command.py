@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from bn_jax.errors import UserError
 
@@ -17,7 +18,7 @@ def run(main: Callable[[], None]) -> None:
         fail("interrupted", 130)
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     """Ends the program with one line on stderr."""
     print(f"bn_jax: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(code)

@@ -52,7 +52,7 @@ class LockedError(UserError):
     exit_code = 8
 
 
-class Preempted(UserError):
+class Preempted(UserError):  # noqa: N818 (it is no error: the state is saved)
     """The run was told to stop and has saved its state: run the same command again."""
 
     exit_code = 75

@@ -1,4 +1,4 @@
-"""What every test relies on: 8 virtual CPU devices, errors for silent promotion, real data if there."""
+"""What every test relies on: 8 virtual CPU devices, and real data where there is some."""
 
 import os
 import pathlib
@@ -9,8 +9,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.envir
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import pytest  # noqa: E402
-from absl import flags  # noqa: E402
+import pytest
+from absl import flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `configs` is found from any working directory

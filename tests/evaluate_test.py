@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from train_test import small
 
 from bn_jax import evaluate, experiment
 from bn_jax.errors import DataError
-from train_test import small
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def trained():
 
 
 def test_the_scores_do_not_depend_on_the_batch_size(trained):
-    exp, state, evaluator = trained
+    _, state, evaluator = trained
     population = evaluator.population(state.params, state.batch_stats)
     scores = evaluator.scores(state.params, population)
     assert scores["examples"] == 1000
