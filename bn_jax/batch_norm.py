@@ -106,6 +106,8 @@ def _moments(x, mask, m, axes):
     example, valid = grouping.fullest_example(x, mask, axes)
     size = jnp.maximum(grouping.count(example.shape, valid, axes), 1)
     near = jnp.sum(example, axes, keepdims=True, where=valid) / size
+    # Rounded to 16 bits: a fused multiply-add would see another value here than the sums see.
+    near = lax.reduce_precision(near, jnp.finfo(near.dtype).nexp, 16)
     # Two names for one value: else XLA on CPU writes x - near to memory because two sums share it.
     near, near_too = lax.optimization_barrier((near, near))
     first = jnp.sum(x - near, axes, keepdims=True, where=mask) / m
@@ -210,19 +212,19 @@ def _update(stats, mean, var, usable, momentum):
     log = math.log(momentum) if momentum > 0 else -math.inf
     # expm1 is exact where momentum is near 1; at 1 itself the limit is the plain average.
     weight = (1 - momentum) / -jnp.expm1(k * log) if momentum < 1 else 1 / k
-    weight = jnp.where(usable, weight, 0)
+    weight = jnp.where(usable, jnp.where(k == 1, 1, weight), 0)
     count = stats.count + jnp.any(usable)
     return Stats(_toward(stats.mean, mean, weight), _toward(stats.var, var, weight), count)
 
 
 def _toward(old, new, weight):
-    return (old + weight * (new - old)).astype(old.dtype)
+    return ((1 - weight) * old + weight * new).astype(old.dtype)  # exactly new at weight 1
 
 
 def merge(a: Stats, b: Stats) -> Stats:
     """The average of two statistics, weighted by their finite counts. A count of 0 adds nothing."""
     count = a.count + b.count
-    share = (b.count / jnp.maximum(count, 1)).astype(a.mean.dtype)
+    share = b.count.astype(a.mean.dtype) / jnp.maximum(count, 1)
     return Stats(_toward(a.mean, b.mean, share), _toward(a.var, b.var, share), count)
 
 
