@@ -1,0 +1,249 @@
+"""What the documents tell to type is typed, and what they list is what there is.
+
+Training runs are shortened by BN_JAX_SMOKE=1. What needs ImageNet or other hardware is checked with
+--dry_run, set-up commands against the metadata they name.
+"""
+
+import ast
+import importlib.metadata
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import numpy as np
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+EXPERIMENTS = (ROOT / "docs" / "experiments.md").read_text()
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+def commands(text: str = README) -> list[list[str]]:
+    lines = "".join(blocks("sh", text)).splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def recipe(target: str) -> list[list[str]]:
+    """The module runs that `make TARGET` would start, as the Makefile has them."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(
+        ["make", "-n", "-o", ".venv/.installed", target],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines()]
+    assert all(line[0] == ".venv/bin/python" for line in lines), done.stdout
+    return [["python", *line[1:]] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("readme")
+
+
+def type_in(words: list[str], place: pathlib.Path) -> subprocess.CompletedProcess:
+    """Runs `python -m ...` as typed, in an empty folder instead of the checkout."""
+    assert words[0] == "python", words
+    environment = os.environ | {
+        "BN_JAX_SMOKE": "1",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",  # one device, as on a user's machine
+        "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
+        # Inception's programs take a minute of CPU to compile; their results mean nothing here.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(ROOT),
+        "TFDS_DATA_DIR": str(place / "no_data"),
+    }
+    return subprocess.run(
+        [sys.executable, *words[1:]], cwd=place, env=environment, capture_output=True, text=True
+    )
+
+
+def succeed(words: list[str], place: pathlib.Path) -> str:
+    done = type_in(words, place)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_demo_and_the_commands_on_its_run(place):
+    typed = commands()
+    assert ["make", "demo"] in typed
+    lines = recipe("demo")
+    assert len(lines) == 1 and lines[0] in typed  # the plain form beside `make demo`
+    out = succeed(lines[0], place)
+    assert "of 1,000 examples" in out
+    assert "not comparable" in out  # the limits of the digits
+    pictures = [line for line in out.splitlines() if line.endswith(".png")]
+    assert pictures and all((place / p).stat().st_size > 0 for p in pictures)
+    for words in typed:
+        if words[:2] == ["python", "-m"] and "--workdir=runs/bn_x30" in words[3:4]:
+            out = succeed(words, place)
+            assert "1,000 examples" in out or ".png" in out
+
+
+def test_fig1(place):
+    assert ["make", "fig1"] in commands()
+    runs = recipe("fig1")
+    assert [words[2] for words in runs] == ["bn_jax.main", "bn_jax.main", "bn_jax.figures"]
+    outs = [succeed(words, place) for words in runs]
+    assert "| without BN | 500 |" in outs[-1] and "| with BN | 500 |" in outs[-1]
+    assert (place / "runs/fig1_digits/figures/fig1.png").stat().st_size > 0
+
+
+def test_list_names_every_config_and_dry_runs_parse(place):
+    out = succeed(["python", "-m", "bn_jax.main", "--list"], place)
+    for path in (ROOT / "configs").glob("*.py"):
+        assert path.stem == "__init__" or re.search(rf"^{path.stem} ", out, re.M), path
+    for words in commands():
+        if words[:3] == ["python", "-m", "bn_jax.main"] and not is_run_elsewhere(words):
+            out = succeed([*words, "--dry_run"], place)
+            assert "workdir: runs/" in out, words
+
+
+def is_run_elsewhere(words: list[str]) -> bool:
+    return "--list" in words or "--workdir=runs/bn_x30" in words
+
+
+def test_prepare_takes_the_options(place):
+    words = [w for w in commands() if w[2:4] == ["bn_jax.prepare", "imagenet"]]
+    assert len(words) == 1
+    done = type_in(words[0], place)
+    # The options are understood; the tars are not there, which is one line and code 2.
+    assert done.returncode == 2 and done.stderr.startswith("bn_jax: no "), done.stderr
+    assert "ILSVRC2012_img_train.tar" in done.stderr and "usage" not in done.stderr
+
+
+def test_every_command_is_one_that_these_tests_know():
+    known = ("bn_jax.main", "bn_jax.evaluate", "bn_jax.figures", "bn_jax.prepare")
+    for words in commands():
+        if words[0] == "python":
+            assert words[1] == "-m" and words[2] in known, words
+        else:
+            assert words[0] in ("make", "pip"), words
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z0-9_]+):", (ROOT / "Makefile").read_text(), re.M))
+    texts = "\n".join(path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"))
+    named = {w[1] for w in commands(texts) if w[0] == "make"}
+    named |= set(re.findall(r"`make ([a-z0-9_]+)", texts))
+    assert {"demo", "fig1", "test", "check"} <= named <= targets
+
+
+def test_extras_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    of_jax = importlib.metadata.metadata("jax").get_all("Provides-Extra")
+    extras = {".": project["optional-dependencies"], "jax": of_jax}
+    installs = [w[2:] for w in commands() if w[:2] == ["pip", "install"]]
+    assert len(installs) == 3
+    for words in installs:
+        for name, wanted in re.findall(r"(\.|\w+)\[([\w,]+)\]", " ".join(words)):
+            assert set(wanted.split(",")) <= set(extras[name]), words
+
+
+def test_library_examples():
+    names: dict = {"__name__": "readme"}
+    for block in blocks("python"):
+        exec(block, names)
+    groups = np.asarray(names["y"], np.float64).reshape(2, -1, 16)
+    # float32 sums of 2,048 values near 1: errors of about 1e-7 times a few; epsilon takes 5e-4.
+    np.testing.assert_allclose(groups.mean(axis=1), 0, atol=1e-5)
+    np.testing.assert_allclose(groups.std(axis=1), 1, atol=1e-3)
+    assert float(names["stats"].count) == 1
+    assert names["logits"].shape == (64, 10)
+    assert float(names["updates"]["batch_stats"]["BatchNorm_0"]["count"]) == 1
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+def test_license_and_citation():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "Version 2.0, January 2004" in text
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["license"] == project["license"] == "Apache-2.0"
+    assert str(citation["version"]) == project["version"]
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
+# docs/experiments.md
+
+
+def test_differences_are_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import differences
+
+    assert differences.sentences(
+        '"""A. Differs from the paper: one\n    two. No.\n\n    More."""\n'
+        "# Differs from the paper: three\n# four\n"
+    ) == ["one two.", "three four."]
+    assert differences.updated(EXPERIMENTS) == EXPERIMENTS, (
+        "run: python docs/differences.py --write"
+    )
+
+
+def test_every_config_has_a_row_and_only_results_are_claimed():
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", EXPERIMENTS, re.M))
+    configs = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"}
+    assert configs <= rows.keys()
+    for name in configs:
+        # A row names an existing file under results/, or says that there is none.
+        file = re.search(r"results/[\w./-]+", rows[name])
+        assert rows[name] == "not yet run" or (file and (ROOT / file[0]).exists()), name
+
+
+# docs/architecture.md
+
+
+def modules() -> dict[str, pathlib.Path]:
+    files = (ROOT / "bn_jax").rglob("*.py")
+    dotted = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files}
+    return {name.removesuffix(".__init__"): f for name, f in dotted.items()}
+
+
+def imports(file: pathlib.Path, known) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bn_jax"):
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                found.add(submodule if submodule in known else node.module)
+    return found
+
+
+def test_architecture_lists_every_file_and_imports_have_no_circle():
+    listed = set(re.findall(r"(\w+\.py)`", (ROOT / "docs" / "architecture.md").read_text()))
+    files = modules()
+    assert {f.name for f in files.values()} - {"__init__.py"} <= listed
+    graph = {name: imports(file, files) for name, file in files.items()}
+    below: dict[str, set[str]] = {}
+
+    def visit(name: str, above: tuple[str, ...] = ()) -> set[str]:
+        assert name not in above, f"a circle of imports: {(*above, name)}"
+        if name not in below:
+            below[name] = graph[name].union(*(visit(d, (*above, name)) for d in graph[name]))
+        return below[name]
+
+    for name in graph:
+        visit(name)
+    # The ground knows nothing of what stands on it; batch_norm is jax and shapes alone.
+    assert below["bn_jax.batch_norm"] <= {"bn_jax.grouping"}
+    for name in ("optim", "mesh", "batch_norm", "checkpoint", "record", "data.pipeline"):
+        above = {"main", "train", "evaluate", "experiment", "step", "models", "figures", "configs"}
+        assert not below[f"bn_jax.{name}"] & {f"bn_jax.{a}" for a in above}, name
