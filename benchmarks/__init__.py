@@ -1,0 +1,1 @@
+"""Side-by-side timings and measured failures of peers, one command each."""

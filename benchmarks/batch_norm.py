@@ -3,11 +3,11 @@
     python -m benchmarks.batch_norm [--smoke] [--repeats=N] [--threads=1]
 
 All sides run in this process, in turn within every repeat, in float32, on one allocator: glibc's
-malloc kept warm (no mmap, no trimming, one arena), for which the command starts itself anew. Before
-the timing every side's results are compared with ours. PyTorch is optional. Output: one JSON object
-a shape, with medians in milliseconds, ratios, and ours over the time of the 8 passes over memory that
-BN needs (forward reads x twice and writes y; backward reads x and dy twice and writes dx), which is
-taken as that of 4 copies of x.
+malloc kept warm (no mmap, no trimming, one arena), for which the command starts itself anew.
+Before the timing every side's results are compared with ours. PyTorch is optional. Output: one
+JSON object a shape, with medians in milliseconds, ratios, and ours over the time of the 8 passes
+over memory that BN needs (forward reads x twice and writes y; backward reads x and dy twice and
+writes dx), which is taken as that of 4 copies of x.
 """
 
 import argparse

@@ -4,7 +4,7 @@ Algorithm 1 is `normalize(..., train=True)`: a mini-batch is normalized by its o
 variance. The mini-batch is a *statistic group*: `group_size` consecutive examples of the global
 batch (the paper's worker batch of 32), on whatever devices they are. Algorithm 2 is `population` of
 the batches' statistics, then `normalize(..., train=False)` or, as one affine layer, `fold`.
-Statistics are computed in promote(float32, x.dtype) and about a shift, never as E[x^2] - E[x]^2.
+Statistics are in promote(float32, x.dtype), about a shift, never E[x^2] - E[x]^2.
 """
 
 import functools
@@ -24,8 +24,7 @@ class Stats(NamedTuple):
 
     After k updates from `init_stats`, `mean` and `var` are weighted averages of the k batches'
     means and *unbiased* variances, with weights in the ratio momentum**(k - i): right from the
-    first step. `count` is k (float32 scalar); infinity is "converged": then updates are the plain
-    moving average.
+    first step. `count` is k (float32); at infinity ("converged") updates are the plain average.
     """
 
     mean: jax.Array
@@ -99,13 +98,13 @@ def normalize(
 def _moments(x, mask, m, axes):
     """Mean and biased variance (Alg. 1, lines 1 and 2), as moments about a value near the mean.
 
-    That value is the mean of one example: then (mean - near)^2 <= var * examples for any data,
-    which bounds the cancellation, and a constant feature's mean is exactly its value.
+    That value is about the mean of one example: (mean - near)^2 <= var * examples for any data
+    bounds the cancellation, and a constant feature's mean is exactly its value.
     """
     x, m = _promote(x), jnp.maximum(m, 1)
     example, valid = grouping.fullest_example(x, mask, axes)
-    size = jnp.maximum(grouping.count(example.shape, valid, axes), 1)
-    near = jnp.sum(example, axes, keepdims=True, where=valid) / size
+    near = jnp.sum(example, axes, keepdims=True, where=valid)
+    near = near / jnp.maximum(grouping.count(example.shape, valid, axes), 1)
     # Rounded to 16 bits: a fused multiply-add would see another value here than the sums see.
     near = lax.reduce_precision(near, jnp.finfo(near.dtype).nexp, 16)
     # Two names for one value: else XLA on CPU writes x - near to memory because two sums share it.
@@ -192,9 +191,7 @@ def _promote(x):
 
 
 def _pool(mean, var, m, view):
-    """Mean, unbiased variance and usability over all groups; those of fewer than two values do not
-    count. For groups of one size this is m/(m-1) times the mean of the biased variances (Alg. 2).
-    """
+    """Mean, unbiased variance and usability over all groups that have at least two values."""
     m = jnp.broadcast_to(jnp.asarray(m, mean.dtype), mean.shape)
     m = jnp.where(m < 2, 0, m)
 
@@ -202,7 +199,8 @@ def _pool(mean, var, m, view):
         return jnp.reshape(jnp.sum(v, view.group_axis), view.stats_shape)
 
     freedom = total(jnp.maximum(m - 1, 0))
-    mean = total(m * mean) / jnp.maximum(total(m), 1)
+    share = m / jnp.maximum(jnp.sum(m, view.group_axis, keepdims=True), 1)
+    mean = total(share * mean)
     return mean, total(m * var) / jnp.maximum(freedom, 1), freedom > 0
 
 
@@ -245,8 +243,8 @@ def fold(kernel, bias, scale, offset, stats: Stats, *, epsilon: float):
     """
     if jnp.shape(stats.mean) != kernel.shape[-1:]:
         raise ValueError(
-            f"batch_norm.fold: statistics have shape {jnp.shape(stats.mean)}, but a kernel of "
-            f"shape {kernel.shape} folds with {kernel.shape[-1:]} only"
+            f"batch_norm.fold: statistics have shape {jnp.shape(stats.mean)}, not the "
+            f"{kernel.shape[-1:]} of a kernel of shape {kernel.shape}"
         )
     gain = lax.rsqrt(stats.var + epsilon) * (1 if scale is None else scale)
     shift = ((0 if bias is None else bias) - stats.mean) * gain

@@ -132,8 +132,8 @@ def test_vmap_and_scan():
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99, 1.0])
 def test_running_estimate_is_right_after_any_number_of_steps(momentum):
-    """Closed form after k = 1, 2, 10, 100. All peers fail at k = 1: Flax keeps 99% of the initial 0
-    and 1, Equinox divides a sum of squares by too much; all but PyTorch keep the biased variance.
+    """Closed form after k = 1, 2, 10, 100. Flax, Keras and PyTorch are wrong by their initial 0 and
+    1; Haiku and Equinox are debiased, but all except PyTorch hold the biased variance.
     """
     with jax.enable_x64(True):
         x = draw(100, 8, 3)
@@ -252,14 +252,14 @@ def test_variance_when_the_first_value_is_the_outlier():
     x = np.float32(draw(64, 6, 2))
     x[0] = 1e6
     _, stats = normalize(x, None, None, batch_norm.init_stats((2,)), train=True)
-    # The shift lies sqrt(64) deviations off the mean: 64 times the rounding of the sums, 3e-7.
-    np.testing.assert_allclose(stats.var, np.float64(x).var((0, 1), ddof=1), rtol=2e-5)
+    # The shift lies sqrt(64) deviations off the mean: 64 times the rounding of a sum of 128, 2e-6.
+    np.testing.assert_allclose(stats.var, np.float64(x).var((0, 1), ddof=1), rtol=1.3e-4)
 
 
 @pytest.mark.parametrize("value", [3.1, 1e4 + 0.1, -7e6])
 @pytest.mark.parametrize("mask", [None, np.arange(48) > 2])
 def test_constant_channel_gives_beta_and_no_noise(value, mask):
-    """Exactly; Flax gives noise up to 1.4 deviations at 1e4."""
+    """Exactly, whatever the rounding of sums: PyTorch gives 1 deviation at 1e4."""
     x = np.full((48, 7, 7, 2), value, np.float32)
     beta = np.float32([0.5, -2])
     for compiled in (lambda f: f, jax.jit):
