@@ -1,0 +1,251 @@
+"""How fast images are read: `python -m benchmarks.input [--images=DIR] [--smoke]`.
+
+Every contender turns the same JPEG files into batches of random crops of 224 x 224, bilinear
+without antialiasing (PIL once more with its own antialiasing). Rounds of all contenders are
+interleaved, so that a busy machine slows all of them; printed are medians over the rounds, with the
+lowest and highest: images per CPU-second (of all threads) and images per second on all cores.
+
+Without --images (a folder of pictures, any depth) textures of 500 x 375 are made up. tf.data takes
+part where TensorFlow is installed, PIL where Pillow is.
+"""
+
+import argparse
+import concurrent.futures
+import importlib.util
+import io
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+import simplejpeg
+
+from bn_jax.data import crops, decode, distort, example, imagenet, order, pipeline, tfds, tfrecord
+
+SIZE, BATCH = 224, 32
+Run = Callable[[int], int]  # round -> images read
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", help="folder of JPEG files; those near 500 x 375 are taken")
+    parser.add_argument("--count", type=int, default=640, help="images a round")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds")
+    parser.add_argument("--smoke", action="store_true", help="one round of few images")
+    options = parser.parse_args()
+    if options.smoke:
+        options.count, options.rounds = 64, 1
+    files = read_images(pathlib.Path(options.images)) if options.images else made_up(16)
+    files = [files[k % len(files)] for k in range(options.count)]
+    with tempfile.TemporaryDirectory() as temporary:
+        contenders = list_contenders(files, pathlib.Path(temporary))
+        results = measure(contenders, options.rounds)
+    pixels = statistics.median(np.prod(simplejpeg.decode_jpeg_header(f)[:2]) for f in files)
+    kib = statistics.median(map(len, files)) / 1024
+    source = options.images or "made-up textures"
+    print(f"{len(set(files))} files of {source}, median {pixels:,.0f} pixels, {kib:.0f} KiB")
+    print(f"{os.cpu_count()} cores, {options.rounds} rounds of {options.count} images, medians")
+    print(f"{'':42}{'images/CPU-s':>22}{'images/s':>22}")
+    for name, rates in results.items():
+        columns = [f"{statistics.median(r):.0f} ({min(r):.0f}-{max(r):.0f})" for r in rates]
+        print(f"{name:42}{columns[0]:>22}{columns[1]:>22}")
+
+
+def read_images(folder: pathlib.Path) -> list[bytes]:
+    """JPEG files with 0.7 to 1.3 times the pixels of 500 x 375."""
+    data = [
+        p.read_bytes() for p in sorted(folder.rglob("*")) if p.suffix.lower() in (".jpeg", ".jpg")
+    ]
+    frames = [decode.frame(d) for d in data]
+    usual = [
+        d
+        for d, f in zip(data, frames, strict=True)
+        if 0.7 < f.height * f.width / (500 * 375) < 1.3 and f.components == 3
+    ]
+    if not usual:
+        raise SystemExit(f"no JPEG files of about 500 x 375 pixels in {folder}")
+    return usual
+
+
+def made_up(n: int) -> list[bytes]:
+    """JPEG files of smooth noise, about as large as ImageNet's."""
+    rng = np.random.default_rng(0)
+    files = []
+    for _ in range(n):
+        noise = rng.normal(size=(375, 500, 3)).cumsum(0).cumsum(1)
+        noise = 127 + 60 * noise / noise.std() + rng.normal(scale=12, size=noise.shape)
+        pixels = np.clip(noise, 0, 255).astype(np.uint8)
+        files.append(simplejpeg.encode_jpeg(pixels, quality=90, colorsubsampling="420"))
+    return files
+
+
+def measure(contenders: dict[str, Run], rounds: int) -> dict[str, tuple[list, list]]:
+    """name -> (images per CPU-second, images per second) of each round; a first round warms up."""
+    results: dict[str, tuple[list, list]] = {name: ([], []) for name in contenders}
+    for k in range(rounds + 1):
+        for name, run in contenders.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            n = run(k)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            if k:
+                results[name][0].append(n / cpu)
+                results[name][1].append(n / wall)
+    return results
+
+
+def list_contenders(files: list[bytes], folder: pathlib.Path) -> dict[str, Run]:
+    """All that can run here."""
+    ours = {f: write_set(files, folder / f, f) for f in ("array_record", "tfrecord")}
+    plain = {f: open_set(place, distortion=0.0) for f, place in ours.items()}
+    colours = open_set(ours["array_record"], distortion=1.0)
+    contenders: dict[str, Run] = {
+        "bare decode": threaded(files, lambda f, _: decode.pixels(f, decode.frame(f), exact=False)),
+        "bare decode + crop + resize": threaded(files, crop_loop()),
+        "ours, ArrayRecord, end to end": lambda k: epoch(plain["array_record"], k),
+        "ours, TFRecord, end to end": lambda k: epoch(plain["tfrecord"], k),
+        "ours, ArrayRecord, colours distorted too": lambda k: epoch(colours, k),
+    }
+    if importlib.util.find_spec("PIL"):
+        contenders["PIL, same filter"] = threaded(files, pil_loop(antialias=False))
+        contenders["PIL, antialiased (torchvision)"] = threaded(files, pil_loop(antialias=True))
+    if importlib.util.find_spec("tensorflow"):
+        contenders["tf.data, decode_and_crop + resize"] = tf_data(ours["tfrecord"], len(files))
+    return contenders
+
+
+def write_set(files: list[bytes], folder: pathlib.Path, file_format: str) -> pathlib.Path:
+    """The files as a set in TFDS' format; the folder."""
+    folder.mkdir()
+    records = [
+        example.serialize({"image": f, "label": k % 1000, "file_name": b"%d" % k})
+        for k, f in enumerate(files)
+    ]
+    for split in ("train", "validation"):
+        path = folder / f"imagenet2012-{split}.{file_format}-00000-of-00001"
+        if file_format == "tfrecord":
+            tfrecord.write(path, records)
+        else:
+            from array_record.python import array_record_module
+
+            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+            for record in records:
+                writer.write(record)
+            writer.close()
+    splits = [
+        {"name": s, "numBytes": "0", "shardLengths": [str(len(files))]}
+        for s in ("train", "validation")
+    ]
+    info = {**imagenet.dataset_info(splits), "fileFormat": file_format}
+    (folder / "features.json").write_text(imagenet.dump(imagenet.features()))
+    (folder / "dataset_info.json").write_text(imagenet.dump(info))
+    return folder
+
+
+def open_set(folder: pathlib.Path, distortion: float) -> pipeline.Data:
+    """The set as training sees it."""
+    view = pipeline.View(SIZE, crop=0.08, mirror=True, distortion=distortion)
+    return pipeline.Data(tfds.source("imagenet2012", str(folder)), view, shuffle="within_shard")
+
+
+def epoch(data: pipeline.Data, k: int) -> int:
+    """Reads epoch k."""
+    steps = data.steps_per_epoch(BATCH)
+    batches = data.train(k * steps, (k + 1) * steps, BATCH, slice(0, BATCH), seed=0)
+    return sum(int(batch["mask"].sum()) for batch in batches)
+
+
+def threaded(files: list[bytes], one: Callable[[bytes, np.ndarray], object]) -> Run:
+    """Applies a function to all files, in as many threads as there are cores. It gets the draws of
+    the example, too; nothing is collected into batches."""
+    threads = os.cpu_count() or 1
+
+    def run(k: int) -> int:
+        draws = order.uniforms(k, 0, slice(0, len(files)), distort.DRAWS)
+
+        def part(start: int) -> None:
+            for i in range(start, len(files), threads):
+                one(files[i], draws[i])
+
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            list(pool.map(part, range(threads)))
+        return len(files)
+
+    return run
+
+
+def box_of(height: int, width: int, draws: np.ndarray) -> crops.Box:
+    """The crop that all contenders take."""
+    return crops.random_box(height, width, tuple(map(float, draws[:4])), 0.08)
+
+
+def crop_loop() -> Callable[[bytes, np.ndarray], object]:
+    """Decode, crop and resize without a pipeline: the limit of ours."""
+
+    def one(data: bytes, draws: np.ndarray) -> None:
+        found = decode.frame(data)
+        box = box_of(found.height, found.width, draws)
+        reduce = decode.reduction(box, SIZE)
+        out = np.empty((SIZE, SIZE, 3), np.uint8)
+        decode.resized_crop(
+            decode.pixels(data, found, reduce=reduce, exact=False), box, reduce, out
+        )
+
+    return one
+
+
+def pil_loop(antialias: bool) -> Callable[[bytes, np.ndarray], object]:
+    """A loader as torchvision's: Image.open, RandomResizedCrop, flip, to an array."""
+    from PIL import Image
+
+    def one(data: bytes, draws: np.ndarray) -> np.ndarray:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        top, left, height, width = box_of(image.height, image.width, draws)
+        edges = (left, top, left + width, top + height)
+        if antialias:
+            image = image.crop(edges).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        else:
+            image = image.transform(
+                (SIZE, SIZE), Image.Transform.EXTENT, edges, Image.Resampling.BILINEAR
+            )
+        if draws[distort.Draw.MIRROR] < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(image)
+
+    return one
+
+
+def tf_data(folder: pathlib.Path, count: int) -> Run:
+    """The usual tf.data ImageNet input (as in TensorFlow's own ResNet): decode_and_crop_jpeg,
+    bilinear resize, flip, batch."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    features = {"image": tf.io.FixedLenFeature([], tf.string)}
+
+    def decode_crop(serialized):
+        data = tf.io.parse_single_example(serialized, features)["image"]
+        begin, size, _ = tf.image.sample_distorted_bounding_box(
+            tf.image.extract_jpeg_shape(data),
+            tf.zeros([0, 0, 4], tf.float32),
+            aspect_ratio_range=crops.ASPECT,
+            area_range=(0.08, 1.0),
+            use_image_if_no_bounding_boxes=True,
+        )
+        window = tf.concat([begin[:2], size[:2]], 0)
+        image = tf.image.decode_and_crop_jpeg(data, window, channels=3)
+        image = tf.image.resize(image, [SIZE, SIZE])
+        return tf.cast(tf.image.random_flip_left_right(image), tf.uint8)
+
+    file = str(next(folder.glob("*train*")))
+    dataset = tf.data.TFRecordDataset(file).shuffle(count).map(decode_crop, tf.data.AUTOTUNE)
+    dataset = dataset.batch(BATCH, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+    return lambda _: sum(len(batch) for batch in dataset.as_numpy_iterator())
+
+
+if __name__ == "__main__":
+    main()
