@@ -277,7 +277,8 @@ def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, check=False).returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    # Lazily: a file that could not be flushed stays open until it is collected.
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_too_little_space_is_reported_before_a_save_begins(tmp_path, monkeypatch):
