@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from bn_jax.errors import ConfigError
 from bn_jax.models import ACTIVATIONS
-from bn_jax.models.inception import TABLE, VARIANTS
+from bn_jax.models.fig5 import TABLE, VARIANTS
 
 MODELS = ("inception", "mlp")
 NORMS = ("none", "batch_norm")

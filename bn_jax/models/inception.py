@@ -14,69 +14,19 @@ Height and width of the maps, for two sizes of image:
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bn_jax.layers import ConvBN, LocalResponseNorm
+from bn_jax import ops
+from bn_jax.layers import LocalResponseNorm
+from bn_jax.models.conv import Conv
+from bn_jax.models.fig5 import TABLE, VARIANTS, Row
 from bn_jax.models.init import Gaussian, PooledInit
 
 SMALLEST_FOR_POOL2 = 64  # pixels: at 32 px stage 5 would be a single position
-
-
-class Row(NamedTuple):
-    """One row of Fig. 5: numbers of filters. `one` 0: no 1x1 branch. `project` 0: pass-through."""
-
-    name: str
-    one: int
-    three_reduce: int
-    three: int
-    double_reduce: int
-    double: int
-    pool: str
-    project: int
-    stride: int = 1
-
-
-TABLE = (
-    #         1x1  3x3red 3x3  d3x3red d3x3  pool   proj stride
-    Row("3a", 64, 64, 64, 64, 96, "avg", 32),
-    Row("3b", 64, 64, 96, 64, 96, "avg", 64),
-    Row("3c", 0, 128, 160, 64, 96, "max", 0, 2),
-    Row("4a", 224, 64, 96, 96, 128, "avg", 128),
-    Row("4b", 192, 96, 128, 96, 128, "avg", 128),
-    Row("4c", 160, 128, 160, 128, 160, "avg", 128),
-    Row("4d", 96, 128, 192, 160, 192, "avg", 128),
-    Row("4e", 0, 128, 192, 192, 256, "max", 0, 2),
-    Row("5a", 352, 192, 320, 160, 224, "avg", 128),
-    Row("5b", 352, 192, 320, 192, 224, "max", 128),
-)
-
-
-class Variant(NamedTuple):
-    """What differs between the published forms of the network.
-
-    project_4cd: filters of the pool projection in 4c and 4d. Fig. 5 prints 128 and an output of
-    576; its branches sum to 608, and 576 takes 96. separable_stem: the first convolution is a 7x7
-    depthwise one of multiplier 8 and a 1x1 one (Fig. 5), not a plain 7x7. symmetric: Caffe's
-    padding (as much before as after) and average over the padded window. mean, scale: of the
-    pixels, (x - mean) / scale in RGB order.
-    """
-
-    project_4cd: int
-    separable_stem: bool
-    symmetric: bool
-    mean: tuple[float, float, float]
-    scale: float
-
-
-VARIANTS = {
-    "paper": Variant(128, True, False, (127.5, 127.5, 127.5), 127.5),  # Fig. 5's filters
-    "caffe": Variant(128, False, True, (128.0, 117.0, 104.0), 1.0),  # Caffe, MXNet, Cadene's torch
-    "slim": Variant(96, True, False, (127.5, 127.5, 127.5), 127.5),  # TF-slim inception_v2
-}
 
 
 class Block(nn.Module):
@@ -94,10 +44,24 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """[N, H, W, C] to [N, H/stride, W/stride, one + three + double + project (or C)]."""
-        row = self.row
-        last = strided_3x3(row.stride, self.symmetric)
+        row, last = self.row, strided_3x3(self.row.stride, self.symmetric)
+        average = partial(
+            nn.avg_pool,
+            window_shape=(3, 3),
+            strides=(1, 1),
+            padding="SAME",
+            count_include_pad=self.symmetric,
+        )
+        merged = self._merged_1x1(x)
 
-        def conv(name, features, kernel, x, **options):
+        def conv(name, features, kernel, x, after=None, **options):
+            if name in merged or after is not None:
+
+                def convolve(*args, **kwargs):
+                    y = merged[name] if name in merged else ops.conv(*args, **kwargs)
+                    return y if after is None else after(y)
+
+                options["convolve"] = convolve
             module = self.conv(scaled(features, self.width), (kernel, kernel), name=name, **options)
             return module(x, train=train, mask=mask)
 
@@ -107,12 +71,26 @@ class Block(nn.Module):
         double = conv("double_3x3_reduce", row.double_reduce, 1, x)
         double = conv("double_3x3_1", row.double, 3, double)
         branches.append(conv("double_3x3_2", row.double, 3, double, **last))
-        if row.pool == "max":
-            pooled = max_pool(x, row.stride)
+        if row.pool == "avg" and ops.hand_tuned():
+            # Both are linear: the average of the projection is the projection of the average.
+            branches.append(conv("pool_proj", row.project, 1, x, after=average))
         else:
-            pooled = nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=self.symmetric)
-        branches.append(conv("pool_proj", row.project, 1, pooled) if row.project else pooled)
+            pooled = ops.max_pool(x, row.stride) if row.pool == "max" else average(x)
+            branches.append(conv("pool_proj", row.project, 1, pooled) if row.project else pooled)
         return jnp.concatenate(branches, axis=-1)
+
+    def _merged_1x1(self, x: jax.Array) -> dict[str, jax.Array]:
+        """W u of the 1x1 convolutions of x, by name, from one product; {} where each does its own.
+
+        The kernels stay separate parameters: they are read ahead and concatenated.
+        """
+        if self.is_initializing() or not ops.hand_tuned():
+            return {}
+        names = ["conv_1x1"] if self.row.one else []
+        names += ["conv_3x3_reduce", "double_3x3_reduce"]
+        names += ["pool_proj"] if self.row.pool == "avg" else []
+        kernels = [self.get_variable("params", name)["conv"]["kernel"] for name in names]
+        return dict(zip(names, ops.products(x, kernels), strict=True))
 
 
 class AuxiliaryHead(nn.Module):
@@ -178,7 +156,7 @@ class Inception(PooledInit):
         are False take no part in batch statistics.
         """
         conv = partial(
-            ConvBN,
+            Conv,
             norm=self.norm,
             activation=self.activation,
             kernel_init=self.kernel_init,
@@ -239,14 +217,14 @@ class Inception(PooledInit):
             x = conv(scaled(64, width), (7, 7), name="conv1_7x7", **stride_2)(
                 x, train=train, mask=mask
             )
-        x = max_pool(x, 2)
+        x = ops.max_pool(x, 2)
         if self.lrn:
             x = LocalResponseNorm()(x)
         x = conv(scaled(64, width), (1, 1), name="conv2_3x3_reduce")(x, train=train, mask=mask)
         x = conv(scaled(192, width), (3, 3), name="conv2_3x3")(x, train=train, mask=mask)
         if self.lrn:
             x = LocalResponseNorm()(x)
-        return max_pool(x, 2) if keep_pool2 else x
+        return ops.max_pool(x, 2) if keep_pool2 else x
 
 
 def scaled(features: int, width: float) -> int:
@@ -257,11 +235,6 @@ def scaled(features: int, width: float) -> int:
 def strided_3x3(stride: int, symmetric: bool) -> dict[str, Any]:
     """Strides and padding of a 3x3 convolution; the two paddings differ only at stride 2."""
     return {"strides": (stride, stride), "padding": [(1, 1)] * 2 if symmetric else "SAME"}
-
-
-def max_pool(x: jax.Array, stride: int) -> jax.Array:
-    """3x3 max pooling, [N, H, W, C] to [N, ceil(H/stride), ceil(W/stride), C]."""
-    return nn.max_pool(x, (3, 3), (stride, stride), "SAME")
 
 
 def classifier(num_classes: int, dtype: Any) -> nn.Dense:
