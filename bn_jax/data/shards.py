@@ -5,13 +5,13 @@ Every shard is looked at when a split is opened, so that a missing or cut one en
 begins.
 """
 
+import bisect
 import concurrent.futures
+import itertools
 import pathlib
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from bn_jax.data import example, sources, tfrecord
 from bn_jax.errors import ConfigError, DataError
@@ -42,7 +42,7 @@ class Shards:
         for path, _ in self.files:
             if not path.is_file():
                 raise DataError(f"shard {path} is missing: fetch or prepare it again")
-        self.starts = np.cumsum([0] + [length for _, length in self.files])
+        self.starts = [0, *itertools.accumulate(length for _, length in self.files)]
         self._open()
 
     def _open(self) -> None:
@@ -52,12 +52,12 @@ class Shards:
         raise NotImplementedError
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return self.starts[-1]
 
     def where(self, index: int) -> tuple[int, int]:
         """(shard, place in it) of a record."""
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return shard, index - int(self.starts[shard])
+        shard = bisect.bisect_right(self.starts, index) - 1
+        return shard, index - self.starts[shard]
 
     def raw(self, index: int) -> bytes:
         """The serialized Example. Raises sources.BadRecordError if it is damaged."""
@@ -151,7 +151,7 @@ class ArrayRecordShards(Shards):
         """All records in their order: calls for many records are cheaper than calls for one."""
         for shard, (_, length) in enumerate(self.files):
             for start in range(0, length, _AT_ONCE):
-                first = int(self.starts[shard]) + start
+                first = self.starts[shard] + start
                 try:
                     many = self._readers[shard].read(start, min(start + _AT_ONCE, length))
                 except (ValueError, RuntimeError):
