@@ -192,8 +192,7 @@ def _promote(x):
 
 def _pool(mean, var, m, view):
     """Mean, unbiased variance and usability over all groups that have at least two values."""
-    m = jnp.broadcast_to(jnp.asarray(m, mean.dtype), mean.shape)
-    m = jnp.where(m < 2, 0, m)
+    m = jnp.where(jnp.asarray(m) < 2, 0, jnp.full_like(mean, m))
 
     def total(v):
         return jnp.reshape(jnp.sum(v, view.group_axis), view.stats_shape)
