@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import yaml
 
+import bn_jax
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 EXPERIMENTS = (ROOT / "docs" / "experiments.md").read_text()
@@ -178,7 +180,7 @@ def test_license_and_citation():
     assert "Apache License" in text and "Version 2.0, January 2004" in text
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["license"] == project["license"] == "Apache-2.0"
-    assert str(citation["version"]) == project["version"]
+    assert str(citation["version"]) == bn_jax.__version__
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
 
 
