@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import struct
+import tarfile
 import zlib
 
 import numpy as np
@@ -91,3 +92,30 @@ def _write(path: pathlib.Path, records: list[bytes], file_format: str) -> None:
     for record in records:
         writer.write(record)
     writer.close()
+
+
+SYNSETS = ("n01440764", "n01443537")  # classes 0 and 1
+
+
+def tar_bytes(members: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def write_tars(folder: pathlib.Path, each: int = 6) -> pathlib.Path:
+    """A pair of tars: two synsets of `each` pictures, and three validation pictures."""
+    folder.mkdir(exist_ok=True)
+    picture = encode(photo())
+    train = {
+        f"{s}.tar": tar_bytes({f"{s}_{k}.JPEG": picture + bytes([k]) for k in range(each)})
+        for s in SYNSETS
+    }
+    validation = {f"ILSVRC2012_val_{k:08d}.JPEG": picture for k in (1, 2, 50_000)}
+    (folder / imagenet.TARS["train"]).write_bytes(tar_bytes(train))
+    (folder / imagenet.TARS["validation"]).write_bytes(tar_bytes(validation))
+    return folder

@@ -117,11 +117,12 @@ def _examine(records: sources.Records, classes: int, threads: int) -> Report:
     return report
 
 
-def _some(
-    records: sources.Records, indices: range, classes: int
-) -> list[tuple[str, str, sources.Record | None, decode.Frame | None, bytes]]:
+Result = tuple[str, str, sources.Record | None, decode.Frame | None, bytes]
+
+
+def _some(records: sources.Records, indices: range, classes: int) -> list[Result]:
     """(name, problem or "", record without data, header, digest) of some records."""
-    results = []
+    results: list[Result] = []
     for index in indices:
         record, found, digest, problem = None, None, b"", ""
         try:

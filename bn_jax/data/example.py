@@ -60,9 +60,9 @@ def _feature(data: memoryview) -> list[Value]:
             elif kind == 3 and isinstance(item, int):
                 values.append(item)
             elif kind == 3:
-                at = 0
-                while at < len(item):
-                    value, at = _varint(item, at)
+                packed, at = _part(item), 0
+                while at < len(packed):
+                    value, at = _varint(packed, at)
                     values.append(value)
     return [v - 2**64 if isinstance(v, int) and v >= 2**63 else v for v in values]
 

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import simplejpeg
@@ -78,10 +79,9 @@ def list_images(split: str, tar: pathlib.Path) -> list[Image]:
             images = [_validation_image(m, validation, str(tar)) for m in members]
     finally:
         os.close(descriptor)
-    if len({image.name for image in images}) != len(images):
-        seen: set[str] = set()
-        twice = next(i.name for i in images if i.name in seen or seen.add(i.name))
-        raise DataError(f"{tar} has {twice!r} twice: fetch it again")
+    twice = [name for name, n in Counter(image.name for image in images).items() if n > 1]
+    if twice:
+        raise DataError(f"{tar} has {twice[0]!r} twice: fetch it again")
     return sorted(images, key=lambda image: hashlib.md5((split + image.name).encode()).digest())
 
 

@@ -58,7 +58,9 @@ def _picture(path: pathlib.Path, strength: float, size: int, seed: int) -> np.nd
 
 
 def _digits(strength: float, seed: int) -> np.ndarray:
-    digit = memory.digits().train.images[:1]
+    train = memory.digits().train
+    assert isinstance(train, sources.Arrays)
+    digit = train.images[:1]
     moved = distort.shift(np.repeat(digit, COLUMNS - 1, axis=0), _draws(seed), 2)
     distorted = distort.photometric(moved, _draws(seed), strength)
     return np.repeat(np.concatenate([digit, distorted]), 3, axis=-1)

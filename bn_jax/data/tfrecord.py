@@ -34,7 +34,8 @@ def scan(path: pathlib.Path) -> np.ndarray:
     size = path.stat().st_size
     if not size:
         return np.zeros((0, 2), np.int64)
-    places, headers, at = [], [], 0
+    places: list[tuple[int, int]] = []
+    headers, at = [], 0
     with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         while at < size:
             length = struct.unpack_from("<Q", data, at)[0] if at + HEADER <= size else size
