@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small_sets
 
-from bn_jax.data import folder, memory, shards, sources, tfds
+from bn_jax.data import folder, memory, pipeline, shards, sources, tfds
 from bn_jax.errors import ConfigError, DataError
 
 
@@ -175,3 +175,16 @@ def test_other_file_formats_are_refused(tmp_path):
     meta = tfds.metadata(written)
     with pytest.raises(ConfigError, match="riegeli"):
         shards.open_split(meta, "train")
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("shards_of_it", [0, 1])
+def test_an_empty_split_is_refused(tmp_path, file_format, shards_of_it):
+    splits = {"train": examples(2), "test": []}
+    written = small_sets.write_tfds(tmp_path, splits, file_format=file_format, shards=1)
+    info = json.loads((written / "dataset_info.json").read_text())
+    info["splits"][1]["shardLengths"] = ["0"] * shards_of_it
+    (written / "dataset_info.json").write_text(json.dumps(info))
+    source = tfds.source("little", str(tmp_path))
+    with pytest.raises(ConfigError, match="empty"):
+        pipeline.Data(source, pipeline.View(16), shuffle="none")

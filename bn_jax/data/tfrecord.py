@@ -83,6 +83,8 @@ def write(path: pathlib.Path, records: list[bytes]) -> None:
 
 def index(paths: list[pathlib.Path]) -> list[np.ndarray]:
     """The scans of these files, from the cache if the files are as they were. Raises DataError."""
+    if not paths:
+        return []
     stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     name = hashlib.sha256(repr(stats).encode()).hexdigest()[:32]
     cached = cache_directory() / f"tfrecord-{name}.npz"
