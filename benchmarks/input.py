@@ -45,8 +45,7 @@ def main() -> None:
         contenders = list_contenders(files, pathlib.Path(temporary))
         results = measure(contenders, options.rounds)
     pixels = statistics.median(np.prod(simplejpeg.decode_jpeg_header(f)[:2]) for f in files)
-    kib = statistics.median(map(len, files)) / 1024
-    source = options.images or "made-up textures"
+    kib, source = statistics.median(map(len, files)) / 1024, options.images or "made-up textures"
     print(f"{len(set(files))} files of {source}, median {pixels:,.0f} pixels, {kib:.0f} KiB")
     print(f"{os.cpu_count()} cores, {options.rounds} rounds of {options.count} images, medians")
     print(f"{'':42}{'images/CPU-s':>22}{'images/s':>22}")
