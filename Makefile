@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo fig1 test check lint readme slow faults table bench lock clean
+.PHONY: help setup demo fig1 test check lint slow faults differences lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -14,12 +14,13 @@ setup: $(STAMP)  ## create .venv from the hash-pinned lock, with $(PYTHON)
 
 $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bn_jax needs Python >= 3.11")'
+	@echo "installing into $(VENV) from requirements.lock: about 600 MB, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: setup  ## train BN-x30 on the embedded digits, 5 minutes on 2 cores, and draw it
+demo: setup  ## train BN-x30 on the embedded digits, minutes on 2 cores, and draw it
 	$(RUN) bn_jax.main --config=configs/bn_x30.py:digits --workdir=runs/bn_x30
 
 MNIST ?=
@@ -46,6 +47,9 @@ slow: setup  ## the tests that take minutes
 
 faults: setup  ## fault injection in full
 	$(RUN) pytest -m "faults" -s
+
+differences: setup  ## write the list of differences from the paper anew
+	$(BIN)/python docs/differences.py --write
 
 lock:  ## write requirements.lock anew (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

@@ -10,8 +10,8 @@ from flax import traverse_util
 
 from bn_jax import mesh as meshes
 from bn_jax.errors import ConfigError
-from bn_jax.experiment import Experiment
-from bn_jax.step import TrainState, init_state
+from bn_jax.experiment import Experiment, abstract_state
+from bn_jax.step import TrainState
 
 PERCENTILES = (15, 50, 85)  # of Fig. 1b,c
 
@@ -41,17 +41,20 @@ class Taps:
                     f"record.activations: {exp.config.name} has no activation {path!r}; "
                     f"the closest of its {len(known)} is {close[0]!r}"
                 )
-        everywhere = meshes.replicated(exp.mesh)
-        self._program = jax.jit(
-            self._percentiles, in_shardings=everywhere, out_shardings=everywhere
-        )
+        self._program: Any = None
         self._images: jax.Array | None = None
 
+    def compile(self) -> None:
+        """Compiles what `record` runs; may be called from another thread."""
+        program = jax.jit(self._percentiles, out_shardings=meshes.replicated(self.exp.mesh))
+        self._program = program.lower(*self._abstract_arguments()).compile()
+
     def _abstract_arguments(self) -> tuple[Any, Any, Any]:
-        exp = self.exp
-        state = jax.eval_shape(lambda: init_state(exp.model, 0, exp.data.image_shape))
-        shape = (exp.config.record.activation_examples, *exp.data.image_shape)
-        return state.params, state.batch_stats, jax.ShapeDtypeStruct(shape, jnp.uint8)
+        state = abstract_state(self.exp)
+        shape = (self.exp.config.record.activation_examples, *self.exp.data.image_shape)
+        everywhere = meshes.replicated(self.exp.mesh)
+        images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=everywhere)
+        return state.params, state.batch_stats, images
 
     def _all(self, params: Any, batch_stats: Any, images: jax.Array) -> dict[str, jax.Array]:
         """Every tapped tensor [N, ..., units] by path."""
@@ -77,6 +80,8 @@ class Taps:
     def record(self, state: TrainState) -> dict[str, dict[str, list[float]]]:
         """Percentiles by path: `p15`, `p50`, `p85`, each one value a unit (channel)."""
         exp = self.exp
+        if self._program is None:
+            self.compile()
         if self._images is None:
             n = exp.config.record.activation_examples
             batch = next(exp.data.statistics(1, n, slice(0, n), seed=exp.config.seed))

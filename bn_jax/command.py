@@ -36,4 +36,4 @@ def reason(error: Exception) -> str:
         hint = f"did you mean {close[1]!r}?" if close else "--dry_run prints them all"
         return f"the config has no field {field[1]!r}: {hint}"
     stack = text.rpartition("Traceback (most recent call last):")[2]
-    return text if stack == text else stack.strip().splitlines()[-1]
+    return text if stack == text else stack.strip().splitlines()[-1].partition("Error: ")[2]

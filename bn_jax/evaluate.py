@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 
 from bn_jax import command, experiment, layers, step
 from bn_jax import mesh as meshes
@@ -20,50 +21,65 @@ from bn_jax.experiment import Experiment
 
 
 class Evaluator:
-    """Scores states of one experiment; its programs are compiled at the first use and then kept."""
+    """Scores states of one experiment; its programs are compiled by `compile` or when needed."""
 
     def __init__(self, exp: Experiment):
         self.exp = exp
-        everywhere, batch = meshes.replicated(exp.mesh), meshes.along_batch(exp.mesh)
-        model = exp.model
-        self._eval_step = jax.jit(
-            functools.partial(step.eval_step, model=model),
-            in_shardings=(everywhere, everywhere, batch),
-            out_shardings=everywhere,
-        )
+        self._eval_batch: Any = None
+        self._merge_batch: Any = None
 
-        def merge_batch(params, batch_stats, total, batch, key):
+    def compile(self) -> None:
+        """Compiles what `scores` and `population` run; may be called from another thread."""
+        exp, model = self.exp, self.exp.model
+        everywhere = meshes.replicated(exp.mesh)
+        state = experiment.abstract_state(exp)
+        variables = (state.params, state.batch_stats)
+        score = jax.jit(functools.partial(step.eval_step, model=model), out_shardings=everywhere)
+        batch = experiment.abstract_batch(exp, self._eval_size())
+        self._eval_batch = score.lower(*variables, batch).compile()
+        if not state.batch_stats:
+            return
+
+        def merge_batch(params, batch_stats, total, batch):
             _, updates = model.apply(
                 {"params": params, "batch_stats": layers.fresh_stats(batch_stats)},
                 batch["image"],
                 train=True,
                 mask=batch["mask"],
-                rngs={"dropout": key},
+                rngs={"dropout": step.dropout_key(exp.config.seed, 0)},
                 mutable=["batch_stats"],
             )
             return layers.merge_stats(total, updates["batch_stats"])
 
-        self._merge_batch = jax.jit(
-            merge_batch,
-            in_shardings=(everywhere, everywhere, everywhere, batch, everywhere),
-            out_shardings=everywhere,
-        )
+        merge = jax.jit(merge_batch, out_shardings=everywhere)
+        batch = experiment.abstract_batch(exp, exp.config.batch_size)
+        self._merge_batch = merge.lower(*variables, state.batch_stats, batch).compile()
+
+    def _eval_size(self) -> int:
+        """Examples of an evaluation batch: a multiple of the devices."""
+        devices = self.exp.mesh.size
+        return math.ceil(self.exp.config.eval_batch_size / devices) * devices
 
     def population(self, params: Any, batch_stats: Any) -> Any:
         """Population statistics of the training-mode network (Algorithm 2, lines 9 to 11).
 
         From the same `statistics_batches` fixed training batches at every call, one streamed pass.
         Without BN there is nothing to estimate and `batch_stats` comes back as it is.
+
+        Differs from the paper: used for every evaluation, those during training included, where the
+        paper follows accuracy with moving averages (section 3.1).
         """
-        if not jax.tree.leaves(batch_stats):
+        if not batch_stats:
             return batch_stats
+        if self._merge_batch is None:
+            self.compile()
         config, mesh = self.exp.config, self.exp.mesh
         n, size = config.statistics_batches, config.batch_size
         rows = meshes.rows(mesh, size)
         total = meshes.put_replicated(mesh, jax.device_get(layers.fresh_stats(batch_stats)))
         for batch in self.exp.data.statistics(n, size, rows, seed=config.seed):
             fed = meshes.put_batch(mesh, batch, size)
-            total = self._merge_batch(params, batch_stats, total, fed, self.exp.key)
+            total = self._merge_batch(params, batch_stats, total, fed)
         return total
 
     def scores(self, params: Any, batch_stats: Any) -> dict[str, Any]:
@@ -72,11 +88,12 @@ class Evaluator:
         Returns `top1`, `top5` (shares), `cross_entropy` (nats, mean), `examples`. Raises DataError
         if not every example was counted exactly once.
         """
-        mesh, data = self.exp.mesh, self.exp.data
-        size = math.ceil(self.exp.config.eval_batch_size / mesh.size) * mesh.size
+        if self._eval_batch is None:
+            self.compile()
+        mesh, data, size = self.exp.mesh, self.exp.data, self._eval_size()
         sums = []
         for batch in data.evaluation(size, meshes.rows(mesh, size)):
-            sums.append(self._eval_step(params, batch_stats, meshes.put_batch(mesh, batch, size)))
+            sums.append(self._eval_batch(params, batch_stats, meshes.put_batch(mesh, batch, size)))
         total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
         examples = int(total.pop("examples"))
         if examples != data.num_eval:
@@ -93,13 +110,13 @@ def running_gap(running: Any, population: Any) -> float:
 
     def visit(a, b):
         if "mean" in a:
-            std = jax.numpy.sqrt(jax.numpy.maximum(b["var"], 1e-12))
-            gaps.append(float(jax.numpy.max(jax.numpy.abs(a["mean"] - b["mean"]) / std)))
+            std = np.sqrt(np.maximum(b["var"], 1e-12))  # a dead channel has no variance
+            gaps.append(float(np.max(np.abs(a["mean"] - b["mean"]) / std)))
             return
         for name in a:
             visit(a[name], b[name])
 
-    visit(running, population)
+    visit(*jax.device_get((running, population)))
     return max(gaps, default=math.nan)
 
 

@@ -25,14 +25,13 @@ class Experiment(NamedTuple):
     data: Any
     model: nn.Module
     hyper: optim.Hyper
-    key: jax.Array
 
 
 def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
     """The config of a run on `devices` devices: scale `pod` gets its batch, others are kept.
 
-    Differs from the paper: at scale `pod` one synchronous step of 32 x devices examples stands for
-    as many asynchronous steps of 32, so that the number of examples seen stays the same.
+    Counts of steps are divided so that the number of examples seen stays the same (configs/
+    inception.py, `_pod`).
     """
     if not config.batch_per_device:
         return config
@@ -50,6 +49,7 @@ def build(config: ConfigDict) -> Experiment:
     validate.check(config)
     mesh = meshes.make()
     config = for_devices(config, mesh.size)
+    validate.check(config)  # the batch may have changed
     meshes.check_batch(config.batch_size, mesh.size)
     data = pipeline.open_data(config)
     hyper = optim.Hyper(
@@ -60,9 +60,7 @@ def build(config: ConfigDict) -> Experiment:
         momentum=np.float32(config.momentum),
     )
     model = models.build(config, data.num_classes)
-    # Dropout has a stream of its own, apart from the initial weights'.
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    return Experiment(config, mesh, data, model, hyper, key)
+    return Experiment(config, mesh, data, model, hyper)
 
 
 def from_workdir(workdir: pathlib.Path) -> Experiment:
@@ -80,6 +78,14 @@ def abstract_state(exp: Experiment) -> step.TrainState:
     return jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes
     )
+
+
+def abstract_batch(exp: Experiment, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a global batch of `size` examples."""
+    rows = meshes.along_batch(exp.mesh)
+    shapes = {"image": ((size, *exp.data.image_shape), np.uint8)}
+    shapes |= {"label": ((size,), np.int32), "mask": ((size,), np.bool_)}
+    return {k: jax.ShapeDtypeStruct(s, d, sharding=rows) for k, (s, d) in shapes.items()}
 
 
 def initial_state(exp: Experiment) -> step.TrainState:

@@ -57,16 +57,18 @@ def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
     hyper: optim.Hyper,
-    key: jax.Array,
+    seed: jax.typing.ArrayLike,
     *,
     model: nn.Module,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of momentum SGD on one global batch.
 
+    Differs from the paper: updates are synchronous; the paper's workers update asynchronously.
+
     batch: image [N, H, W, C] in 0..255, label int32 [N], mask bool [N] (False: the row takes part
-    in nothing). key: the run's dropout key; step k uses fold_in(key, k). Returns the next state and
-    metrics: `loss` (with the L2 and auxiliary terms) and `cross_entropy` in nats, `top1` (share of
-    the batch), `learning_rate`, `gradient_square` [leaves of params] (their sum: squared norm).
+    in nothing). seed: the run's, an integer. Returns the next state and metrics: `loss` (with the
+    L2 and auxiliary terms) and `cross_entropy` in nats, `top1` (share of the batch),
+    `learning_rate`, `gradient_square` [leaves of params] (their sum is the squared norm).
     """
     labels, mask = batch["label"], batch["mask"]
 
@@ -76,7 +78,7 @@ def train_step(
             batch["image"],
             train=True,
             mask=mask,
-            rngs={"dropout": jax.random.fold_in(key, state.step)},
+            rngs={"dropout": dropout_key(seed, state.step)},
             mutable=["batch_stats"],
         )
         logits, aux = outputs if isinstance(outputs, tuple) else (outputs, ())
@@ -103,13 +105,18 @@ def train_step(
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
 
+def dropout_key(seed: jax.typing.ArrayLike, step: jax.typing.ArrayLike) -> jax.Array:
+    """The key of one step's dropout: a stream of its own, apart from the initial weights'."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
+
+
 def train_steps(
     state: TrainState,
     images: jax.Array,
     labels: jax.Array,
     indices: jax.Array,
     hyper: optim.Hyper,
-    key: jax.Array,
+    seed: jax.typing.ArrayLike,
     *,
     model: nn.Module,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -122,7 +129,7 @@ def train_steps(
 
     def body(state, index):
         batch = {"image": images[index], "label": labels[index], "mask": index >= 0}
-        return train_step(state, batch, hyper, key, model=model)
+        return train_step(state, batch, hyper, seed, model=model)
 
     return jax.lax.scan(body, state, indices)
 

@@ -4,7 +4,7 @@ The state after step k is a function of (config, k): what a step sees depends on
 so a run that is stopped and started again ends with the same bits as one that never stopped.
 """
 
-import contextlib
+import concurrent.futures
 import functools
 import math
 import pathlib
@@ -34,10 +34,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     records = record.open_workdir(workdir, config.to_dict(), **experiment.describe(exp))
     with (
         records,
-        contextlib.closing(
-            Checkpoints(
-                workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
-            )
+        Checkpoints(
+            workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
         ) as checkpoints,
         preempt.Signals(steps_per_dispatch(config)) as signals,
     ):
@@ -55,15 +53,15 @@ def steps_per_dispatch(config: ConfigDict) -> int:
 
 
 def compile_step(exp: Experiment, dispatch: int):
-    """The jitted training step: (state, *fed, hyper, key) -> (state, metrics with axis [K])."""
+    """The jitted training step: (state, *fed, hyper, seed) -> (state, metrics with axis [K])."""
     model, everywhere = exp.model, meshes.replicated(exp.mesh)
 
-    def one(state, batch, hyper, key):
-        state, metrics = steps.train_step(state, batch, hyper, key, model=model)
+    def one(state, batch, hyper, seed):
+        state, metrics = steps.train_step(state, batch, hyper, seed, model=model)
         return state, jax.tree.map(lambda m: m[None], metrics)
 
-    def many(state, images, labels, indices, hyper, key):
-        return steps.train_steps(state, images, labels, indices, hyper, key, model=model)
+    def many(state, images, labels, indices, hyper, seed):
+        return steps.train_steps(state, images, labels, indices, hyper, seed, model=model)
 
     batch = meshes.along_batch(exp.mesh)
     resident = (everywhere, everywhere, meshes.along_batch(exp.mesh, axis=1))
@@ -114,6 +112,8 @@ class Loop:
         step, state = self.start()
         if step < exp.config.total_steps:
             state = self.train(step, state)
+        elif not self.scores:  # total_steps was lowered to below the first evaluation
+            self.evaluate(step, state)
         with records.timed("save"):
             self.checkpoints.wait()
         self.records.say(f"done: {evaluate.sentence(exp, self.scores)}; {exp.data.description}")
@@ -136,30 +136,45 @@ class Loop:
                 self.records.say(f"resumed from step {step:,}")
                 return step, state
         self.records.begin(0)
-        self.records.say(exp.data.description)
         with self.records.timed("compile"):
             init = functools.partial(experiment.initial_state, exp)
             state = jax.jit(init, out_shardings=meshes.replicated(exp.mesh))()
-        self.record_activations(0, state)
         return 0, state
+
+    def compile(self, state: steps.TrainState, fed: tuple, hyper: Any, seed: Any) -> Any:
+        """The compiled training step; evaluation and activations are compiled beside it."""
+        exp, records = self.exp, self.records
+        data, size = exp.data, sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        records.say(
+            f"{exp.config.name}: {size:,} parameters, {data.num_train:,} training examples, "
+            f"{exp.mesh.size} x {exp.mesh.devices.flat[0].device_kind}; compiling ..."
+        )
+        with records.timed("compile"), concurrent.futures.ThreadPoolExecutor(2) as threads:
+            beside = [threads.submit(self.evaluator.compile)]
+            beside += [threads.submit(self.taps.compile)] if self.taps.paths else []
+            program = compile_step(exp, self.dispatch)
+            train_step = program.lower(state, *fed, hyper, seed).compile()
+            for future in beside:
+                future.result()
+        return train_step
 
     def train(self, step: int, state: steps.TrainState) -> steps.TrainState:
         """Takes the steps from `step` to the last one."""
         exp, records = self.exp, self.records
         total, dispatch = exp.config.total_steps, self.dispatch
-        hyper, key = meshes.put_replicated(exp.mesh, exp.hyper), exp.key
+        hyper = meshes.put_replicated(exp.mesh, exp.hyper)
+        seed = meshes.put_replicated(exp.mesh, np.uint32(exp.config.seed))
         train_step, pending = None, None
         batches = feed(exp, step, dispatch)
         while step < total:
             with records.timed("input"):
                 fed = next(batches)
             if train_step is None:
-                records.say("compiling the training step ...")
-                with records.timed("compile"):
-                    program = compile_step(exp, dispatch)
-                    train_step = program.lower(state, *fed, hyper, key).compile()
+                train_step = self.compile(state, fed, hyper, seed)
+                if step == 0:
+                    self.record_activations(0, state)
             with records.timed("step"):
-                state, metrics = train_step(state, *fed, hyper, key)
+                state, metrics = train_step(state, *fed, hyper, seed)
                 self.report(pending)  # while the next step runs
             step += dispatch
             pending = (step, metrics)

@@ -3,17 +3,24 @@
 import os
 import pathlib
 import sys
+import tempfile
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
     "XLA_FLAGS", ""
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 import pytest
 from absl import flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `configs` is found from any working directory
+
+# Tests that train the same network share its program; not the user's cache, which hides failures.
+_CACHE = tempfile.TemporaryDirectory(prefix="bn_jax_test_cache_")
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 flags.FLAGS.mark_as_parsed()  # grain reads absl flags
 

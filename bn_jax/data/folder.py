@@ -72,7 +72,8 @@ def _split(root: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
         if (root / name).is_dir():
             return root / name
     raise ConfigError(
-        f"no folder {root / names[0]}: data.dir must hold train/CLASS/* and val/CLASS/*"
+        f"no folder {root / names[0]}: give a folder that holds train/CLASS/* and val/CLASS/* as "
+        "--config.data.dir"
     )
 
 

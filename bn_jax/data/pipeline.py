@@ -227,13 +227,15 @@ def _check(
 
 
 def hold_out(source: sources.Source, amount: float) -> sources.Source:
-    """Evaluates on a fixed part of the training split (a share below 1, or a count) and trains on
-    the rest; the test split stays untouched. For choosing rates. Raises ConfigError for an
-    impossible amount."""
+    """Evaluates on a fixed share of the training split and trains on the rest; the test split stays
+    untouched. For choosing rates. Raises ConfigError if either part would be empty."""
     n = len(source.train)
-    count = round(amount * n) if amount < 1 else int(amount)
-    if not 0 < count < n or (amount > 1 and amount != count):
-        raise ConfigError(f"data.holdout={amount} is not in (0, 1) nor a count below {n}")
+    count = round(amount * n)
+    if not 0 < count < n:
+        raise ConfigError(
+            f"data.holdout={amount} of {n} examples leaves {count} to evaluate and {n - count} to "
+            "train on: choose a share between 0 and 1"
+        )
     places = order.permutation(n, order.key(_HOLDOUT))
     return sources.Source(
         train=sources.subset(source.train, np.sort(places[count:])),

@@ -126,12 +126,13 @@ def _in_memory(records: shards.Shards) -> sources.Arrays:
 def absent(name: str, directory: str) -> str:
     """What is missing, how to prepare it, and what runs without it."""
     where = directory or f"{default_directory()} (the default; set data.dir or TFDS_DATA_DIR)"
-    prepare = (
-        "prepare it with python -m bn_jax.prepare imagenet --tars=DIR --data_dir=OUT"
-        if name == "imagenet2012"
-        else f"prepare it with tfds build {name}"
-    )
+    remedy = {
+        "imagenet2012": "prepare it with python -m bn_jax.prepare imagenet --tars=DIR "
+        "--data_dir=OUT, then --config.data.dir=OUT",
+        "mnist": "give the folder of the four idx files, or a TFDS data_dir, as --config.data.dir",
+    }
+    prepare = remedy.get(name, f"build it with TFDS (tfds build {name})")
     return (
-        f"no data set {name!r} in {where}: {prepare}, then --config.data.dir=OUT; without any data "
-        "use the embedded digits: --config=configs/NAME.py:digits"
+        f"no data set {name!r} in {where}: {prepare}; without any data use the embedded digits: "
+        "--config=configs/NAME.py:digits"
     )
