@@ -74,7 +74,7 @@ def get_config(scale: str = "mnist") -> ConfigDict:
     config.reproducible = False  # the same bits on any number of devices, at some cost
     config.record = ConfigDict()
     config.record.activations = ("dense_2/input",)  # inputs of the last hidden layer (Fig. 1b, c)
-    config.record.activation_every = 250  # steps
+    config.record.activation_every = 500  # steps
     config.record.activation_examples = 960  # training examples of the one fixed batch, 16 groups
     config.record.tensorboard = True  # also write TensorBoard events
 
