@@ -1,94 +1,19 @@
-"""Pictures and numbers from recorded runs: `python -m bn_jax.figures --workdir=DIR --out=DIR`.
+"""Pictures and tables from recorded runs: `python -m bn_jax.figures --workdir=DIR --out=DIR`.
 
 Reads only what runs have recorded (run.json, metrics.jsonl); nothing is trained or evaluated here.
-DIR is one run, or a folder with a baseline run `mnist` and its twin `mnist_bn` (Fig. 1).
+DIR is one run, a folder with a baseline run `mnist` and its twin `mnist_bn` (Fig. 1), or a folder
+of runs as bn_jax.sweep leaves it (Fig. 2, the table of Fig. 3, ablations).
 """
 
 import argparse
 import json
 import pathlib
-from typing import Any, NamedTuple
 
-import matplotlib
-import numpy as np
-
-from bn_jax import command
+from bn_jax import command, comparison, disk, recorded, tables
+from bn_jax.drift import Percentiles, fig1_numbers, fig1_table, percentiles, typical_unit
 from bn_jax.errors import ConfigError
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-BLUE, ORANGE, GREEN, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#777777",
-)  # Okabe & Ito: colour-blind safe
-PERCENTILES = (15, 50, 85)  # of Fig. 1b,c
-
-
-class Run(NamedTuple):
-    """One recorded run: its config, what run.json says of its data, metrics.jsonl by kind."""
-
-    workdir: pathlib.Path
-    config: dict[str, Any]
-    data: dict[str, Any]
-    lines: dict[str, list[dict[str, Any]]]
-
-
-def read_run(workdir: pathlib.Path) -> Run:
-    """Reads a run's records. Raises ConfigError if there are none."""
-    if not (workdir / "run.json").is_file() or not (workdir / "metrics.jsonl").is_file():
-        raise ConfigError(
-            f"{workdir} holds no recorded run (run.json and metrics.jsonl): "
-            "train one with `python -m bn_jax.main --config=... --workdir=...`"
-        )
-    lines: dict[str, list[dict[str, Any]]] = {"train": [], "eval": [], "activation": []}
-    for text in (workdir / "metrics.jsonl").read_text().splitlines():
-        line = json.loads(text)
-        lines.setdefault(line["kind"], []).append(line)
-    info = json.loads((workdir / "run.json").read_text())
-    return Run(workdir, info["config"], info["info"]["data"], lines)
-
-
-class Percentiles(NamedTuple):
-    """Percentiles of the inputs of one layer's units over training, on one fixed batch.
-
-    steps [T]; values [T, 3, units] for the {15, 50, 85}th percentiles.
-    """
-
-    layer: str
-    steps: np.ndarray
-    values: np.ndarray
-
-
-def percentiles(run: Run, layer: str) -> Percentiles:
-    """The recorded percentiles of `layer` (a path such as dense_2/input)."""
-    lines = [line for line in run.lines["activation"] if line["layer"] == layer]
-    if not lines:
-        known = sorted({line["layer"] for line in run.lines["activation"]})
-        raise ConfigError(f"{run.workdir} recorded no activation `{layer}`; it has {known}")
-    values = np.array([[line[f"p{p}"] for p in PERCENTILES] for line in lines], float)
-    return Percentiles(layer, np.array([line["step"] for line in lines]), values)
-
-
-def drift(curves: Percentiles) -> np.ndarray:
-    """How far each percentile wanders over training, relative to the spread. [3, units].
-
-    The range (max - min over training) of the percentile, divided by the mean distance between the
-    15th and the 85th. 0 is a distribution that never moves.
-    """
-    spread = np.mean(curves.values[:, 2] - curves.values[:, 0], axis=0)
-    return np.ptp(curves.values, axis=0) / np.maximum(spread, np.finfo(np.float32).tiny)
-
-
-def typical_unit(curves: Percentiles) -> int:
-    """The unit that stands for its layer: the one whose drift of the median is the layer's median.
-
-    With an even number of units the lower of the two; ties go to the first unit.
-    """
-    of_median = drift(curves)[1]
-    return int(np.argsort(of_median, kind="stable")[(of_median.size - 1) // 2])
+from bn_jax.recorded import Run, read_run
+from bn_jax.style import BLUE, GREY, ORANGE, plt, save
 
 
 def plot_percentiles(axes, curves: Percentiles, unit: int, colour: str) -> None:
@@ -136,34 +61,7 @@ def draw_run(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
         plot_percentiles(panel, curves, typical_unit(curves), ORANGE)
         panel.set_title(f"{{15, 50, 85}}th percentiles, {curves.layer}", fontsize=9)
     figure.suptitle(f"{run.config['name']} on {run.data['name']}", fontsize=10)
-    return _save(figure, out, "run")
-
-
-def fig1_numbers(baseline: Run, with_bn: Run, layer: str = "dense_2/input") -> dict[str, Any]:
-    """What Fig. 1 shows, as numbers, for each of the two networks.
-
-    `accuracy` (share, last evaluation), `examples`, `unit` (see `typical_unit`), `drift` of the
-    three percentiles for that unit, `layer_drift` their medians over all units of the layer.
-    """
-    numbers = {}
-    for name, run in (("without BN", baseline), ("with BN", with_bn)):
-        curves = percentiles(run, layer)
-        unit, drifts = typical_unit(curves), drift(curves)
-        last = run.lines["eval"][-1]
-        numbers[name] = {
-            "accuracy": last["top1"],
-            "best_accuracy": max(line["top1"] for line in run.lines["eval"]),
-            "examples": last["examples"],
-            "steps": last["step"],
-            "unit": unit,
-            "drift": dict(
-                zip(map(str, PERCENTILES), drifts[:, unit].round(4).tolist(), strict=True)
-            ),
-            "layer_drift": dict(
-                zip(map(str, PERCENTILES), np.median(drifts, axis=1).round(4).tolist(), strict=True)
-            ),
-        }
-    return numbers
+    return save(figure, out, "run")
 
 
 def draw_fig1(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
@@ -185,53 +83,53 @@ def draw_fig1(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
         plot_percentiles(axes, percentiles(run, layer), numbers[name]["unit"], colour)
         axes.set_title(f"({letter}) {name}: {{15, 50, 85}}th percentiles")
     figure.suptitle(f"MNIST study (section 4.1), {baseline.data['name']}", fontsize=10)
-    paths = _save(figure, out, "fig1")
+    paths = save(figure, out, "fig1")
     (out / "fig1.json").write_text(json.dumps(numbers, indent=2) + "\n")
     print(fig1_table(numbers))
     return [*paths, out / "fig1.json"]
 
 
-def fig1_table(numbers: dict[str, Any]) -> str:
-    """The numbers of Fig. 1 as Markdown."""
-    rows = [
-        "| network | steps | test accuracy | drift of p15, p50, p85 | layer's median |",
-        "|---|---|---|---|---|",
-    ]
-    for name, n in numbers.items():
-        unit = ", ".join(f"{v:.2f}" for v in n["drift"].values())
-        layer = ", ".join(f"{v:.2f}" for v in n["layer_drift"].values())
-        rows.append(
-            f"| {name} | {n['steps']:,} | {100 * n['accuracy']:.2f}% of {n['examples']:,} "
-            f"| {unit} (unit {n['unit']}) | {layer} |"
-        )
-    return "\n".join(rows) + (
-        "\nDrift: range of the percentile over training / mean distance from p15 to p85."
-        " Typical unit: the one whose p50 drift is the median of its layer."
-    )
+def draw_sweep(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
+    """Fig. 2, the table of Fig. 3 and the ablations from the runs in `folder`; prints the table.
 
-
-def _save(figure, out: pathlib.Path, name: str) -> list[pathlib.Path]:
+    Raises ConfigError if there are none, or if they cannot be compared with each other.
+    """
+    groups = recorded.read_groups(folder)
+    texts = {
+        "fig3.md": tables.fig3(groups),
+        "fig3.csv": tables.fig3_csv(groups),
+        "fig2.csv": tables.curves_csv(groups),
+    }
+    if tables.ablations(groups):
+        texts["ablations.md"] = tables.ablations_markdown(groups)
+        texts["ablations.csv"] = tables.ablations_csv(groups)
     out.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    paths = [out / f"{name}.png", out / f"{name}.svg"]
-    for path in paths:
-        figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return paths
+    for name, text in texts.items():
+        disk.write_atomic(out / name, text.encode())
+    paths = comparison.draw_fig2(groups, out) + comparison.draw_ablations(groups, out)
+    print(texts["fig3.md"])
+    return [*paths, *(out / name for name in texts)]
 
 
 def main() -> None:
     """Draws what the folder holds."""
     parser = argparse.ArgumentParser("python -m bn_jax.figures", description=__doc__)
     parser.add_argument(
-        "--workdir", required=True, type=pathlib.Path, help="a run, or a pair's folder"
+        "--workdir", required=True, type=pathlib.Path, help="a run, or a folder of runs"
     )
     parser.add_argument("--out", type=pathlib.Path, help="where pictures go (WORKDIR/figures)")
     args = parser.parse_args()
-    out = args.out or args.workdir / "figures"
-    pair = all((args.workdir / name / "run.json").is_file() for name in ("mnist", "mnist_bn"))
-    for path in draw_fig1(args.workdir, out) if pair else draw_run(args.workdir, out):
+    for path in draw(args.workdir, args.out or args.workdir / "figures"):
         print(path)
+
+
+def draw(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
+    """Whatever a folder of records makes: one run, Fig. 1's pair, or a sweep."""
+    if all(recorded.is_run(workdir / name) for name in ("mnist", "mnist_bn")):
+        return draw_fig1(workdir, out)
+    if recorded.is_run(workdir) or next(recorded.find(workdir), None) is None:
+        return draw_run(workdir, out)
+    return draw_sweep(workdir, out)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
 """Figures read recorded files only; their numbers against hand-made records."""
 
+import csv
 import json
 
 import numpy as np
 import pytest
 from train_test import small
 
-from bn_jax import figures, train
+from bn_jax import drift, figures, recorded, tables, train
 from bn_jax.errors import ConfigError
-from configs import mnist, mnist_bn
+from configs import bn_baseline, bn_x5, inception, inception_x5, mnist, mnist_bn
 
 
 def write_run(workdir, values, top1=(0.5, 0.9)):
     """A recorded run of one layer; values [T, 3, units] are its percentiles."""
     workdir.mkdir(parents=True)
     data = {"name": "digits", "split": "test", "description": "hand-made"}
-    run = {"config": {"name": workdir.name}, "info": {"data": data}}
+    run = {"config": {"name": workdir.name}, "info": {"data": data}, "status": "done"}
+    run |= {"results": {}, "source": {}, "hardware": {}}
     (workdir / "run.json").write_text(json.dumps(run))
     lines = [
         {"step": 10 * t, "kind": "activation", "layer": "dense_2/input"}
@@ -33,15 +35,15 @@ def test_drift_is_the_range_over_the_spread(tmp_path):
     # unit 0 never moves; unit 1's percentiles all rise by 2, their distance stays 4
     values = np.array([[[-1, -2], [0, 0], [1, 2]], [[-1, 0], [0, 2], [1, 4]]], float)
     write_run(tmp_path / "a", values)
-    curves = figures.percentiles(figures.read_run(tmp_path / "a"), "dense_2/input")
-    np.testing.assert_allclose(figures.drift(curves), [[0, 0.5]] * 3)
+    curves = drift.percentiles(recorded.read_run(tmp_path / "a"), "dense_2/input")
+    np.testing.assert_allclose(drift.drift(curves), [[0, 0.5]] * 3)
 
 
 def test_the_typical_unit_is_the_median_one():
     values = np.zeros((2, 3, 5))
     values[:, 0], values[:, 2] = -1, 1
     values[1, 1] = [4, 0, 2, 1, 3]  # drift of the medians
-    assert figures.typical_unit(figures.Percentiles("x", np.arange(2), values)) == 2
+    assert drift.typical_unit(drift.Percentiles("x", np.arange(2), values)) == 2
 
 
 def test_fig1_numbers_and_pictures(tmp_path, capsys):
@@ -61,7 +63,7 @@ def test_fig1_numbers_and_pictures(tmp_path, capsys):
 
 def test_a_folder_without_records_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no recorded run"):
-        figures.read_run(tmp_path)
+        recorded.read_run(tmp_path)
 
 
 @pytest.mark.parametrize("seed", [0])
@@ -78,11 +80,117 @@ def test_the_claim_of_fig1_on_a_shortened_run(tmp_path, seed):
     }
     for name, root in (("mnist", mnist), ("mnist_bn", mnist_bn)):
         train.run(small(root, **numbers), tmp_path / name)
-    result = figures.fig1_numbers(
-        figures.read_run(tmp_path / "mnist"), figures.read_run(tmp_path / "mnist_bn")
+    result = drift.fig1_numbers(
+        recorded.read_run(tmp_path / "mnist"), recorded.read_run(tmp_path / "mnist_bn")
     )
     without, with_bn = result["without BN"], result["with BN"]
     assert with_bn["examples"] == without["examples"] == 1000
     assert with_bn["accuracy"] > without["accuracy"]
     for percentile in ("15", "50", "85"):
         assert with_bn["layer_drift"][percentile] < without["layer_drift"][percentile]
+
+
+def write_curve(folder, root, top1, *, seed=0, status="done", error="", **changes):
+    """A member of a sweep, evaluated every 250 steps."""
+    config = root.get_config("digits")
+    config.update_from_flattened_dict({"seed": seed, **changes})
+    workdir = folder / config.name / f"seed_{seed}"
+    workdir.mkdir(parents=True)
+    data = {"name": "digits", "split": "test", "description": "hand-made", "eval_examples": 1000}
+    run = {"config": config.to_dict(), "info": {"data": data}, "status": status}
+    run |= {"results": {"error": error}, "source": {"commit": "0123456789abcdef"}}
+    run["hardware"] = {"devices": 1, "device_kind": "cpu"}
+    (workdir / "run.json").write_text(json.dumps(run))
+    lines = [{"step": 250 * (k + 1), "kind": "eval", "top1": v} for k, v in enumerate(top1)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return workdir
+
+
+def table(path) -> dict[str, dict[str, str]]:
+    """The first Markdown table of a file: {name: {column: cell}}."""
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in path.read_text().split("## Against the control")[0].splitlines()
+        if line.startswith("| ")
+    ]
+    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+
+
+def test_a_sweep_becomes_fig2_the_table_and_the_ablations(tmp_path, capsys):
+    for seed in (0, 1):
+        write_curve(tmp_path, inception, [0.1, 0.5, 0.7, 0.8], seed=seed)
+        write_curve(tmp_path, bn_baseline, [0.6, 0.8 + 0.02 * seed, 0.9, 0.9], seed=seed)
+    write_curve(tmp_path, bn_x5, [0.7], status="preempted")
+    diverged = "DivergedError: diverged at step 1,234: loss nan"
+    write_curve(tmp_path, inception_x5, [0.2], status="diverged", error=diverged)
+    paths = figures.draw(tmp_path, tmp_path / "out")
+    names = {"fig2.png", "fig2.svg", "fig2.csv", "fig3.md", "fig3.csv"}
+    names |= {f"ablations.{kind}" for kind in ("png", "svg", "md", "csv")}
+    assert {path.name for path in paths} == names and all(path.stat().st_size for path in paths)
+    shown = table(tmp_path / "out" / "fig3.md")
+    assert shown["bn_baseline"]["steps to max"] == "500"
+    assert shown["bn_baseline"]["speed-up to max"] == "2.00x"
+    assert shown["bn_baseline"]["paper: speed-up"] == "2.33"
+    assert shown["bn_x5"]["steps to 95%"] == "not yet"
+    assert shown["bn_x5"]["remarks"] == "seed 0 partial: step 250 of 5,000"
+    assert shown["inception_x5"]["final accuracy"] == "diverged"
+    assert shown["inception_x5"]["remarks"] == "seed 0 diverged at step 1,234"
+    text = (tmp_path / "out" / "fig3.md").read_text()
+    assert "There is no run of `inception_best_rate`" in text and "commit 0123456789" in text
+    assert "settings differ" in text and text in capsys.readouterr().out
+    changed = table(tmp_path / "out" / "ablations.md")["bn_baseline"]
+    assert changed["change"] == "norm none -> batch_norm" and changed["seeds"] == "2"
+    assert changed["difference"] == "+10.00"
+    points = list(csv.DictReader((tmp_path / "out" / "fig2.csv").open()))
+    assert len(points) == 18 and points[0]["network"] == "inception"
+
+
+def test_without_a_baseline_the_columns_say_so(tmp_path):
+    write_curve(tmp_path, bn_x5, [0.7, 0.9])
+    write_curve(tmp_path, inception, [0.5], status="running")
+    figures.draw(tmp_path, tmp_path / "out")
+    shown = table(tmp_path / "out" / "fig3.md")
+    assert shown["bn_x5"]["speed-up to max"] == "no reference"
+    assert shown["bn_x5"]["final accuracy"] == "90.0%"
+    text = (tmp_path / "out" / "fig3.md").read_text()
+    assert "seed 0: none, seed 0 partial: step 250 of 5,000" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data.name": "folder"}, r"data.name \(folder, digits\)"),
+        ({"image_size": 32}, "image_size"),
+        ({"data.holdout": 0.2}, "data.holdout"),
+    ],
+)
+def test_runs_of_different_settings_are_refused(tmp_path, changes, said):
+    write_curve(tmp_path, inception, [0.5])
+    write_curve(tmp_path, bn_x5, [0.5], **changes)
+    with pytest.raises(ConfigError, match=f"differ in .*{said}"):
+        figures.draw(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_seeds_must_be_of_one_experiment(tmp_path):
+    write_curve(tmp_path, inception, [0.5])
+    write_curve(tmp_path, inception, [0.5], seed=1, learning_rate=0.1)
+    with pytest.raises(ConfigError, match=r"learning_rate \(0.0015, 0.1\)"):
+        recorded.read_groups(tmp_path)
+    with pytest.raises(ConfigError, match="holds no recorded run"):
+        recorded.read_groups(tmp_path / "nothing")
+
+
+def test_half_a_line_at_the_end_is_no_damage(tmp_path):
+    workdir = write_curve(tmp_path, inception, [0.5, 0.6])
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 750, "ki')
+    assert len(recorded.read_run(workdir).lines["eval"]) == 2
+    (workdir / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match="damaged"):
+        recorded.read_run(workdir)
+
+
+def test_steps_are_of_32_examples(tmp_path):
+    write_curve(tmp_path, inception, [0.5], batch_size=64)
+    assert "inception,0,500.0,0.5" in tables.curves_csv(recorded.read_groups(tmp_path))

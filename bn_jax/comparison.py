@@ -1,0 +1,143 @@
+"""Pictures of section 4.2: Fig. 2 and the ablations. Numbers come from summary.py and tables.py."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib import ticker
+
+from bn_jax import summary, tables
+from bn_jax.errors import ConfigError
+from bn_jax.recorded import Run
+from bn_jax.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, plt, save
+from bn_jax.summary import Curve
+
+# Colour and line: a network looks the same in every picture.
+STYLES = {
+    "inception": (BLACK, "--"),
+    "inception_best_rate": (GREY, "-"),
+    "bn_baseline": (ORANGE, "-"),
+    "bn_x5": (GREEN, "-"),
+    "bn_x30": (BLUE, "-"),
+    "bn_x5_sigmoid": (PURPLE, "-."),
+    "inception_x5": (VERMILION, ":"),
+    "inception_sigmoid": (SKY, ":"),
+}
+OTHERS = [(c, s) for s in ("-", "--", ":", "-.") for c in (BLUE, ORANGE, GREEN, PURPLE, SKY)]
+ZOOM = 12.0  # points below the baseline's maximum at which the right panel begins
+
+
+def draw_fig2(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pathlib.Path]:
+    """Accuracy against steps of 32 examples, on a logarithmic axis; on the right its upper part.
+
+    Lines and bands are mean and range over the seeds that are done; the others are thin lines that
+    end in a cross (diverged) or an arrow (partial). A diamond stands where a network reaches the
+    baseline's maximum: mean over seeds, drawn if most of them do.
+    """
+    names = [name for name in tables.ordered(groups) if name in STYLES]
+    curves = {
+        name: [c for run in groups[name] if (c := summary.curve(run)).steps.size]
+        for name in names or tables.ordered(groups)
+    }
+    curves = {name: found for name, found in curves.items() if found}
+    if not curves:
+        raise ConfigError("no run has an evaluation yet: let one run to its first")
+    baseline = curves.get(summary.BASELINE, [])
+    tops = [goals["max"] for c in baseline if (goals := summary.levels(c)) is not None]
+    level = 100 * float(np.mean(tops)) if tops else None
+    figure, panels = plt.subplots(1, 1 if level is None else 2, figsize=(12, 5), squeeze=False)
+    for axes in panels[0]:
+        if level is not None:
+            text = f"inception's maximum, {level:.1f}%"
+            axes.axhline(level, color=BLACK, linewidth=0.8, linestyle=":", zorder=1, label=text)
+        styles = iter(OTHERS * (1 + len(curves) // len(OTHERS)))
+        for name, found in curves.items():
+            style = STYLES[name] if name in STYLES else next(styles)
+            _plot(axes, name, found, style)
+            at = [s for s in summary.row(name, found, baseline).steps["max"] if type(s) is float]
+            if level is not None and 2 * len(at) > len(found):
+                diamond = {"markersize": 8, "markeredgecolor": "white", "zorder": 5}
+                axes.plot([np.mean(at)], [level], "D", color=style[0], **diamond)
+        _log_steps(axes)
+        axes.grid(which="major", alpha=0.25)
+    if level is not None:
+        panels[0, 1].set_ylim(bottom=max(0.0, level - ZOOM))
+    run = groups[next(iter(curves))][0]
+    panels[0, 0].set_ylabel(f"{run.data['split']} accuracy (%)")
+    panels[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+    figure.suptitle(
+        f"{run.config['scale']}: {run.data['eval_examples']:,} {run.data['split']} examples, mean "
+        "and range over seeds"
+        + ("" if level is None else "; diamond: reaches inception's maximum"),
+        fontsize=10,
+    )
+    return save(figure, out, "fig2")
+
+
+def _plot(axes, name: str, curves: Sequence[Curve], style: tuple[str, str]) -> None:
+    colour, line = style
+    done = [c for c in curves if c.status == "done"]
+    label = f"{name} ({_count(curves)})"
+    if done:
+        steps, mean, low, high = summary.mean_curve(done)
+        axes.fill_between(steps, 100 * low, 100 * high, color=colour, alpha=0.18, linewidth=0)
+        marker = "." if steps.size < 30 else None
+        axes.plot(steps, 100 * mean, line, marker=marker, color=colour, label=label)
+    for c in curves:
+        if c.status != "done":
+            axes.plot(c.steps, 100 * c.top1, line, color=colour, linewidth=0.9, label=label)
+            end = "x" if c.status == "diverged" else ">"
+            axes.plot(c.steps[-1], 100 * c.top1[-1], end, color=colour)
+        label = "_" if done or c.status != "done" else label  # one entry in the legend
+
+
+def _count(curves: Sequence[Curve]) -> str:
+    """'3 seeds', and how many of them diverged or are partial."""
+    text = f"{len(curves)} seed{'s' if len(curves) > 1 else ''}"
+    diverged = sum(c.status == "diverged" for c in curves)
+    partial = sum(c.status not in ("done", "diverged") for c in curves)
+    text += f", {diverged} diverged" if diverged else ""
+    return text + (f", {partial} partial" if partial else "")
+
+
+def _log_steps(axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.set_xlabel("steps of 32 examples")
+
+
+def draw_ablations(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pathlib.Path]:
+    """The ablation table as points with intervals; nothing if no experiment has its parent."""
+    rows = tables.ablations(groups)
+    if not rows:
+        return []
+    figure, axes = plt.subplots(figsize=(9.5, 1.6 + 0.36 * len(rows)))
+    axes.set_xscale("symlog", linthresh=2.0)  # chance is 80 points away, most others one or two
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    labels = []
+    for y, (name, parent, _, d) in enumerate(rows):
+        labels.append(f"{name} - {parent} (n = {d.n})")
+        text = "no seed is done in both"
+        if d.mean is not None and d.binomial is not None:
+            width, colour = (d.binomial, GREY) if d.interval is None else (d.interval, BLUE)
+            axes.errorbar(100 * d.mean, y, xerr=100 * width, fmt="o", color=colour, capsize=3)
+            text = f"{100 * d.mean:+.2f} +- {100 * width:.2f}"
+        axes.annotate(
+            text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8
+        )  # fmt: skip
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%+g"))
+    axes.set_xticks([x for x in _TICKS if axes.get_xlim()[0] <= x <= axes.get_xlim()[1]])
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_xlabel("difference of final accuracy, points (logarithmic beyond 2)")
+    axes.set_title(
+        "blue: 95% interval over seeds, paired; grey: one seed, counting error only", fontsize=9
+    )
+    return save(figure, out, "ablations")
+
+
+_TICKS = (-100, -50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100)

@@ -1,0 +1,96 @@
+"""Fig. 1 (section 4.1) as numbers: how far the inputs of a nonlinearity wander over training."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bn_jax.errors import ConfigError
+from bn_jax.recorded import Run
+
+PERCENTILES = (15, 50, 85)  # of Fig. 1b,c
+
+
+class Percentiles(NamedTuple):
+    """Percentiles of the inputs of one layer's units over training, on one fixed batch.
+
+    steps [T]; values [T, 3, units] for the {15, 50, 85}th percentiles.
+    """
+
+    layer: str
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def percentiles(run: Run, layer: str) -> Percentiles:
+    """The recorded percentiles of `layer` (a path such as dense_2/input)."""
+    lines = [line for line in run.lines["activation"] if line["layer"] == layer]
+    if not lines:
+        known = sorted({line["layer"] for line in run.lines["activation"]})
+        raise ConfigError(f"{run.workdir} recorded no activation `{layer}`; it has {known}")
+    values = np.array([[line[f"p{p}"] for p in PERCENTILES] for line in lines], float)
+    return Percentiles(layer, np.array([line["step"] for line in lines]), values)
+
+
+def drift(curves: Percentiles) -> np.ndarray:
+    """How far each percentile wanders over training, relative to the spread. [3, units].
+
+    The range (max - min over training) of the percentile, divided by the mean distance between the
+    15th and the 85th. 0 is a distribution that never moves.
+    """
+    spread = np.mean(curves.values[:, 2] - curves.values[:, 0], axis=0)
+    return np.ptp(curves.values, axis=0) / np.maximum(spread, np.finfo(np.float32).tiny)
+
+
+def typical_unit(curves: Percentiles) -> int:
+    """The unit that stands for its layer: the one whose drift of the median is the layer's median.
+
+    With an even number of units the lower of the two; ties go to the first unit.
+    """
+    of_median = drift(curves)[1]
+    return int(np.argsort(of_median, kind="stable")[(of_median.size - 1) // 2])
+
+
+def fig1_numbers(baseline: Run, with_bn: Run, layer: str = "dense_2/input") -> dict[str, Any]:
+    """What Fig. 1 shows, as numbers, for each of the two networks.
+
+    `accuracy` (share, last evaluation), `examples`, `unit` (see `typical_unit`), `drift` of the
+    three percentiles for that unit, `layer_drift` their medians over all units of the layer.
+    """
+    numbers = {}
+    for name, run in (("without BN", baseline), ("with BN", with_bn)):
+        curves = percentiles(run, layer)
+        unit, drifts = typical_unit(curves), drift(curves)
+        last = run.lines["eval"][-1]
+        numbers[name] = {
+            "accuracy": last["top1"],
+            "best_accuracy": max(line["top1"] for line in run.lines["eval"]),
+            "examples": last["examples"],
+            "steps": last["step"],
+            "unit": unit,
+            "drift": dict(
+                zip(map(str, PERCENTILES), drifts[:, unit].round(4).tolist(), strict=True)
+            ),
+            "layer_drift": dict(
+                zip(map(str, PERCENTILES), np.median(drifts, axis=1).round(4).tolist(), strict=True)
+            ),
+        }
+    return numbers
+
+
+def fig1_table(numbers: dict[str, Any]) -> str:
+    """The numbers of Fig. 1 as Markdown."""
+    rows = [
+        "| network | steps | test accuracy | drift of p15, p50, p85 | layer's median |",
+        "|---|---|---|---|---|",
+    ]
+    for name, n in numbers.items():
+        unit = ", ".join(f"{v:.2f}" for v in n["drift"].values())
+        layer = ", ".join(f"{v:.2f}" for v in n["layer_drift"].values())
+        rows.append(
+            f"| {name} | {n['steps']:,} | {100 * n['accuracy']:.2f}% of {n['examples']:,} "
+            f"| {unit} (unit {n['unit']}) | {layer} |"
+        )
+    return "\n".join(rows) + (
+        "\nDrift: range of the percentile over training / mean distance from p15 to p85."
+        " Typical unit: the one whose p50 drift is the median of its layer."
+    )

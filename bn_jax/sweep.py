@@ -1,0 +1,242 @@
+"""Many experiments with many seeds, as many processes: `python -m bn_jax.sweep --configs=A,B ...`.
+
+Every member is the plain command, `python -m bn_jax.main`, in its own folder DIR/CONFIG/seed_K with
+its output in member.log. The same sweep again skips members that are done or have diverged, and
+goes on with those that were stopped. A grid of values adds a folder: DIR/CONFIG/FIELD=VALUE/seed_K.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import os
+import pathlib
+import shlex
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from bn_jax import command, listing, smoke, validate
+from bn_jax import workdir as workdirs
+from bn_jax.errors import ConfigError, DivergedError, Preempted, UserError
+from bn_jax.pool import Pool
+
+EXPECTED = (0, DivergedError.exit_code, Preempted.exit_code)  # exit codes of members
+FINISHED = ("done", "diverged")  # a run that diverged is a result: it would diverge again
+
+
+class Member(NamedTuple):
+    """One run of a sweep: the arguments of `bn_jax.main`, and what they mean."""
+
+    name: str  # of its folder below the sweep's: bn_x5/seed_0
+    workdir: pathlib.Path
+    arguments: list[str]
+    config: ConfigDict
+
+    def command(self, python: str = "python") -> list[str]:
+        """The command line that runs it."""
+        return [python, "-m", "bn_jax.main", *self.arguments]
+
+
+def members(
+    configs: Sequence[str],
+    scale: str,
+    seeds: int,
+    workdir: pathlib.Path,
+    settings: Sequence[str] = (),
+    grid: Mapping[str, Sequence[str]] | None = None,
+) -> list[Member]:
+    """The runs of a sweep, seed by seed, so that all curves have one run before any has two.
+
+    Args:
+      configs: names of experiments.
+      scale: for all of them; empty: each one's default.
+      seeds: 0 .. seeds - 1.
+      workdir: the sweep's folder.
+      settings: FIELD=VALUE for all.
+      grid: {field: values}, every combination of which is run.
+
+    Raises:
+      ConfigError: an experiment, scale, field or value that main would refuse too.
+    """
+    grid = grid or {}
+    found = []
+    for seed in range(seeds):
+        for config in configs:
+            for values in itertools.product(*grid.values()):
+                points = [f"{f}={v}" for f, v in zip(grid, values, strict=True)]
+                if any("/" in point for point in points):
+                    raise ConfigError(f"--grid: a value with / cannot name a folder: {points}")
+                name = "/".join([config, *points, f"seed_{seed}"])
+                arguments = [f"--config=configs/{config}.py{':' if scale else ''}{scale}"]
+                for setting in (*settings, *points, f"seed={seed}"):
+                    arguments.append(f"--config.{setting}")
+                read = read_config(arguments)
+                arguments.append(f"--workdir={workdir / name}")
+                found.append(Member(name, workdir / name, arguments, read))
+    return found
+
+
+def read_config(arguments: Sequence[str]) -> ConfigDict:
+    """The config that `bn_jax.main` would train with these arguments. Raises ConfigError."""
+    try:
+        argv = listing.resolve(["sweep", *arguments])
+        values = flags.FlagValues()
+        holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        values(argv)
+        config = holder.value
+    except (flags.Error, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ConfigError(command.reason(error)) from error
+    validate.check(config)
+    with contextlib.redirect_stdout(io.StringIO()):  # each member says that it is shortened
+        return smoke.shorten(config)
+
+
+def status(member: Member) -> str:
+    """What run.json says: done, diverged, preempted, ...; 'new' if there is none.
+
+    A run that is done with fewer steps than are wanted now is 'preempted': main goes on with it.
+    Raises ConfigError if the folder holds a run of another config.
+    """
+    run = workdirs.read_run(member.workdir)
+    if run is None:
+        return "new"
+    config = member.config
+    if config.batch_per_device:
+        from bn_jax import experiment  # takes seconds; only scale `pod` needs it
+
+        config = experiment.for_devices(config, run["hardware"]["devices"])
+    workdirs.require_same_config(member.workdir, run["config"], config.to_dict())
+    if run["status"] == "done" and run["config"]["total_steps"] < config.total_steps:
+        return "preempted"
+    return run["status"]
+
+
+def environment(member: Member, slot: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a member in a slot; a run that is resumed keeps its number of threads."""
+    found = {**os.environ, **slot}
+    found["PYTHONUNBUFFERED"] = "1"
+    run = workdirs.read_run(member.workdir)
+    if run is not None and "NPROC" not in os.environ and run["hardware"]["platform"] == "cpu":
+        found["NPROC"] = str(run["hardware"]["cpu_threads"])
+    return found
+
+
+def slots(jobs: int | None) -> list[dict[str, str]]:
+    """Environment variables of the members that run side by side, one entry each.
+
+    By default one member an NVIDIA GPU, one on any other accelerator, and on CPU one for every two
+    cores, each of which gets its share of the cores.
+    """
+    gpus = _gpus()
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    if jobs is None:
+        tpu = any(pathlib.Path("/dev").glob("accel*")) or pathlib.Path("/dev/vfio/0").exists()
+        jobs = len(gpus) or (1 if tpu else max(1, cores // 2))
+    if gpus:
+        memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / -(-jobs // len(gpus)):.2f}"}
+        shared = memory if jobs > len(gpus) else {}
+        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)], **shared} for i in range(jobs)]
+    # The number of threads is part of a CPU run's identity: it is set only where it must be.
+    share = {"NPROC": str(max(1, cores // jobs))} if jobs > 1 and "NPROC" not in os.environ else {}
+    return [dict(share) for _ in range(jobs)]
+
+
+def _gpus() -> list[str]:
+    if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
+        return []
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    return [str(i) for i, _ in enumerate(pathlib.Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def run(found: Sequence[Member], jobs: int | None) -> None:
+    """Runs what is not finished and says how all ended.
+
+    Raises:
+      Preempted: a signal, or a member that was stopped by one; the same sweep goes on.
+      UserError: members failed; the others have been run.
+    """
+    before = {member.name: status(member) for member in found}
+    todo = [member for member in found if before[member.name] not in FINISHED]
+    print(f"{len(found)} members: {len(found) - len(todo)} finished before, {len(todo)} to run")
+    pool = Pool(slots(jobs), total=len(found))
+    codes = pool.run(
+        [(m.name, m.command(sys.executable), m.workdir / "member.log", _env(m)) for m in todo]
+    )
+    print(outcome(found))
+    ended = (None, 128 + signal.SIGTERM, 128 + signal.SIGKILL) if pool.stopped else (None,)
+    failed = {name: code for name, code in codes.items() if code not in (*EXPECTED, *ended)}
+    for member in found:
+        if member.name in failed:
+            print(f"failed with exit code {failed[member.name]}: {member.workdir}/member.log")
+    if pool.stopped:
+        raise Preempted("sweep stopped: the same command goes on from the members' saved steps")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(found)} members failed; their logs are named above")
+    if Preempted.exit_code in codes.values():
+        raise Preempted("members were stopped one by one: the same command goes on with them")
+
+
+def _env(member: Member):
+    return lambda slot: environment(member, slot)
+
+
+def outcome(found: Sequence[Member]) -> str:
+    """A line a member: status, and the accuracy of its last evaluation if it is done."""
+    lines = []
+    for member in found:
+        try:
+            record: dict[str, Any] = workdirs.read_run(member.workdir) or {"status": "not run"}
+        except ConfigError:
+            record = {"status": "unreadable"}
+        said = record["status"]
+        if said == "done":
+            said += f"  {100 * record['results']['top1']:.2f}% of {record['results']['examples']:,}"
+        elif said in ("diverged", "failed", "preempted"):
+            said += f"  {record['results'].get('error', '').partition(': ')[2][:70]}"
+        lines.append(f"  {member.name:40} {said}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m bn_jax.sweep", description=__doc__)
+    add = parser.add_argument
+    add("--configs", required=True, help="names of experiments, with commas: inception,bn_x5")
+    add("--scale", default="", help="imagenet, digits, ... (default: each experiment's own)")
+    add("--seeds", type=int, default=1, help="number of seeds: 0, 1, ... (default: 1)")
+    add("--workdir", required=True, type=pathlib.Path, help="folder of the sweep")
+    add("--jobs", type=int, help="members side by side (default: one a GPU, or for 2 CPU cores)")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="for all; repeatable")
+    add("--grid", action="append", default=[], metavar="FIELD=V1,V2,...", help="try all values")
+    add("--dry_run", action="store_true", help="print the unfinished members' commands, and end")
+    args = parser.parse_args()
+    configs = [name for name in args.configs.split(",") if name]
+    for option, text in [("set", t) for t in args.set] + [("grid", t) for t in args.grid]:
+        if "=" not in text.strip("="):
+            raise ConfigError(f"--{option}={text}: write FIELD=VALUE")
+        if text.startswith(("seed=", "name=")):
+            raise ConfigError(f"--{option}={text}: the sweep sets it; --seeds=N, --configs=...")
+    if args.seeds < 1 or not configs or len(set(configs)) < len(configs):
+        raise ConfigError("--seeds must be at least 1 and --configs name each experiment once")
+    if args.jobs is not None and args.jobs < 1:
+        raise ConfigError(f"--jobs={args.jobs} must be at least 1")
+    grid = {text.partition("=")[0]: text.partition("=")[2].split(",") for text in args.grid}
+    found = members(configs, args.scale, args.seeds, args.workdir, args.set, grid)
+    if args.dry_run:
+        for member in found:
+            if status(member) not in FINISHED:
+                print(shlex.join(member.command()))
+        return
+    run(found, args.jobs)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,188 @@
+"""The sweep as a user types it, with the small networks: skips, resumes, stops, goes on."""
+
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bn_jax import sweep
+from bn_jax import workdir as workdirs
+from bn_jax.errors import ConfigError
+from bn_jax.pool import Pool, last_line
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+WORDS = ("--configs=mnist,mnist_bn", "--scale=digits")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def start(cache, folder, *words, **env) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "BN_JAX_SMOKE": "1"}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": cache, **env}
+    return subprocess.Popen(
+        [sys.executable, "-m", "bn_jax.sweep", f"--workdir={folder}", *words],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    text, _ = process.communicate(timeout=120)
+    return process.returncode, text
+
+
+def statuses(folder) -> dict[str, str]:
+    files = sorted(folder.rglob("run.json"))
+    return {str(f.parent.relative_to(folder)): json.loads(f.read_text())["status"] for f in files}
+
+
+def test_members_are_recorded_a_diverged_one_too_and_skipped_the_second_time(tmp_path, cache):
+    """At a rate of 1e30 the network without BN diverges: a result, and the sweep goes on."""
+    words = ("--configs=mnist", "--scale=digits", "--grid=learning_rate=1e30,0.1")
+    words += ("--set=steps_per_dispatch=10",)
+    code, text = finish(start(cache, tmp_path, *words))
+    assert code == 0, text
+    names = {rate: f"mnist/learning_rate={rate}/seed_0" for rate in ("1e30", "0.1")}
+    assert statuses(tmp_path) == {names["1e30"]: "diverged", names["0.1"]: "done"}
+    assert f"[1/2] {names['1e30']}: diverged (a result)" in text
+    assert "diverged at step" in text and "% of 1,000" in text
+    assert "BN_JAX_SMOKE" in (tmp_path / names["0.1"] / "member.log").read_text()
+    code, text = finish(start(cache, tmp_path, *words))
+    assert code == 0 and "2 finished before, 0 to run" in text and "started" not in text
+
+
+def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path, cache):
+    """The terminal's Ctrl-C reaches the sweep; members save and the sweep exits with 75."""
+    words = ("--configs=mnist_bn", "--scale=digits", "--seeds=2", "--jobs=1")
+    words += ("--set=total_steps=20000", "--set=eval_every=20000", "--set=steps_per_dispatch=10")
+    words += ("--set=record.tensorboard=False",)
+    running = start(cache, tmp_path, *words, BN_JAX_SMOKE="")
+    log = tmp_path / "mnist_bn" / "seed_0" / "member.log"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "step 1" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    code, text = finish(running)
+    assert code == 75, text
+    assert statuses(tmp_path) == {"mnist_bn/seed_0": "preempted"}, text  # the second never began
+    assert "[1/2] mnist_bn/seed_0: stopped, saved" in text and "Traceback" not in text
+    saved = json.loads((tmp_path / "mnist_bn/seed_0/checkpoints/index.json").read_text())
+    assert saved
+    # The next one goes on with what is saved; a few steps more, for a shorter test.
+    done = int(max(p.name for p in log.parent.glob("checkpoints/[0-9]*")))
+    shorter = [w.replace("20000", str(done + 10)) for w in words]
+    code, text = finish(start(cache, tmp_path, *shorter, "--seeds=1", BN_JAX_SMOKE=""))
+    assert code == 0, text
+    assert statuses(tmp_path) == {"mnist_bn/seed_0": "done"}
+    assert f"resumed from step {done:,}" in log.read_text()
+
+
+def test_a_failed_member_is_named_with_its_log_and_the_others_run(tmp_path, cache):
+    broken = tmp_path / "mnist" / "seed_0"
+    (broken / "checkpoints").mkdir(parents=True)
+    (broken / "metrics.jsonl").mkdir()  # no file can be written there
+    code, text = finish(start(cache, tmp_path, *WORDS))
+    assert code == 1, text
+    assert f"{broken}/member.log" in text and "failed with exit code" in text
+    assert "1 of 2 members failed" in text
+    assert statuses(tmp_path)["mnist_bn/seed_0"] == "done"
+
+
+def test_dry_run_prints_the_commands_of_the_unfinished(tmp_path, cache):
+    record = {"config": {}, "attempts": [], "status": "done", "results": {}}
+    found = sweep.members(["mnist"], "digits", 2, tmp_path, ["data.holdout=0.2"])
+    found[0].workdir.mkdir(parents=True)
+    record["config"] = found[0].config.to_dict()
+    (found[0].workdir / "run.json").write_text(json.dumps(record))
+    words = ("--configs=mnist", "--scale=digits", "--seeds=2", "--set=data.holdout=0.2")
+    code, text = finish(start(cache, tmp_path, *words, "--dry_run", BN_JAX_SMOKE=""))
+    assert code == 0, text
+    (line,) = text.splitlines()
+    assert shlex.split(line) == [
+        "python", "-m", "bn_jax.main", "--config=configs/mnist.py:digits",
+        "--config.data.holdout=0.2", "--config.seed=1", f"--workdir={tmp_path}/mnist/seed_1",
+    ]  # fmt: skip
+
+
+def test_members_of_a_grid_are_what_main_would_train(tmp_path):
+    grid = {"learning_rate": ["0.1", "0.2"], "batch_size": ["60"]}
+    found = sweep.members(["mnist", "mnist_bn"], "digits", 2, tmp_path, ["l2=0.5"], grid)
+    assert len(found) == 8
+    assert [m.config.seed for m in found] == [0] * 4 + [1] * 4  # every curve, then more seeds
+    assert found[1].name == "mnist/learning_rate=0.2/batch_size=60/seed_0"
+    assert (found[1].config.learning_rate, found[1].config.l2) == (0.2, 0.5)
+    assert {m.workdir for m in found} == {tmp_path / m.name for m in found}
+
+
+@pytest.mark.parametrize(
+    ("configs", "scale", "settings", "said"),
+    [
+        (["mnst"], "digits", [], "did you mean configs/mnist.py"),
+        (["mnist"], "digit", [], "'digit' is none of"),
+        (["mnist"], "digits", ["learning_rat=1"], "learning_rate"),
+        (["mnist"], "digits", ["learning_rate=-1"], "learning_rate=-1"),
+        (["mnist"], "digits", ["total_steps=many"], "total_steps=many"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_runs(tmp_path, configs, scale, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        sweep.members(configs, scale, 1, tmp_path, settings)
+
+
+def test_status_of_what_is_there(tmp_path):
+    (member,) = sweep.members(["mnist"], "digits", 1, tmp_path)
+    assert sweep.status(member) == "new"
+    member.workdir.mkdir(parents=True)
+
+    def record(status, **changes):
+        run = {"config": member.config.to_dict() | changes, "attempts": [], "status": status}
+        (member.workdir / "run.json").write_text(json.dumps(run))
+        return sweep.status(member)
+
+    assert record("done") == "done" and record("diverged") == "diverged"
+    assert record("done", total_steps=10) == "preempted"  # more steps are wanted now
+    with pytest.raises(ConfigError, match="learning_rate"):
+        record("done", learning_rate=3.0)
+
+
+def test_a_resumed_member_keeps_its_threads(tmp_path, monkeypatch):
+    monkeypatch.delenv("NPROC", raising=False)
+    (member,) = sweep.members(["mnist"], "digits", 1, tmp_path)
+    run = {"config": {}, "attempts": [], "hardware": {"platform": "cpu", "cpu_threads": 7}}
+    monkeypatch.setattr(workdirs, "read_run", lambda path: run)
+    assert sweep.environment(member, {"NPROC": "1"})["NPROC"] == "7"
+
+
+def test_slots_share_the_cores_and_the_gpus(monkeypatch):
+    monkeypatch.delenv("NPROC", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert sweep.slots(4) == [{"NPROC": "2"}] * 4 and sweep.slots(1) == [{}]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    assert sweep.slots(None) == [{}]
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert sweep.slots(None) == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    memory = {slot["XLA_PYTHON_CLIENT_MEM_FRACTION"] for slot in sweep.slots(4)}
+    assert memory == {"0.45"}
+
+
+def test_the_pool_keeps_every_slot_busy_and_returns_codes(tmp_path, capsys):
+    def task(name, code):
+        script = f"import os, sys; print(os.environ['SLOT']); sys.exit({code})"
+        return name, [sys.executable, "-S", "-c", script], tmp_path / name, lambda slot: dict(slot)
+
+    pool = Pool([{"SLOT": "a"}, {"SLOT": "b"}], total=4)
+    codes = pool.run([task("one", 0), task("two", 4), task("three", 3)])
+    assert codes == {"one": 0, "two": 4, "three": 3} and not pool.stopped
+    assert {last_line(tmp_path / name) for name in codes} <= {"a", "b"}
+    said = capsys.readouterr().out
+    assert "[4/4]" in said and "failed with exit code 3" in said
