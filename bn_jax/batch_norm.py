@@ -29,7 +29,7 @@ class Stats(NamedTuple):
 
     mean: jax.Array
     var: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # not tuple.count
 
 
 def init_stats(shape, dtype=jnp.float32) -> Stats:
@@ -88,7 +88,7 @@ def normalize(
     m = grouping.count(view.shape, mask, view.axes)
     gamma, beta = _vary_like(x, gamma), _vary_like(x, beta)
     y, mean, var = _batch_norm(x_G, gamma, beta, mask, m, epsilon, view.axes, relu)
-    return jnp.reshape(y, x.shape), _update(stats, *_pool(mean, var, m, view), momentum)
+    return jnp.reshape(y, x.shape), _update(stats, _pool(mean, var, m, view), momentum)
 
 
 # Algorithm 1. Here x is [..., groups, examples of a group, ...]; statistics are over `axes`, whose
@@ -203,8 +203,9 @@ def _pool(mean, var, m, view):
     return mean, total(m * var) / jnp.maximum(freedom, 1), freedom > 0
 
 
-def _update(stats, mean, var, usable, momentum):
+def _update(stats, batch, momentum):
     """Update k with the weight that leaves batch i the share momentum**(k - i) of the whole."""
+    mean, var, usable = batch
     k = (stats.count + 1).astype(stats.mean.dtype)
     log = math.log(momentum) if momentum > 0 else -math.inf
     # expm1 is exact where momentum is near 1; at 1 itself the limit is the plain average.

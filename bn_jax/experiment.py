@@ -83,9 +83,14 @@ def abstract_state(exp: Experiment) -> step.TrainState:
 def abstract_batch(exp: Experiment, size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a global batch of `size` examples."""
     rows = meshes.along_batch(exp.mesh)
-    shapes = {"image": ((size, *exp.data.image_shape), np.uint8)}
-    shapes |= {"label": ((size,), np.int32), "mask": ((size,), np.bool_)}
-    return {k: jax.ShapeDtypeStruct(s, d, sharding=rows) for k, (s, d) in shapes.items()}
+    return {
+        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=rows)
+        for name, shape, dtype in (
+            ("image", exp.data.image_shape, np.uint8),
+            ("label", (), np.int32),
+            ("mask", (), np.bool_),
+        )
+    }
 
 
 def initial_state(exp: Experiment) -> step.TrainState:

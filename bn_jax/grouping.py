@@ -1,6 +1,7 @@
 """Arrays as statistic groups: the shapes of batch_norm.py, and the errors they can have."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ class View:
                 f"{self.shape[self.group_axis + 1]}), but training needs at least 2"
             )
 
-    def per_feature(self, value: jax.Array | None) -> jax.Array | None:
+    def per_feature(self, value: Any) -> Any:
         """One value a feature, with as many axes as this view."""
         return None if value is None else jnp.reshape(value, self.feature_shape)
 

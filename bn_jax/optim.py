@@ -34,7 +34,8 @@ def decayed_rate(hyper: Hyper, step: jax.Array, batch_size: int) -> jax.Array:
     paper does not say which. Equal to `optax.exponential_decay`, which takes no traced numbers.
     """
     examples = jnp.asarray(step, jnp.float32) * batch_size
-    return hyper.learning_rate * hyper.decay_rate ** (examples / hyper.decay_examples)
+    decay = jnp.power(hyper.decay_rate, examples / hyper.decay_examples)
+    return decay * hyper.learning_rate
 
 
 def momentum_sgd() -> optax.GradientTransformationExtraArgs:

@@ -155,7 +155,7 @@ def eval_step(
     Sums and counts, never means, so that batches of any size add up to the exact figure.
     """
     labels, mask = batch["label"], batch["mask"]
-    logits = model.apply(
+    logits: Any = model.apply(
         {"params": params, "batch_stats": batch_stats}, batch["image"], train=False
     )
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -89,7 +89,7 @@ class Block(nn.Module):
         names = ["conv_1x1"] if self.row.one else []
         names += ["conv_3x3_reduce", "double_3x3_reduce"]
         names += ["pool_proj"] if self.row.pool == "avg" else []
-        kernels = [self.get_variable("params", name)["conv"]["kernel"] for name in names]
+        kernels: list[Any] = [self.get_variable("params", name)["conv"]["kernel"] for name in names]
         return dict(zip(names, ops.products(x, kernels), strict=True))
 
 
@@ -143,7 +143,7 @@ class Inception(PooledInit):
     lrn: bool = False
     aux: bool = False
     per_activation: tuple[str, ...] = ()
-    kernel_init: nn.initializers.Initializer = Gaussian()
+    kernel_init: Any = Gaussian()
     dtype: Any = jnp.float32
     project_4cd: int | None = None
     separable_stem: bool | None = None
@@ -200,7 +200,10 @@ class Inception(PooledInit):
         variant = VARIANTS[self.variant]
         keep_pool2 = min(x.shape[1:3]) >= SMALLEST_FOR_POOL2
         width = self.width
-        stride_2 = {"strides": (2, 2), "padding": [(3, 3)] * 2 if variant.symmetric else "SAME"}
+        stride_2: dict[str, Any] = {
+            "strides": (2, 2),
+            "padding": [(3, 3)] * 2 if variant.symmetric else "SAME",
+        }
         if _first(self.separable_stem, variant.separable_stem):
             x = nn.Conv(
                 8 * x.shape[-1],

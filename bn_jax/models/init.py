@@ -27,9 +27,9 @@ class Gaussian(NamedTuple):
     std: float | None = None
 
     def __call__(
-        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+        self, key: Any, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None
     ) -> jax.Array:
-        """A kernel [..., inputs, outputs]."""
+        """A kernel [..., inputs, outputs]; `out_sharding` is Flax's, and not used here."""
         window = math.prod(shape[:-2])
         glorot = math.sqrt(2 / (window * (shape[-2] + shape[-1])))
         std = self.gain * glorot if self.std is None else self.std

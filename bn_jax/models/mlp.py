@@ -21,7 +21,7 @@ class DenseBN(nn.Module):
     features: int
     norm: Callable[..., Any] | None
     activation: Callable[[jax.Array], jax.Array]
-    kernel_init: nn.initializers.Initializer
+    kernel_init: Any
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -52,7 +52,7 @@ class Mlp(PooledInit):
     widths: Sequence[int] = (100, 100, 100)
     norm: Callable[..., Any] | None = None
     activation: Callable[[jax.Array], jax.Array] = nn.sigmoid
-    kernel_init: nn.initializers.Initializer = Gaussian(std=0.1)
+    kernel_init: Any = Gaussian(std=0.1)
     threshold: float = 0.5
     dropout: float = 0.0
     dtype: Any = jnp.float32
