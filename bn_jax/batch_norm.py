@@ -77,8 +77,7 @@ def normalize(
     view.check(train, scale=scale, offset=offset, mean=stats.mean, var=stats.var)
     if not epsilon >= 0 or not 0 <= momentum <= 1:
         raise ValueError(f"batch_norm: {epsilon=} must be >= 0, and {momentum=} within 0..1")
-    parameters = (scale, offset, stats.mean, stats.var)
-    gamma, beta, running_mean, running_var = map(view.per_feature, parameters)
+    gamma, beta, running_mean, running_var = map(view.per_feature, (scale, offset, *stats[:2]))
     x_G = jnp.reshape(x, view.shape)
     if not train:
         rstd = lax.rsqrt(running_var + epsilon)
@@ -88,7 +87,8 @@ def normalize(
     m = grouping.count(view.shape, mask, view.axes)
     gamma, beta = _vary_like(x, gamma), _vary_like(x, beta)
     y, mean, var = _batch_norm(x_G, gamma, beta, mask, m, epsilon, view.axes, relu)
-    return jnp.reshape(y, x.shape), _update(stats, _pool(mean, var, m, view), momentum)
+    mean, var, usable = _pool(mean, var, m, view)
+    return jnp.reshape(y, x.shape), _update(stats, mean, var, usable, momentum)
 
 
 # Algorithm 1. Here x is [..., groups, examples of a group, ...]; statistics are over `axes`, whose
@@ -203,9 +203,8 @@ def _pool(mean, var, m, view):
     return mean, total(m * var) / jnp.maximum(freedom, 1), freedom > 0
 
 
-def _update(stats, batch, momentum):
+def _update(stats, mean, var, usable, momentum):
     """Update k with the weight that leaves batch i the share momentum**(k - i) of the whole."""
-    mean, var, usable = batch
     k = (stats.count + 1).astype(stats.mean.dtype)
     log = math.log(momentum) if momentum > 0 else -math.inf
     # expm1 is exact where momentum is near 1; at 1 itself the limit is the plain average.

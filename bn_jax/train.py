@@ -6,9 +6,7 @@ so a run that is stopped and started again ends with the same bits as one that n
 
 import concurrent.futures
 import functools
-import math
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bn_jax import activations, evaluate, experiment, preempt, record
+from bn_jax import dispatch as dispatches
 from bn_jax import mesh as meshes
 from bn_jax import step as steps
 from bn_jax.checkpoint import Checkpoints
@@ -37,55 +36,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         Checkpoints(
             workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
         ) as checkpoints,
-        preempt.Signals(steps_per_dispatch(config)) as signals,
+        preempt.Signals(dispatches.steps_per_dispatch(config)) as signals,
     ):
         scores = Loop(exp, taps, records, checkpoints, signals).run()
         records.finish("done", **scores)
     return scores
-
-
-def steps_per_dispatch(config: ConfigDict) -> int:
-    """Steps in one compiled program: every interval and the end must fall between two programs."""
-    intervals = [config.eval_every, config.checkpoint_every, config.total_steps]
-    if config.record.activations:
-        intervals.append(config.record.activation_every)
-    return math.gcd(config.steps_per_dispatch, *intervals) if config.steps_per_dispatch > 1 else 1
-
-
-def compile_step(exp: Experiment, dispatch: int):
-    """The jitted training step: (state, *fed, hyper, seed) -> (state, metrics with axis [K])."""
-    model, everywhere = exp.model, meshes.replicated(exp.mesh)
-
-    def one(state, batch, hyper, seed):
-        state, metrics = steps.train_step(state, batch, hyper, seed, model=model)
-        return state, jax.tree.map(lambda m: m[None], metrics)
-
-    def many(state, images, labels, indices, hyper, seed):
-        return steps.train_steps(state, images, labels, indices, hyper, seed, model=model)
-
-    batch = meshes.along_batch(exp.mesh)
-    resident = (everywhere, everywhere, meshes.along_batch(exp.mesh, axis=1))
-    fed = (batch,) if dispatch == 1 else resident
-    return jax.jit(
-        one if dispatch == 1 else many,
-        in_shardings=(everywhere, *fed, everywhere, everywhere),
-        out_shardings=everywhere,
-        donate_argnums=0,
-    )
-
-
-def feed(exp: Experiment, start: int, dispatch: int) -> Iterator[tuple]:
-    """The arguments of each dispatch from step `start` on, already on the devices."""
-    mesh, data, seed = exp.mesh, exp.data, exp.config.seed
-    size, total = exp.config.batch_size, exp.config.total_steps
-    if dispatch == 1:
-        for batch in data.train(start, total, size, meshes.rows(mesh, size), seed=seed):
-            yield (meshes.put_batch(mesh, batch, size),)
-        return
-    images, labels = meshes.put_replicated(mesh, data.resident())
-    for first in range(start, total, dispatch):
-        order = [data.train_indices(k, size, seed=seed) for k in range(first, first + dispatch)]
-        yield images, labels, meshes.put(meshes.along_batch(mesh, axis=1), np.stack(order))
 
 
 class Loop:
@@ -102,7 +57,7 @@ class Loop:
         self.exp, self.taps, self.records = exp, taps, records
         self.checkpoints, self.signals = checkpoints, signals
         self.evaluator = evaluate.Evaluator(exp)
-        self.dispatch = steps_per_dispatch(exp.config)
+        self.dispatch = dispatches.steps_per_dispatch(exp.config)
         self.leaves: list[str] = []  # paths of the parameters, to name the one that diverged
         self.scores: dict[str, Any] = {}
 
@@ -152,7 +107,7 @@ class Loop:
         with records.timed("compile"), concurrent.futures.ThreadPoolExecutor(2) as threads:
             beside = [threads.submit(self.evaluator.compile)]
             beside += [threads.submit(self.taps.compile)] if self.taps.paths else []
-            program = compile_step(exp, self.dispatch)
+            program = dispatches.compile_step(exp, self.dispatch)
             train_step = program.lower(state, *fed, hyper, seed).compile()
             for future in beside:
                 future.result()
@@ -165,7 +120,7 @@ class Loop:
         hyper = meshes.put_replicated(exp.mesh, exp.hyper)
         seed = meshes.put_replicated(exp.mesh, np.uint32(exp.config.seed))
         train_step, pending = None, None
-        batches = feed(exp, step, dispatch)
+        batches = dispatches.feed(exp, step, dispatch)
         while step < total:
             with records.timed("input"):
                 fed = next(batches)
@@ -245,9 +200,11 @@ class Loop:
         with self.records.timed("evaluate"):
             population = self.evaluator.population(state.params, state.batch_stats)
             scores = self.evaluator.scores(state.params, population)
-            gap = evaluate.running_gap(state.batch_stats, population)
+        line = dict(scores)
+        if state.batch_stats:
+            line["running_gap"] = evaluate.running_gap(state.batch_stats, population)
         self.scores = {"step": step, **scores}
-        self.records.write("eval", step, **scores, running_gap=gap)
+        self.records.write("eval", step, **line)
         self.records.say(f"step {step:,}: {evaluate.sentence(self.exp, scores)}")
 
     def record_activations(self, step: int, state: steps.TrainState) -> None:

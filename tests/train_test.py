@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from bn_jax import experiment, preempt, train
+from bn_jax import dispatch, experiment, preempt, train
 from bn_jax.errors import ConfigError, DivergedError, Preempted
 from configs import bn_x30, mnist, mnist_bn
 
@@ -84,7 +84,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch, st
 
 
 def test_a_finished_run_is_not_trained_again(whole, monkeypatch):
-    monkeypatch.setattr(train, "compile_step", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(dispatch, "compile_step", lambda *args: pytest.fail("trained again"))
     before = (whole[0] / "metrics.jsonl").read_bytes()
     assert train.run(small(), whole[0]) == whole[1]
     assert (whole[0] / "metrics.jsonl").read_bytes() == before
@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 )
 def test_no_dispatch_steps_over_an_interval(changes, expected):
     config = small(**changes)
-    assert train.steps_per_dispatch(config) == expected
+    assert dispatch.steps_per_dispatch(config) == expected
 
 
 def test_streamed_and_resident_batches_train_alike(whole, tmp_path):

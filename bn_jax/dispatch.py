@@ -1,0 +1,56 @@
+"""What one call of the device does: one step on a batch that is fed, or many on resident data."""
+
+import math
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from bn_jax import mesh as meshes
+from bn_jax import step as steps
+from bn_jax.experiment import Experiment
+
+
+def steps_per_dispatch(config: ConfigDict) -> int:
+    """Steps in one compiled program: every interval and the end must fall between two programs."""
+    intervals = [config.eval_every, config.checkpoint_every, config.total_steps]
+    if config.record.activations:
+        intervals.append(config.record.activation_every)
+    return math.gcd(config.steps_per_dispatch, *intervals) if config.steps_per_dispatch > 1 else 1
+
+
+def compile_step(exp: Experiment, dispatch: int):
+    """The jitted training step: (state, *fed, hyper, seed) -> (state, metrics with axis [K])."""
+    model, everywhere = exp.model, meshes.replicated(exp.mesh)
+
+    def one(state, batch, hyper, seed):
+        state, metrics = steps.train_step(state, batch, hyper, seed, model=model)
+        return state, jax.tree.map(lambda m: m[None], metrics)
+
+    def many(state, images, labels, indices, hyper, seed):
+        return steps.train_steps(state, images, labels, indices, hyper, seed, model=model)
+
+    batch = meshes.along_batch(exp.mesh)
+    resident = (everywhere, everywhere, meshes.along_batch(exp.mesh, axis=1))
+    fed = (batch,) if dispatch == 1 else resident
+    return jax.jit(
+        one if dispatch == 1 else many,
+        in_shardings=(everywhere, *fed, everywhere, everywhere),
+        out_shardings=everywhere,
+        donate_argnums=0,
+    )
+
+
+def feed(exp: Experiment, start: int, dispatch: int) -> Iterator[tuple]:
+    """The arguments of each dispatch from step `start` on, already on the devices."""
+    mesh, data, seed = exp.mesh, exp.data, exp.config.seed
+    size, total = exp.config.batch_size, exp.config.total_steps
+    if dispatch == 1:
+        for batch in data.train(start, total, size, meshes.rows(mesh, size), seed=seed):
+            yield (meshes.put_batch(mesh, batch, size),)
+        return
+    images, labels = meshes.put_replicated(mesh, data.resident())
+    for first in range(start, total, dispatch):
+        order = [data.train_indices(k, size, seed=seed) for k in range(first, first + dispatch)]
+        yield images, labels, meshes.put(meshes.along_batch(mesh, axis=1), np.stack(order))
