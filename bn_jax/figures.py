@@ -103,10 +103,9 @@ def draw_sweep(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     if tables.ablations(groups):
         texts["ablations.md"] = tables.ablations_markdown(groups)
         texts["ablations.csv"] = tables.ablations_csv(groups)
-    out.mkdir(parents=True, exist_ok=True)
+    paths = comparison.draw_fig2(groups, out) + comparison.draw_ablations(groups, out)
     for name, text in texts.items():
         disk.write_atomic(out / name, text.encode())
-    paths = comparison.draw_fig2(groups, out) + comparison.draw_ablations(groups, out)
     print(texts["fig3.md"])
     return [*paths, *(out / name for name in texts)]
 

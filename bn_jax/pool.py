@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import NamedTuple, TextIO
 
+from bn_jax import disk
 from bn_jax.progress import duration
 
 POLL = 0.2  # seconds between looks at the processes
@@ -91,8 +92,10 @@ class Pool:
 
     def _begin(self, task: Task, slot: int) -> None:
         name, words, log, environment = task
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
+        with disk.reported(log, "cannot write"):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            file = log.open("ab")
+        with file:
             process = subprocess.Popen(
                 list(words),
                 stdin=subprocess.DEVNULL,
