@@ -102,6 +102,8 @@ class ConvBN(nn.Module):
     `norm(name="bn")` makes the normalization; None leaves it out and gives the convolution (`conv`)
     a bias. The inputs of the normalization and of the nonlinearity are sown into `activations`, as
     `pre_bn` and `input`, where that collection is mutable (but not by `init`).
+
+    `convolve` takes the arguments of `lax.conv_general_dilated` and returns W u.
     """
 
     features: int
@@ -113,6 +115,7 @@ class ConvBN(nn.Module):
     padding: Any = "SAME"
     dtype: Any = None
     feature_group_count: int = 1
+    convolve: Callable = lax.conv_general_dilated
 
     @nn.compact
     def __call__(self, x, *, train: bool, mask=None):
@@ -126,6 +129,7 @@ class ConvBN(nn.Module):
             use_bias=self.norm is None,
             dtype=self.dtype,
             kernel_init=self.kernel_init,
+            conv_general_dilated=self.convolve,
             name="conv",
         )(x)
         watched = self.is_mutable_collection("activations") and not self.is_initializing()

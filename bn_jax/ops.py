@@ -124,17 +124,39 @@ def _max_pool_forward(x: jax.Array, stride: int):
 
 
 def _max_pool_backward(stride: int, residuals, dy: jax.Array):
-    """Each dy goes to its place: nine dilated, shifted copies, of which each value is in one."""
+    """Each dy goes to its place, as a sum over the windows that a value of x lies in.
+
+    A value lies in window o as its value k, o = (position + low - k) / stride: which k divide
+    depends on the position modulo the stride only. Those stride x stride classes of positions are
+    computed apart, in arrays of y's size, and interleaved. (Nine dilated copies of x's size, as
+    written at first, are one loop when compiled alone, but nine arrays in a whole network.)
+    """
     place, shape = residuals
     low = [_padding(n, stride)[0] for n in shape[1:3]]
-    dx = jnp.zeros(shape, dy.dtype)
-    for k in range(9):
+    cells = [-(-n // stride) for n in shape[1:3]]
+
+    def sent(i: int, j: int, position: tuple[int, int]) -> jax.Array:
+        """What value (i, j) of its windows sends to the class of positions."""
         edges = [(0, 0, 0)]
-        for size, out, start in zip(shape[1:3], dy.shape[1:3], _offsets(k, low), strict=True):
-            edges.append((start, size - start - stride * (out - 1) - 1, stride - 1))
-        part = jnp.where(place == k, dy, 0)
-        dx += lax.pad(part, jnp.zeros((), dy.dtype), [*edges, (0, 0, 0)])
-    return (dx,)
+        for k, at, start in zip((i, j), position, low, strict=True):
+            shift = (at + start - k) // stride
+            edges.append((-shift, shift, 0))
+        part = jnp.where(place == 3 * i + j, dy, 0)
+        return lax.pad(part, jnp.zeros((), dy.dtype), [*edges, (0, 0, 0)])
+
+    def received(row: int, column: int) -> jax.Array:
+        rows, columns = (
+            [k for k in range(3) if (at + start - k) % stride == 0]
+            for at, start in zip((row, column), low, strict=True)
+        )
+        parts = [sent(i, j, (row, column)) for i in rows for j in columns]
+        return functools.reduce(jnp.add, parts)
+
+    if stride == 1:
+        return (received(0, 0),)
+    lines = [jnp.stack([received(i, j) for j in range(stride)], 3) for i in range(stride)]
+    dx = jnp.stack(lines, 2).reshape(shape[0], *(stride * n for n in cells), shape[3])
+    return (dx[:, : shape[1], : shape[2]],)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
@@ -157,12 +179,6 @@ def _max_and_place(x: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
             best = jnp.maximum(value, best)
     assert best is not None and place is not None
     return best, place
-
-
-def _offsets(k: int, low: list[int]) -> tuple[int, int]:
-    """Where value k of the first window lies in x; negative in the padding."""
-    i, j = divmod(k, 3)
-    return i - low[0], j - low[1]
 
 
 def _padding(size: int, stride: int) -> tuple[int, int]:

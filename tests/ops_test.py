@@ -9,8 +9,7 @@ import pytest
 from flax import linen as nn
 
 from bn_jax import ops
-from bn_jax.layers import BatchNorm
-from bn_jax.models.conv import Conv
+from bn_jax.layers import BatchNorm, ConvBN
 from bn_jax.models.fig5 import Row
 from bn_jax.models.inception import Block, Inception
 from bn_jax.models.init import Gaussian
@@ -136,7 +135,9 @@ NORM = functools.partial(BatchNorm, dtype=jnp.float64, param_dtype=jnp.float64)
     [("average", NORM, False), ("maximum", None, True), ("stride", None, False)],
 )
 def test_module_has_the_gradients_of_the_plain_one(row, norm, symmetric):
-    conv = functools.partial(Conv, norm=norm, kernel_init=Gaussian(), dtype=jnp.float64)
+    conv = functools.partial(
+        ConvBN, convolve=ops.conv, norm=norm, kernel_init=Gaussian(), dtype=jnp.float64
+    )
     check_gradients(Block(ROWS[row], conv, 1.0, symmetric), random((4, 5, 6, 3)), limit=1e-12)
 
 

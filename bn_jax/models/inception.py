@@ -21,8 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bn_jax import ops
-from bn_jax.layers import LocalResponseNorm
-from bn_jax.models.conv import Conv
+from bn_jax.layers import ConvBN, LocalResponseNorm
 from bn_jax.models.fig5 import TABLE, VARIANTS, Row
 from bn_jax.models.init import Gaussian, PooledInit
 
@@ -156,7 +155,8 @@ class Inception(PooledInit):
         are False take no part in batch statistics.
         """
         conv = partial(
-            Conv,
+            ConvBN,
+            convolve=ops.conv,
             norm=self.norm,
             activation=self.activation,
             kernel_init=self.kernel_init,
