@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo fig1 test check lint slow faults differences lock clean
+.PHONY: help setup demo fig1 table test check lint slow faults differences lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -30,6 +30,10 @@ fig1: setup  ## the MNIST study (Fig. 1) on the digits, or MNIST=FOLDER with the
 	$(RUN) bn_jax.main --config=configs/mnist.py:$(SCALE) $(DATA) --workdir=runs/fig1_$(SCALE)/mnist
 	$(RUN) bn_jax.main --config=configs/mnist_bn.py:$(SCALE) $(DATA) --workdir=runs/fig1_$(SCALE)/mnist_bn
 	$(RUN) bn_jax.figures --workdir=runs/fig1_$(SCALE)
+
+table: setup  ## Fig. 2 and the table of Fig. 3 on the digits: five networks, one seed
+	$(RUN) bn_jax.sweep --configs=inception,bn_baseline,bn_x5,bn_x30,bn_x5_sigmoid --scale=digits --seeds=1 --workdir=runs/table
+	$(RUN) bn_jax.figures --workdir=runs/table
 
 test: setup  ## the tests
 	$(RUN) pytest -m "not slow and not faults"
