@@ -2,12 +2,14 @@
 
     python -m benchmarks.batch_norm [--smoke] [--repeats=N] [--threads=1]
 
+Two cases a shape: BN alone, and "trained", BN + ReLU under a mask of examples (all valid), as a
+step of training runs it; the peers apply ReLU after BN and have no mask.
 All sides run in this process, in turn within every repeat, in float32, on one allocator: glibc's
 malloc kept warm (no mmap, no trimming, one arena), for which the command starts itself anew.
 Before the timing every side's results are compared with ours. PyTorch is optional. Output: one
-JSON object a shape, with medians in milliseconds, ratios, and ours over the time of the 8 passes
-over memory that BN needs (forward reads x twice and writes y; backward reads x and dy twice and
-writes dx), which is taken as that of 4 copies of x.
+JSON object a shape and case, with medians in milliseconds, ratios, and ours over the time of the 8
+passes over memory that BN needs (forward reads x twice and writes y; backward reads x and dy twice
+and writes dx), which is taken as that of 4 copies of x.
 """
 
 import argparse
@@ -24,8 +26,11 @@ SHAPES = ((32, 112, 112, 64), (32, 28, 28, 192), (32, 7, 7, 1024))
 SMOKE = ((8, 7, 7, 64),)
 
 
-def sides(x, dy):
-    """Name -> function () -> (y, dx, dgamma, dbeta), all of the same BN with gamma 1 and beta 0."""
+def sides(x, dy, trained):
+    """Name -> function () -> (y, dx, dgamma, dbeta), all of the same BN with gamma 1 and beta 0.
+
+    trained: with a ReLU after it, and ours with a mask.
+    """
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -38,29 +43,37 @@ def sides(x, dy):
     stats = batch_norm.init_stats((features,))
     flax = nn.BatchNorm(use_running_average=False, momentum=0.9)
 
-    def ours(x, gamma, beta):
-        return batch_norm.normalize(x, gamma, beta, stats, train=True, epsilon=1e-5, momentum=0.9)
+    def ours(x, gamma, beta, mask):
+        options = {"relu": True, "mask": mask} if trained else {}
+        return batch_norm.normalize(
+            x, gamma, beta, stats, train=True, epsilon=1e-5, momentum=0.9, **options
+        )
 
-    def flax_bn(x, gamma, beta):
+    def relu(y):
+        return jnp.maximum(y, 0) if trained else y
+
+    def flax_bn(x, gamma, beta, mask):
         variables = {
             "params": {"scale": gamma, "bias": beta},
             "batch_stats": {"mean": stats.mean, "var": stats.var},
         }
-        return flax.apply(variables, x, mutable=["batch_stats"])
+        y, updates = flax.apply(variables, x, mutable=["batch_stats"])
+        return relu(y), updates
 
-    def autodiff(x, gamma, beta):
+    def autodiff(x, gamma, beta, mask):
         mean = jnp.mean(x, (0, 1, 2))
         var = jnp.mean(jnp.square(x - mean), (0, 1, 2))
         y = (x - mean) * (jax.lax.rsqrt(var + 1e-5) * gamma) + beta
-        return y, (0.9 * stats.mean + 0.1 * mean, 0.9 * stats.var + 0.1 * var)
+        return relu(y), (0.9 * stats.mean + 0.1 * mean, 0.9 * stats.var + 0.1 * var)
 
     def both(f):
         @jax.jit
-        def run(x, gamma, beta, dy):
-            y, vjp, new = jax.vjp(f, x, gamma, beta, has_aux=True)
+        def run(x, gamma, beta, mask, dy):
+            y, vjp, new = jax.vjp(lambda *a: f(*a, mask), x, gamma, beta, has_aux=True)
             return (y, *vjp(dy)), new
 
-        return lambda: jax.block_until_ready(run(x, gamma, beta, dy))[0]
+        mask = jnp.ones(len(x), bool)  # an argument: a constant would be optimized away
+        return lambda: jax.block_until_ready(run(x, gamma, beta, mask, dy))[0]
 
     found = {"bn_jax": both(ours), "flax": both(flax_bn), "autodiff": both(autodiff)}
     copy = jax.jit(lambda x: x * 2)
@@ -70,11 +83,11 @@ def sides(x, dy):
     except ImportError:
         return found
     for name, layout in (("torch_channels_last", 1), ("torch_default", 0)):
-        found[name] = torch_side(torch, np.array(x), np.array(dy), channels_last=bool(layout))
+        found[name] = torch_side(torch, np.array(x), np.array(dy), bool(layout), trained)
     return found
 
 
-def torch_side(torch, x, dy, *, channels_last):
+def torch_side(torch, x, dy, channels_last, trained):
     """torch.nn.BatchNorm2d on the same numbers."""
     bn = torch.nn.BatchNorm2d(x.shape[-1])
     x, dy = (torch.from_numpy(a).permute(0, 3, 1, 2) for a in (x, dy))
@@ -85,7 +98,7 @@ def torch_side(torch, x, dy, *, channels_last):
     def run():
         x.grad = None
         bn.zero_grad()
-        y = bn(x)
+        y = torch.relu(bn(x)) if trained else bn(x)
         y.backward(dy)
         results = (y.detach().permute(0, 2, 3, 1), x.grad.permute(0, 2, 3, 1))
         return (*results, bn.weight.grad, bn.bias.grad)
@@ -93,14 +106,14 @@ def torch_side(torch, x, dy, *, channels_last):
     return run
 
 
-def measure(shape, repeats):
-    """One shape's record."""
+def measure(shape, repeats, trained):
+    """One record: a shape, with BN alone or as trained."""
     import jax
     import numpy as np
 
     keys = jax.random.split(jax.random.key(0))
     x, dy = (jax.block_until_ready(jax.random.normal(k, shape)) for k in keys)
-    runs = sides(x, dy)
+    runs = sides(x, dy, trained)
     want = [np.asarray(a) for a in runs["bn_jax"]()]
     for name, run in runs.items():
         got = [np.asarray(a) for a in run()]
@@ -119,6 +132,7 @@ def measure(shape, repeats):
     ratios = {name: round(t / ours, 2) for name, t in medians.items()}
     return {
         "shape": shape,
+        "case": "trained" if trained else "alone",
         "n": repeats,
         "median_ms": {name: round(t, 3) for name, t in medians.items()},
         "fastest_ms": {name: round(min(t), 3) for name, t in times.items()},
@@ -161,7 +175,9 @@ def main():
         record["torch"] = "not installed, skipped"
     print(json.dumps(record), flush=True)
     for shape in SMOKE if args.smoke else SHAPES:
-        print(json.dumps(measure(shape, 3 if args.smoke else args.repeats)), flush=True)
+        for trained in (False, True):
+            repeats = 3 if args.smoke else args.repeats
+            print(json.dumps(measure(shape, repeats, trained)), flush=True)
 
 
 def processor():
