@@ -6,6 +6,7 @@ import pathlib
 import platform
 import socket
 import subprocess
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -66,6 +67,24 @@ def hardware() -> dict[str, Any]:
         "cpu_threads": cpu_threads(),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
+
+
+def origin() -> dict[str, Any]:
+    """What run.json says of an attempt: `source`, `versions` and `hardware`."""
+    return {"source": source(), "versions": versions(), "hardware": hardware()}
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Where source or versions of two origins differ, as 'jax 0.10.2, now 0.10.3; ...', or ''."""
+    found = []
+    for part in ("source", "versions"):
+        old, new = before[part], now[part]
+        for name in sorted(old.keys() | new.keys()):
+            one, other = (str(x[name]) if name in x else "unknown" for x in (old, new))
+            if one != other:
+                label = "bn_jax" if name == "version" else name
+                found.append(f"{label} {one}, now {other}")
+    return "; ".join(found)
 
 
 def cpu_threads() -> int:

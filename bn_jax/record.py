@@ -1,6 +1,6 @@
 """What a run leaves behind: run.json, metrics.jsonl, timing.jsonl, TensorBoard events.
 
-* run.json: config, versions, commit, hardware, attempts, status, results, time ledger.
+* run.json: config, versions, commit, hardware (also of each attempt), status, results, ledger.
 * metrics.jsonl: one JSON object a line, `step` and `kind` first. It holds nothing that depends on
   when or how often the run was interrupted: after a resume it is, byte for byte, the file of the
   uninterrupted run.
@@ -79,7 +79,8 @@ class Recorder:
         if not self._main:
             return
         before = workdirs.read_run(self.workdir) or {"attempts": []}
-        for warning in jsonl.truncate(self.workdir / "metrics.jsonl", resume_step):
+        # From scratch, the lines of step 0 are written again, too.
+        for warning in jsonl.truncate(self.workdir / "metrics.jsonl", resume_step or -1):
             self.say(warning)
         for warning in jsonl.truncate(self.workdir / "timing.jsonl", None):
             self.say(warning)
@@ -87,15 +88,17 @@ class Recorder:
         for attempt in attempts:  # killed ones could not say so themselves
             if attempt["status"] == "running":
                 attempt["status"] = "killed"
+        origin = provenance.origin()
+        # `before` for attempts without an origin of their own: older records.
+        if attempts and (changed := provenance.changes(before | attempts[-1], origin)):
+            self.say(f"{self.workdir}: not as in the attempt before: {changed}")
         me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}
-        attempts.append(me | {"resume_step": resume_step, "status": "running"})
+        attempts.append(me | {"resume_step": resume_step, "status": "running"} | origin)
         self._run: dict[str, Any] = {
             "status": "running",
             "config": dict(self._config),
             "info": dict(self._info),
-            "source": provenance.source(),
-            "versions": provenance.versions(),
-            "hardware": provenance.hardware(),
+            **origin,  # the latest attempt's
             "attempts": attempts,
             "results": {},
             "ledger": None,

@@ -69,6 +69,19 @@ def test_metrics_after_any_interruption_are_those_of_one_attempt(tmp_path: pathl
     assert whole.count(b"\n") == 14
 
 
+def test_from_scratch_the_lines_of_step_0_are_not_there_twice(tmp_path: pathlib.Path):
+    for _ in range(2):  # killed before the first checkpoint, and started again
+        with open_run(tmp_path) as recorder:
+            recorder.begin(0)
+            recorder.write("activation", 0, mean=0.5)
+            train(recorder, 1, 3)
+    steps = [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 2]
+    with open_run(tmp_path) as recorder:
+        recorder.begin(1)
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1  # a resume keeps it
+
+
 def test_lines_begin_with_step_and_kind_and_floats_come_back_exactly(tmp_path: pathlib.Path):
     values = {"a": np.float32(1) / np.float32(3), "b": 0.1 + 0.2, "c": 5e-324, "d": -0.0}
     with open_run(tmp_path) as recorder:
@@ -100,6 +113,43 @@ def test_run_json_says_what_made_the_result(tmp_path: pathlib.Path):
     assert run["hardware"]["cpu_threads"] >= 1
     assert "commit" in run["source"] or "version" in run["source"]
     assert not (tmp_path / "lock").exists()
+
+
+def test_each_attempt_keeps_its_origin_and_a_change_is_said(tmp_path, monkeypatch, capsys):
+    versions, source = provenance.versions(), provenance.source() | {"commit": "aaa"}
+
+    def attempt(step: int) -> str:
+        monkeypatch.setattr(provenance, "versions", lambda: versions)
+        monkeypatch.setattr(provenance, "source", lambda: source)
+        with open_run(tmp_path) as recorder:
+            recorder.begin(step)
+        return capsys.readouterr().out
+
+    assert attempt(0) == "" and attempt(1) == ""
+    versions, source = versions | {"jax": "0.0.1"}, source | {"commit": "bbb"}
+    said = attempt(2)
+    assert said.count("\n") == 1 and "commit aaa, now bbb; jax " in said and "now 0.0.1" in said
+    assert attempt(3) == ""
+    run = read_json(tmp_path)
+    assert [a["source"]["commit"] for a in run["attempts"]] == ["aaa", "aaa", "bbb", "bbb"]
+    assert [a["versions"]["jax"] for a in run["attempts"]][2:] == ["0.0.1"] * 2
+    assert run["attempts"][0]["hardware"] == run["hardware"]
+    assert run["source"]["commit"] == "bbb" and run["versions"]["jax"] == "0.0.1"
+    for old in run["attempts"]:  # a record of before attempts had these
+        del old["source"], old["versions"], old["hardware"]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    source = source | {"commit": "ccc"}
+    assert "commit bbb, now ccc" in attempt(4)
+
+
+def test_without_begin_the_records_stay_as_they_are(tmp_path: pathlib.Path):
+    with open_run(tmp_path) as recorder:
+        recorder.begin(0)
+        train(recorder, 1, 4)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with open_run(tmp_path) as recorder:
+        recorder.say("nothing to do")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(
