@@ -124,15 +124,17 @@ class Signals:
             self._held = True
             mine = self._began
         target, error = mine, None
+        me = process = jax.process_index()
         try:
-            client.key_value_set(f"{self._key}/{jax.process_index()}", str(mine))
+            client.key_value_set(f"{self._key}/{me}", str(mine))
             for process in range(jax.process_count()):
                 key = f"{self._key}/{process}"
                 target = max(target, int(client.blocking_key_value_get(key, int(1000 * PATIENCE))))
         except Exception as lost:
+            who = "the coordination service" if process == me else f"process {process}"
             error = PeerLostError(
-                f"process {process} did not answer within {PATIENCE:.0f} s of a request to stop "
-                f"at step {mine}: {str(lost).splitlines()[0][:100]}"
+                f"{who} did not answer within {PATIENCE:.0f} s of a request to stop "
+                f"at step {mine}: {str(lost).partition(chr(10))[0][:100]}"
             )
         with self._lock:
             self._target, self._error = (target, None) if error is None else (None, error)

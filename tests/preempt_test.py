@@ -13,7 +13,7 @@ import time
 import pytest
 
 from bn_jax import preempt
-from bn_jax.errors import Preempted
+from bn_jax.errors import PeerLostError, Preempted
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The paper's MLP on the embedded digits: the real trainer, and it compiles in two seconds.
@@ -204,6 +204,38 @@ def test_outside_the_main_thread_there_are_no_handlers():
     thread.start()
     thread.join()
     assert found == [False]
+
+
+class Gone:
+    """A coordination service that answers nothing any more, from the first call or a later one."""
+
+    def __init__(self, key_value_set):
+        self.key_value_set = key_value_set
+
+    def blocking_key_value_get(self, key: str, timeout_ms: int) -> str:
+        if key.endswith("/0"):
+            return "7"
+        raise TimeoutError("deadline exceeded\nand more")
+
+
+def unreachable(key: str, value: str) -> None:
+    raise ConnectionError
+
+
+@pytest.mark.parametrize(
+    ("post", "message"),
+    [
+        (unreachable, "the coordination service did not answer within 20 s of a request to stop"),
+        (lambda key, value: None, "process 1 did not answer .*: deadline exceeded$"),
+    ],
+)
+def test_who_does_not_answer_is_named(post, message, monkeypatch):
+    monkeypatch.setattr(preempt.jax, "process_count", lambda: 2)
+    signals = preempt.Signals(1)
+    signals._thread = threading.Thread()  # as with several processes
+    signals._agree(Gone(post))
+    with pytest.raises(PeerLostError, match=message):
+        signals.stop_at(1)
 
 
 STUCK = """
