@@ -44,14 +44,11 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """[N, H, W, C] to [N, H/stride, W/stride, one + three + double + project (or C)]."""
         row, last = self.row, strided_3x3(self.row.stride, self.symmetric)
-        average = partial(
-            nn.avg_pool,
-            window_shape=(3, 3),
-            strides=(1, 1),
-            padding="SAME",
-            count_include_pad=self.symmetric,
-        )
         merged = self._merged_1x1(x)
+
+        def average(x):
+            y = nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=self.symmetric)
+            return y.astype(x.dtype)  # flax divides by float32 numbers of cells
 
         def conv(name, features, kernel, x, after=None, **options):
             if name in merged or after is not None:
