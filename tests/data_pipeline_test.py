@@ -161,9 +161,9 @@ def test_holdout_is_part_of_training_only(digits):
     config.data.holdout = 1.5
     with pytest.raises(ConfigError, match="holdout"):
         pipeline.open_data(config)
-    counted = pictures()
-    part = pipeline.hold_out(sources.Source(Pictures(70), Pictures(1), 7, 3, ""), 20)
-    assert (len(part.train), len(part.evaluation)) == (50, 20) and counted.num_train == 70
+    whole = sources.Source(Pictures(70), Pictures(1), 7, 3, "")
+    part = pipeline.hold_out(whole, 2 / 7)
+    assert (len(part.train), len(part.evaluation), len(whole.train)) == (50, 20, 70)
 
 
 def test_synthetic_sets_have_the_shapes_of_the_real_ones():
