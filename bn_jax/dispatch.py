@@ -12,9 +12,12 @@ from bn_jax import step as steps
 from bn_jax.experiment import Experiment
 
 
-def steps_per_dispatch(config: ConfigDict) -> int:
-    """Steps in one compiled program: every interval and the end must fall between two programs."""
-    intervals = [config.eval_every, config.checkpoint_every, config.total_steps]
+def steps_per_dispatch(config: ConfigDict, start: int = 0) -> int:
+    """Steps in one compiled program of a run that begins, or goes on, after step `start`.
+
+    Every interval and the end must fall between two programs.
+    """
+    intervals = [config.eval_every, config.checkpoint_every, config.total_steps, start]
     if config.record.activations:
         intervals.append(config.record.activation_every)
     return math.gcd(config.steps_per_dispatch, *intervals) if config.steps_per_dispatch > 1 else 1

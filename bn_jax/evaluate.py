@@ -125,13 +125,13 @@ def sentence(exp: Experiment, scores: dict[str, Any]) -> str:
     n, top1 = scores["examples"], scores["top1"]
     error = 100 * math.sqrt(top1 * (1 - top1) / n)
     return (
-        f"{experiment.split_name(exp.config)} accuracy {100 * top1:.2f}% +- {error:.2f} "
+        f"{exp.data.split} accuracy {100 * top1:.2f}% +- {error:.2f} "
         f"({round(top1 * n):,} of {n:,} examples), top-5 {100 * scores['top5']:.2f}%"
     )
 
 
 def main() -> None:
-    """Scores the best or newest checkpoint of a run."""
+    """Scores the newest checkpoint of a run, or the one of a given step."""
     parser = argparse.ArgumentParser("python -m bn_jax.evaluate", description=__doc__)
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a trained run")
     parser.add_argument("--step", type=int, help="checkpoint to score (the newest)")
@@ -151,7 +151,7 @@ def main() -> None:
         batch_stats = evaluator.population(state.params, batch_stats)
     scores = evaluator.scores(state.params, batch_stats)
     print(f"{args.workdir}, step {found_step:,}, {args.statistics} statistics")
-    print(sentence(exp, scores))
+    print(f"{sentence(exp, scores)}; {exp.data.description}")
     print(json.dumps({"step": found_step, "statistics": args.statistics, **scores}))
 
 

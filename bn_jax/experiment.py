@@ -41,6 +41,7 @@ def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
     for name in ("total_steps", "eval_every", "checkpoint_every", "log_every"):
         config[name] = max(1, round(config[name] / factor))
     config.record.activation_every = max(1, round(config.record.activation_every / factor))
+    config.batch_per_device = 0  # what run.json holds is the run's own batch, on any machine
     return config.lock()
 
 
@@ -52,6 +53,7 @@ def build(config: ConfigDict) -> Experiment:
     validate.check(config)  # the batch may have changed
     meshes.check_batch(config.batch_size, mesh.size)
     data = pipeline.open_data(config)
+    check_data(config, data)
     hyper = optim.Hyper(
         learning_rate=np.float32(config.learning_rate),
         decay_rate=np.float32(config.decay_rate),
@@ -61,6 +63,26 @@ def build(config: ConfigDict) -> Experiment:
     )
     model = models.build(config, data.num_classes)
     return Experiment(config, mesh, data, model, hyper)
+
+
+def check_data(config: ConfigDict, data: Any) -> None:
+    """Raises ConfigError for a config that does not fit its data set or its number format."""
+    data.steps_per_epoch(config.batch_size)
+    examples = config.record.activation_examples
+    if config.record.activations and examples > data.num_train:
+        raise ConfigError(
+            f"record.activation_examples={examples} exceeds the {data.num_train} training examples"
+        )
+    if config.steps_per_dispatch > 1:
+        changed = config.data.mirror or config.data.shift or config.data.distortion
+        if config.model.name != "mlp" or changed:
+            raise ConfigError(
+                f"steps_per_dispatch={config.steps_per_dispatch} is for the MLP on undistorted "
+                "data: set it to 1 for convolutions, mirror, shift or distortion"
+            )
+        data.resident()  # raises if the set is not held in memory
+    if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ConfigError("dtype=float64 needs JAX_ENABLE_X64=1 in the environment")
 
 
 def from_workdir(workdir: pathlib.Path) -> Experiment:
@@ -113,16 +135,9 @@ def describe(exp: Experiment) -> dict[str, Any]:
     """What run.json says of the data and the devices."""
     data = {
         "name": exp.config.data.name,
-        "split": split_name(exp.config),
+        "split": exp.data.split,
         "description": exp.data.description,
         "train_examples": exp.data.num_train,
         "eval_examples": exp.data.num_eval,
     }
     return {"data": data, "mesh": meshes.describe(exp.mesh)}
-
-
-def split_name(config: ConfigDict) -> str:
-    """What the examples that evaluations count are called."""
-    if config.data.holdout:
-        return "held-out training"
-    return "validation" if config.data.name in ("imagenet2012", "folder") else "test"

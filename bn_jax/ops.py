@@ -49,16 +49,6 @@ def hand_tuned() -> bool:
     return jax.default_backend() == "cpu" and not _plain.get()
 
 
-def compiler_options() -> dict[str, str]:
-    """For `jax.jit(..., compiler_options=)` of a training step: on CPU, order it for least memory.
-
-    By default XLA:CPU orders for concurrency and leaves the weight gradients to the end, so that
-    every layer's input and output gradient are alive together. docs/batch_norm.md has the figures.
-    """
-    on_cpu = jax.default_backend() == "cpu"
-    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
-
-
 def conv(
     x: jax.Array,
     kernel: jax.Array,

@@ -5,6 +5,7 @@ so a run that is stopped and started again ends with the same bits as one that n
 """
 
 import concurrent.futures
+import contextvars
 import functools
 import pathlib
 from typing import Any
@@ -18,8 +19,9 @@ from bn_jax import dispatch as dispatches
 from bn_jax import mesh as meshes
 from bn_jax import step as steps
 from bn_jax.checkpoint import Checkpoints
-from bn_jax.errors import DivergedError, Preempted
+from bn_jax.errors import ConfigError, DivergedError, Preempted
 from bn_jax.experiment import Experiment
+from bn_jax.workdir import read_run
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -36,9 +38,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         Checkpoints(
             workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
         ) as checkpoints,
-        preempt.Signals(dispatches.steps_per_dispatch(config)) as signals,
     ):
-        scores = Loop(exp, taps, records, checkpoints, signals).run()
+        loop = Loop(exp, taps, records, checkpoints)
+        step, state = loop.start()
+        with preempt.Signals(loop.dispatch) as signals:
+            scores = loop.run(step, state, signals)
         records.finish("done", **scores)
     return scores
 
@@ -52,23 +56,19 @@ class Loop:
         taps: activations.Taps,
         records: record.Recorder,
         checkpoints: Checkpoints,
-        signals: preempt.Signals,
     ):
         self.exp, self.taps, self.records = exp, taps, records
-        self.checkpoints, self.signals = checkpoints, signals
+        self.checkpoints = checkpoints
         self.evaluator = evaluate.Evaluator(exp)
-        self.dispatch = dispatches.steps_per_dispatch(exp.config)
+        self.dispatch = 1  # steps; `start` knows how many
         self.leaves: list[str] = []  # paths of the parameters, to name the one that diverged
         self.scores: dict[str, Any] = {}
 
-    def run(self) -> dict[str, Any]:
-        """Trains to the end and returns the last evaluation's scores."""
+    def run(self, step: int, state: steps.TrainState, signals: preempt.Signals) -> dict[str, Any]:
+        """Trains from `step` to the end and returns the last evaluation's scores."""
         exp, records = self.exp, self.records
-        step, state = self.start()
         if step < exp.config.total_steps:
-            state = self.train(step, state)
-        elif not self.scores:  # total_steps was lowered to below the first evaluation
-            self.evaluate(step, state)
+            self.train(step, state, signals)
         with records.timed("save"):
             self.checkpoints.wait()
         self.records.say(f"done: {evaluate.sentence(exp, self.scores)}; {exp.data.description}")
@@ -86,15 +86,30 @@ class Loop:
             found = self.checkpoints.restore(like)
             if found is not None:
                 step, state, meta = found
-                self.scores = meta["scores"]
-                self.records.begin(step)
-                self.records.say(f"resumed from step {step:,}")
+                self.resume(step, meta["scores"])
                 return step, state
+        self.dispatch = dispatches.steps_per_dispatch(exp.config)
         self.records.begin(0)
         with self.records.timed("compile"):
             init = functools.partial(experiment.initial_state, exp)
             state = jax.jit(init, out_shardings=meshes.replicated(exp.mesh))()
         return 0, state
+
+    def resume(self, step: int, scores: dict[str, Any]) -> None:
+        """Goes on after `step`. Raises ConfigError if the run is to be shorter than that."""
+        total, workdir = self.exp.config.total_steps, self.records.workdir
+        if step > total:
+            raise ConfigError(
+                f"total_steps={total}, but {workdir} has gone to step {step}: "
+                "choose at least that, or another --workdir"
+            )
+        self.scores = scores
+        self.dispatch = dispatches.steps_per_dispatch(self.exp.config, step)
+        before = read_run(workdir)
+        if step == total and before is not None and before["status"] == "done":
+            return  # nothing to add: the record stays as it is
+        self.records.begin(step)
+        self.records.say(f"resumed from step {step:,}")
 
     def compile(self, state: steps.TrainState, fed: tuple, hyper: Any, seed: Any) -> Any:
         """The compiled training step; evaluation and activations are compiled beside it."""
@@ -105,15 +120,17 @@ class Loop:
             f"{exp.mesh.size} x {exp.mesh.devices.flat[0].device_kind}; compiling ..."
         )
         with records.timed("compile"), concurrent.futures.ThreadPoolExecutor(2) as threads:
-            beside = [threads.submit(self.evaluator.compile)]
-            beside += [threads.submit(self.taps.compile)] if self.taps.paths else []
+            # A copied context each, for what `ops.plain` sets.
+            beside = [threads.submit(contextvars.copy_context().run, self.evaluator.compile)]
+            if self.taps.paths:
+                beside.append(threads.submit(contextvars.copy_context().run, self.taps.compile))
             program = dispatches.compile_step(exp, self.dispatch)
             train_step = program.lower(state, *fed, hyper, seed).compile()
             for future in beside:
                 future.result()
         return train_step
 
-    def train(self, step: int, state: steps.TrainState) -> steps.TrainState:
+    def train(self, step: int, state: steps.TrainState, signals: preempt.Signals) -> None:
         """Takes the steps from `step` to the last one."""
         exp, records = self.exp, self.records
         total, dispatch = exp.config.total_steps, self.dispatch
@@ -133,13 +150,13 @@ class Loop:
                 self.report(pending)  # while the next step runs
             step += dispatch
             pending = (step, metrics)
-            stopping = self.signals.stop_at(step)
+            stopping = signals.stop_at(step)
             if stopping or self.due(step):
                 with records.timed("step"):
                     self.report(pending)
                 pending = None
-                self.at_interval(step, state, stopping)
-        return state
+                self.at_interval(step, state, stopping, signals.reason)
+        assert step == total
 
     def due(self, step: int) -> bool:
         """Whether something but a training line is to be written after `step`."""
@@ -147,7 +164,7 @@ class Loop:
         intervals = (config.eval_every, config.checkpoint_every, config.record.activation_every)
         return step == config.total_steps or any(step % every == 0 for every in intervals)
 
-    def at_interval(self, step: int, state: steps.TrainState, stopping: bool) -> None:
+    def at_interval(self, step: int, state: steps.TrainState, stopping: bool, reason: str) -> None:
         """Activations, evaluation and checkpoint, in this order: a checkpoint of step k vouches for
         all lines of step k. Raises Preempted if the run is to stop here."""
         config, last = self.exp.config, step == self.exp.config.total_steps
@@ -164,7 +181,7 @@ class Loop:
             self.checkpoints.wait() if stopping else self.checkpoints.check()
         if stopping and not last:
             raise Preempted(
-                f"stopped by {self.signals.reason or 'another process'} after step {step:,}, "
+                f"stopped by {reason or 'another process'} after step {step:,}, "
                 "which is saved: the same command goes on from there"
             )
 

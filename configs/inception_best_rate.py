@@ -1,8 +1,8 @@
 """The control: plain Inception at its best rate, lest BN be credited with a higher rate alone.
 
 Not in the paper. The rate is the best of 0.0015, 0.0075, 0.015, 0.03 on a fifth of the training
-split (--config.data.holdout=0.2; docs/results.md has the command), digits, one seed. Grid not yet
-run: 0.015 is the best of a prototype's runs, read on the test split.
+split (--config.data.holdout=0.2; docs/results.md has the command), digits, seed 0: 84.0%, 93.6%,
+9.4% and 9.4% of 800 held-out digits after 5,000 steps (results/grid).
 
     python -m bn_jax.main --config=configs/inception_best_rate.py:digits    # 2 CPU cores, minutes
 
@@ -17,5 +17,5 @@ from configs import inception
 def get_config(scale: str = "imagenet") -> ConfigDict:
     config = inception.get_config(scale)
     config.name = "inception_best_rate"
-    config.learning_rate = 0.015
+    config.learning_rate = 0.0075
     return config

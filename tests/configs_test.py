@@ -34,7 +34,7 @@ DELTAS = {
     "bn_x5_unshuffled": ("bn_x5", {"data.shuffle": "none"}),
     "bn_x5_full_distortion": ("bn_x5", {"data.distortion": 1.0}),
     "bn_x30_unshuffled": ("bn_x30", {"data.shuffle": "none"}),
-    "inception_best_rate": ("inception", {"learning_rate": 0.015}),
+    "inception_best_rate": ("inception", {"learning_rate": 0.0075}),
     "inception_x5": ("inception", {"learning_rate": 0.0075}),
     "inception_sigmoid": ("inception", {"activation": "sigmoid"}),
     "inception_strong_l2": ("inception", {"l2": 0.005}),

@@ -90,6 +90,39 @@ def test_a_finished_run_is_not_trained_again(whole, monkeypatch):
     assert (whole[0] / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_longer_run_goes_on_in_steps_that_fit(tmp_path):
+    """40 steps in dispatches of 10, then 45 more: from step 40 on, 5 at a time, to step 85."""
+    train.run(small(steps_per_dispatch=10), tmp_path)
+    scores = train.run(
+        small(steps_per_dispatch=10, total_steps=85, eval_every=85, checkpoint_every=85), tmp_path
+    )
+    assert scores["step"] == 85 == lines(tmp_path, "train")[-1]["step"]
+    assert int(experiment.restore(experiment.build(small()), tmp_path)[0]) == 85
+
+
+def test_a_run_cannot_end_before_where_it_is(whole):
+    before = (whole[0] / "run.json").read_bytes()
+    with pytest.raises(ConfigError, match="total_steps=20, but .* has gone to step 40"):
+        train.run(small(total_steps=20), whole[0])
+    assert (whole[0] / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 6016}, "batch_size=6016 exceeds the 4000 training examples"),
+        ({"record.activation_examples": 4032}, "activation_examples=4032 exceeds the 4000"),
+        ({"data.shift": 2}, "steps_per_dispatch=5 is for the MLP on undistorted data"),
+        ({"dtype": "float64"}, "JAX_ENABLE_X64=1"),
+        ({"reproducible": True}, "not available yet"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(tmp_path, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        train.run(small(**changes), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
 def test_a_workdir_of_another_config_is_refused(whole):
     before = (whole[0] / "run.json").read_bytes()
     with pytest.raises(ConfigError, match=r"learning_rate \(0.1 there, 0.2 here\)"):
@@ -121,6 +154,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 def test_no_dispatch_steps_over_an_interval(changes, expected):
     config = small(**changes)
     assert dispatch.steps_per_dispatch(config) == expected
+    assert dispatch.steps_per_dispatch(config, start=37) == 1
 
 
 def test_streamed_and_resident_batches_train_alike(whole, tmp_path):

@@ -59,6 +59,7 @@ def source(directory: str) -> sources.Source:
         evaluation=splits[1],
         num_classes=len(classes),
         channels=3,
+        split="validation",
         description=(
             f"folder {root}: {len(splits[0]):,} training and {len(splits[1]):,} evaluation "
             f"pictures of {len(classes)} classes"

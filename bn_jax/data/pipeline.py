@@ -66,7 +66,7 @@ class Data:
     """A data set as the trainer sees it.
 
     Attributes: num_classes, image_shape (H, W, C), num_train, num_eval (examples), description (a
-    line that states the set's limits).
+    line that states the set's limits), split (what the evaluated examples are called).
     """
 
     def __init__(self, source: sources.Source, view: View, *, shuffle: str, holdout: float = 0.0):
@@ -79,7 +79,7 @@ class Data:
         self.num_classes = source.num_classes
         self.image_shape = (view.image_size, view.image_size, source.channels)
         self.num_train, self.num_eval = len(source.train), len(source.evaluation)
-        self.description = source.description
+        self.description, self.split = source.description, source.split
         self.bad_records = load.BadRecords(self.num_train)
         for split in (source.train, source.evaluation):
             _check(split, self.image_shape, view, source.description)
@@ -244,4 +244,5 @@ def hold_out(source: sources.Source, amount: float) -> sources.Source:
         channels=source.channels,
         shards=source.shards,
         description=f"{source.description}; evaluated on {count:,} held-out training examples",
+        split="held-out training",
     )

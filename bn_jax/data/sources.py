@@ -66,7 +66,8 @@ class Records(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """Both splits of a data set. `shards`: the files the training split is stored in."""
+    """Both splits of a data set. `shards`: the files the training split is stored in. `split`:
+    what the evaluated examples are called."""
 
     train: Arrays | Records
     evaluation: Arrays | Records
@@ -74,6 +75,7 @@ class Source:
     channels: int
     description: str
     shards: int = order.VIRTUAL_SHARDS
+    split: str = "test"
 
 
 @dataclass(frozen=True)

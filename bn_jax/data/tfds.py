@@ -104,7 +104,9 @@ def source(name: str, directory: str) -> sources.Source:
         f"{meta.name} {found.name} (TFDS, {meta.file_format}): {len(train):,} training images, "
         f"{len(evaluation):,} of split {test!r}, {meta.num_classes} classes"
     )
-    build = functools.partial(sources.Source, num_classes=meta.num_classes, description=described)
+    build = functools.partial(
+        sources.Source, num_classes=meta.num_classes, description=described, split=test
+    )
     if meta.image_dimensions[-1:] == (1,) and max(meta.image_dimensions) <= 32:
         return build(_in_memory(train), _in_memory(evaluation), channels=1)
     files = max(len(train.files), order.VIRTUAL_SHARDS)
