@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from bn_jax import models
-from bn_jax.layers import BatchNorm
+from bn_jax import models, ops
+from bn_jax.layers import BatchNorm, ConvBN
 from bn_jax.models import inception
 from bn_jax.models.inception import Inception
 from configs import bn_x30, ensemble_1, ensemble_4
@@ -53,7 +53,9 @@ def test_module_paths():
 def test_block_is_the_four_branches_of_fig_5():
     """One module against the same convolutions written out with lax."""
     row = inception.Row("x", 2, 3, 4, 5, 6, "avg", 7)
-    conv = functools.partial(inception.Conv, norm=None, activation=nn.relu, dtype=jnp.float32)
+    conv = functools.partial(
+        ConvBN, convolve=ops.conv, norm=None, activation=nn.relu, dtype=jnp.float32
+    )
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6, 3)), jnp.float32)
     for symmetric in (False, True):
         block = inception.Block(row, conv, 1.0, symmetric)
@@ -90,7 +92,11 @@ def test_strides_and_padding():
     outputs = []
     for symmetric in (False, True):
         conv = functools.partial(
-            inception.Conv, norm=None, activation=lambda x: x, kernel_init=nn.initializers.ones
+            ConvBN,
+            convolve=ops.conv,
+            norm=None,
+            activation=lambda x: x,
+            kernel_init=nn.initializers.ones,
         )
         block = inception.Block(row, conv, 1.0, symmetric)
         outputs.append(np.asarray(block.init_with_output(KEYS, x, train=False)[0]))
