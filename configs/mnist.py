@@ -9,7 +9,7 @@ with sigmoid nonlinearity, and the weights W initialized to small random Gaussia
 
 The paper gives neither the width of the Gaussian, nor the threshold, optimizer and rate: 0.1, one
 half, plain SGD without decay and 0.1 are chosen here, the same for both networks.
-Expected: less accurate than mnist_bn at every point of the curve (Fig. 1a; not yet run here).
+Expected: less accurate than mnist_bn along the whole curve (Fig. 1a); 96.64% here (results/mnist).
 """
 
 from ml_collections import ConfigDict

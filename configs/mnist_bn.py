@@ -3,7 +3,7 @@
     python -m bn_jax.main --config=configs/mnist_bn.py           # MNIST, 2 CPU cores, minutes
     python -m bn_jax.main --config=configs/mnist_bn.py:digits    # the embedded 5,000 digits
 
-Expected: more accurate than mnist, and inputs of the sigmoids that move less (Fig. 1; not yet run).
+Expected: more accurate than mnist, its sigmoids' inputs move less; 97.58% here (results/mnist).
 """
 
 from ml_collections import ConfigDict
