@@ -139,7 +139,7 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     another type."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, ValueError) as e:
+    except (OSError, EOFError, ValueError, zlib.error) as e:
         raise DataError(f"{path} cannot be read ({e}): fetch it again") from e
     dims = raw[3] if len(raw) > 4 else 0
     if len(raw) < 4 + 4 * dims or raw[:3] != b"\0\0\x08" or not dims:
