@@ -60,6 +60,7 @@ def source(directory: str) -> sources.Source:
         num_classes=len(classes),
         channels=3,
         split="validation",
+        class_names=tuple(classes),
         description=(
             f"folder {root}: {len(splits[0]):,} training and {len(splits[1]):,} evaluation "
             f"pictures of {len(classes)} classes"

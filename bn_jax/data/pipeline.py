@@ -8,7 +8,7 @@ holds is a pure function of (seed, k), so nothing is saved but the step.
 import os
 import pathlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from absl import logging
@@ -66,7 +66,8 @@ class Data:
     """A data set as the trainer sees it.
 
     Attributes: num_classes, image_shape (H, W, C), num_train, num_eval (examples), description (a
-    line that states the set's limits), split (what the evaluated examples are called).
+    line that states the set's limits), split (what the evaluated examples are called), held (those
+    examples), view (what training does to an image), class_names.
     """
 
     def __init__(self, source: sources.Source, view: View, *, shuffle: str, holdout: float = 0.0):
@@ -74,9 +75,10 @@ class Data:
             raise ConfigError(f"data.shuffle={shuffle!r} is none of {', '.join(order.MODES)}")
         if holdout:
             source = hold_out(source, holdout)
-        self._train, self._evaluation = source.train, source.evaluation
-        self._shards, self._shuffle, self._view = source.shards, shuffle, view
+        self._train, self.held = source.train, source.evaluation
+        self._shards, self._shuffle, self.view = source.shards, shuffle, view
         self.num_classes = source.num_classes
+        self.class_names = source.class_names or tuple(map(str, range(source.num_classes)))
         self.image_shape = (view.image_size, view.image_size, source.channels)
         self.num_train, self.num_eval = len(source.train), len(source.evaluation)
         self.description, self.split = source.description, source.split
@@ -130,7 +132,7 @@ class Data:
         def batch(step: int) -> Batch:
             first = step * batch_size
             indices = np.arange(first + rows.start, first + rows.stop)
-            return self._load(self._evaluation, indices, None)
+            return self._load(self.held, indices, None)
 
         return self._ahead(range(steps), batch, rows)
 
@@ -147,7 +149,7 @@ class Data:
     def resident(self, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
         """(images uint8 [N, H, W, C], labels int32 [N]) of the `train` or `evaluation` split,
         undistorted. Raises ConfigError if the set is not held in memory."""
-        arrays = {"train": self._train, "evaluation": self._evaluation}[split]
+        arrays = {"train": self._train, "evaluation": self.held}[split]
         if not isinstance(arrays, sources.Arrays):
             raise ConfigError(f"this set is not held in memory: {self.description}")
         return arrays.materialize()
@@ -168,21 +170,21 @@ class Data:
             images, labels = split.take(np.where(mask, indices, 0))
             images[~mask], labels[~mask] = 0, 0
             if draws is not None and not isinstance(split, memory.Random):
-                if self._view.mirror:
+                if self.view.mirror:
                     images = distort.mirror(images, draws)
                 images = self._distort(images, draws)
         elif draws is None:
             images, labels, mask = load.evaluation_rows(
-                split, indices, size=self._view.image_size, num_classes=self.num_classes
+                split, indices, size=self.view.image_size, num_classes=self.num_classes
             )
         else:
             images, labels, mask = load.train_rows(
                 split,
                 indices,
                 draws,
-                size=self._view.image_size,
-                min_area=self._view.crop,
-                mirror=self._view.mirror,
+                size=self.view.image_size,
+                min_area=self.view.crop,
+                mirror=self.view.mirror,
                 num_classes=self.num_classes,
                 bad=self.bad_records,
             )
@@ -192,9 +194,9 @@ class Data:
     def _distort(
         self, images: np.ndarray, draws: np.ndarray, mask: np.ndarray | None = None
     ) -> np.ndarray:
-        if self._view.shift:
-            images = distort.shift(images, draws, self._view.shift)
-        return distort.photometric(images, draws, self._view.distortion, mask)
+        if self.view.shift:
+            images = distort.shift(images, draws, self.view.shift)
+        return distort.photometric(images, draws, self.view.distortion, mask)
 
     def _ahead(self, steps: range, batch: Callable[[int], Batch], rows: slice) -> Batches:
         """Prepares batches in threads, a bounded number ahead. In-memory sets need one thread
@@ -237,12 +239,10 @@ def hold_out(source: sources.Source, amount: float) -> sources.Source:
             "train on: choose a share between 0 and 1"
         )
     places = order.permutation(n, order.key(_HOLDOUT))
-    return sources.Source(
+    return replace(
+        source,
         train=sources.subset(source.train, np.sort(places[count:])),
         evaluation=sources.subset(source.train, np.sort(places[:count])),
-        num_classes=source.num_classes,
-        channels=source.channels,
-        shards=source.shards,
         description=f"{source.description}; evaluated on {count:,} held-out training examples",
         split="held-out training",
     )

@@ -67,7 +67,7 @@ class Records(Protocol):
 @dataclass(frozen=True)
 class Source:
     """Both splits of a data set. `shards`: the files the training split is stored in. `split`:
-    what the evaluated examples are called."""
+    what the evaluated examples are called. `class_names`: empty where a class is its number."""
 
     train: Arrays | Records
     evaluation: Arrays | Records
@@ -76,6 +76,7 @@ class Source:
     description: str
     shards: int = order.VIRTUAL_SHARDS
     split: str = "test"
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

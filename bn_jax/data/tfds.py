@@ -105,12 +105,26 @@ def source(name: str, directory: str) -> sources.Source:
         f"{len(evaluation):,} of split {test!r}, {meta.num_classes} classes"
     )
     build = functools.partial(
-        sources.Source, num_classes=meta.num_classes, description=described, split=test
+        sources.Source,
+        num_classes=meta.num_classes,
+        description=described,
+        split=test,
+        class_names=class_names(meta),
     )
     if meta.image_dimensions[-1:] == (1,) and max(meta.image_dimensions) <= 32:
         return build(_in_memory(train), _in_memory(evaluation), channels=1)
     files = max(len(train.files), order.VIRTUAL_SHARDS)
     return build(train, evaluation, channels=3, shards=files)
+
+
+def class_names(meta: Metadata) -> tuple[str, ...]:
+    """The names that TFDS keeps beside features.json (ImageNet: synsets), or none."""
+    try:
+        names = (meta.directory / f"{meta.label}.labels.txt").read_text().split("\n")
+    except (OSError, UnicodeDecodeError):
+        return ()
+    names = names[:-1] if names[-1] == "" else names
+    return tuple(names) if len(names) == meta.num_classes else ()
 
 
 def _in_memory(records: shards.Shards) -> sources.Arrays:
