@@ -113,6 +113,19 @@ def max_pool(x: jax.Array, stride: int) -> jax.Array:
     return nn.max_pool(x, (3, 3), (stride, stride), "SAME")
 
 
+def max_pool_unpadded(x: jax.Array) -> jax.Array:
+    """3x3 max pooling of stride 2 as Caffe has it: [N, H, W, C] to [N, floor(H/2), floor(W/2), C].
+
+    Windows start at the first pixel, and the last one may reach past the edge (torch's ceil_mode).
+    That is SAME where H and W are even; where they are odd, SAME pads before the first pixel too.
+    """
+    height, width = x.shape[1:3]
+    if height % 2 or width % 2:
+        edges = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
+        x = jnp.pad(x, edges, constant_values=-jnp.inf)
+    return max_pool(x, 2)[:, : height // 2, : width // 2]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _max_pool(x: jax.Array, stride: int) -> jax.Array:
     return _max_and_place(x, stride)[0]

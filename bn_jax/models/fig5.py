@@ -38,7 +38,8 @@ class Variant(NamedTuple):
     project_4cd: filters of the pool projection in 4c and 4d. Fig. 5 prints 128 and an output of
     576; its branches sum to 608, and 576 takes 96. separable_stem: the first convolution is a 7x7
     depthwise one of multiplier 8 and a 1x1 one (Fig. 5), not a plain 7x7. symmetric: Caffe's
-    padding (as much before as after) and average over the padded window. mean, scale: of the
+    padding (as much before as after, none in the stem's pools) and average over the padded window.
+    mean, scale: of the
     pixels, (x - mean) / scale in RGB order.
     """
 

@@ -146,7 +146,7 @@ class Inception(PooledInit):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> Any:
-        """Images [N, H, W, C] in 0..255 to logits float32 [N, num_classes].
+        """Images [N, H, W, C] in 0..255 to logits [N, num_classes], float32 or wider.
 
         In training with `aux`: (logits, (logits of head 1, of head 2)). mask: bool [N]; rows that
         are False take no part in batch statistics.
@@ -184,13 +184,15 @@ class Inception(PooledInit):
                 aux.append(head(x))
         x = jnp.mean(x, axis=(1, 2))  # Fig. 5's average pool covers the whole map
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        logits = classifier(self.num_classes, self.dtype)(x).astype(jnp.float32)
+        logits = classifier(self.num_classes, self.dtype)(x)
+        logits = logits.astype(jnp.promote_types(jnp.float32, self.dtype))
         return (logits, tuple(aux)) if aux else logits
 
     def _pixels(self, images: jax.Array) -> jax.Array:
         variant = VARIANTS[self.variant]
-        mean = jnp.array(variant.mean if images.shape[-1] == 3 else sum(variant.mean) / 3)
-        return ((images.astype(jnp.float32) - mean) / variant.scale).astype(self.dtype)
+        wide = jnp.promote_types(jnp.float32, self.dtype)
+        mean = jnp.array(variant.mean if images.shape[-1] == 3 else sum(variant.mean) / 3, wide)
+        return ((images.astype(wide) - mean) / variant.scale).astype(self.dtype)
 
     def _stem(self, x, conv, *, train, mask):
         """[N, H, W, C] to [N, H/8, W/8, 192] (H/4 below 64 px)."""
@@ -217,14 +219,15 @@ class Inception(PooledInit):
             x = conv(scaled(64, width), (7, 7), name="conv1_7x7", **stride_2)(
                 x, train=train, mask=mask
             )
-        x = ops.max_pool(x, 2)
+        pool = ops.max_pool_unpadded if variant.symmetric else partial(ops.max_pool, stride=2)
+        x = pool(x)
         if self.lrn:
             x = LocalResponseNorm()(x)
         x = conv(scaled(64, width), (1, 1), name="conv2_3x3_reduce")(x, train=train, mask=mask)
         x = conv(scaled(192, width), (3, 3), name="conv2_3x3")(x, train=train, mask=mask)
         if self.lrn:
             x = LocalResponseNorm()(x)
-        return ops.max_pool(x, 2) if keep_pool2 else x
+        return pool(x) if keep_pool2 else x
 
 
 def scaled(features: int, width: float) -> int:
