@@ -66,7 +66,7 @@ def draw_run(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
 
 def draw_fig1(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     """Fig. 1 from the runs `folder`/mnist and `folder`/mnist_bn; prints the numbers behind it."""
-    baseline, with_bn = read_run(folder / "mnist"), read_run(folder / "mnist_bn")
+    baseline, with_bn = recorded.read_pair(folder / "mnist", folder / "mnist_bn")
     numbers = fig1_numbers(baseline, with_bn)
     figure, (a, b, c) = plt.subplots(1, 3, figsize=(13, 3.8))
     plot_accuracy(a, baseline, GREY, "without BN")
@@ -85,7 +85,7 @@ def draw_fig1(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     figure.suptitle(f"MNIST study (section 4.1), {baseline.data['name']}", fontsize=10)
     paths = save(figure, out, "fig1")
     (out / "fig1.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    print(fig1_table(numbers))
+    print(f"{fig1_table(numbers)}\nData: {baseline.data['description']}.")
     return [*paths, out / "fig1.json"]
 
 

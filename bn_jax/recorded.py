@@ -111,11 +111,20 @@ def read_groups(folder: pathlib.Path) -> dict[str, list[Run]]:
     return groups
 
 
+def read_pair(one: pathlib.Path, other: pathlib.Path) -> tuple[Run, Run]:
+    """Two runs of one seed on the same data, as Fig. 1 compares them; ConfigError otherwise."""
+    a, b = read_run(one), read_run(other)
+    _require_same(a, b, (*SETTING, "seed", "total_steps"), "make no pair")
+    return a, b
+
+
 def _require_same(a: Run, b: Run, fields, why: str) -> None:
     one, two = flat(a.config), flat(b.config)
     differs = [f for f in fields if one.get(f, "absent") != two.get(f, "absent")]
     if a.data.get("eval_examples") != b.data.get("eval_examples"):
         differs.append("number of evaluated examples")
+    if a.data["description"] != b.data["description"]:
+        differs.append("data.description")
     if differs:
         shown = ", ".join(f"{f} ({one.get(f, '?')}, {two.get(f, '?')})" for f in differs[:4])
         raise ConfigError(

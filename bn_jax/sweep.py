@@ -189,20 +189,21 @@ def _env(member: Member):
 
 
 def outcome(found: Sequence[Member]) -> str:
-    """A line a member: status, and the accuracy of its last evaluation if it is done."""
-    lines = []
+    """A line a member: status, accuracy of its last evaluation if it is done; the data's limits."""
+    lines, data = [], ""
     for member in found:
         try:
             record: dict[str, Any] = workdirs.read_run(member.workdir) or {"status": "not run"}
         except ConfigError:
             record = {"status": "unreadable"}
         said = record["status"]
+        data = record.get("info", {}).get("data", {}).get("description", data)
         if said == "done":
             said += f"  {100 * record['results']['top1']:.2f}% of {record['results']['examples']:,}"
         elif said in ("diverged", "failed", "preempted"):
             said += f"  {record['results'].get('error', '').partition(': ')[2][:70]}"
         lines.append(f"  {member.name:40} {said}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *([f"data: {data}"] if data else [])])
 
 
 def main() -> None:

@@ -105,6 +105,23 @@ def test_mnist_from_idx_files(test_data, tmp_path):
     with pytest.raises(DataError, match="holds 3 bytes, its header says 5"):
         memory.read_idx(tmp_path / "idx")
     assert memory.mnist_idx(tmp_path) is None
+    (tmp_path / "downloads").mkdir()  # where TFDS keeps files fetched by hand
+    (tmp_path / "downloads" / "manual").symlink_to(test_data / "mnist")
+    assert len(memory.mnist_idx(tmp_path).train) == 60_000
+
+
+def test_damaged_gzipped_idx_files_are_named(tmp_path):
+    whole = gzip.compress(b"\0\0\x08\x01\0\0\0\x64" + bytes(range(100)))
+    path = tmp_path / "train-labels-idx1-ubyte.gz"
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    for content in (b"no gzip", whole[:-20], whole[:10] + b"\xff" * 100, bytes(flipped), b""):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="train-labels-idx1-ubyte.gz.*fetch it again") as caught:
+            memory.read_idx(path)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    assert memory.read_idx(path).tolist() == list(range(100))
 
 
 @pytest.mark.parametrize("file_format", FORMATS)

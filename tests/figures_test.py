@@ -58,7 +58,16 @@ def test_fig1_numbers_and_pictures(tmp_path, capsys):
     assert numbers["with BN"]["accuracy"] == 0.9 and numbers["without BN"]["steps"] == 20
     assert {p.name for p in paths} == {"fig1.png", "fig1.svg", "fig1.json"}
     assert (tmp_path / "out" / "fig1.png").read_bytes().startswith(b"\x89PNG")
-    assert "| with BN | 20 | 90.00% of 1,000 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| with BN | 20 | 90.00% of 1,000 |" in printed and "Data: hand-made." in printed
+    file = tmp_path / "mnist" / "run.json"
+    for key in ("hand-made", '"name": "mnist"'):  # other data, another seed
+        other = {"hand-made": "MNIST", '"name": "mnist"': '"name": "mnist", "seed": 1'}[key]
+        changed = file.read_text()
+        file.write_text(changed.replace(key, other))
+        with pytest.raises(ConfigError, match="mnist_bn make no pair: they differ in"):
+            figures.draw_fig1(tmp_path, tmp_path / "out")
+        file.write_text(changed)
 
 
 def test_a_folder_without_records_is_refused(tmp_path):

@@ -53,7 +53,7 @@ def test_members_are_recorded_a_diverged_one_too_and_skipped_the_second_time(tmp
     names = {rate: f"mnist/learning_rate={rate}/seed_0" for rate in ("1e30", "0.1")}
     assert statuses(tmp_path) == {names["1e30"]: "diverged", names["0.1"]: "done"}
     assert f"[1/2] {names['1e30']}: diverged (a result)" in text
-    assert "diverged at step" in text and "% of 1,000" in text
+    assert "diverged at step" in text and "% of 1,000" in text and "data: digits: 5,000" in text
     assert "BN_JAX_SMOKE" in (tmp_path / names["0.1"] / "member.log").read_text()
     code, text = finish(start(cache, tmp_path, *words))
     assert code == 0 and "2 finished before, 0 to run" in text and "started" not in text

@@ -154,7 +154,13 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
 
 
 def mnist_idx(directory: pathlib.Path) -> Source | None:
-    """MNIST from its four original files in a folder, or None if they are not all there."""
+    """MNIST from its four original files in a folder, or in the place where TFDS' `manual_dir` is
+    in a data_dir (downloads/manual); None if they are not all in one of the two."""
+    manual = directory / "downloads" / "manual"
+    return _mnist_idx(directory) or (_mnist_idx(manual) if manual.is_dir() else None)
+
+
+def _mnist_idx(directory: pathlib.Path) -> Source | None:
     splits = {}
     for split, stems in IDX_FILES.items():
         paths = [idx_path(directory, stem) for stem in stems]
