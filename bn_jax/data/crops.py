@@ -2,11 +2,14 @@
 pixel."""
 
 import math
+from collections import Counter
+from typing import NamedTuple
 
 Box = tuple[int, int, int, int]
 
 ASPECT = (3 / 4, 4 / 3)  # width / height of a random crop (GoogLeNet, sec. 6)
 CENTER = 0.875  # side of the centre crop / shorter side: 224 of 256, the usual single crop
+SIDES = (256, 288, 320, 352)  # shorter sides of multicrop evaluation at 224 px (GoogLeNet, sec. 7)
 
 
 def random_box(height: int, width: int, draws: tuple[float, ...], min_area: float) -> Box:
@@ -33,3 +36,49 @@ def center_box(height: int, width: int) -> Box:
     whose shorter side was resized to 256."""
     side = max(round(CENTER * min(height, width)), 1)
     return (height - side) // 2, (width - side) // 2, side, side
+
+
+class View(NamedTuple):
+    """One look at an image in multicrop evaluation: `square` (a box of the image) resized to `side`
+    pixels; then the network's input is cut from it at `corner` (top, left), or, with corner None,
+    is all of it, resized again; mirrored or not."""
+
+    square: Box
+    side: int
+    corner: tuple[int, int] | None
+    mirror: bool
+
+
+def views(height: int, width: int, crops: int, size: int, mirror: bool) -> Counter[View]:
+    """GoogLeNet's 144 looks at an image (its section 7), or AlexNet's 10 (its section 4.1).
+
+    144: four sizes of the shorter side (`SIDES` at 224 px, in this ratio at any `size`); of each
+    the left, centre and right square (of a portrait top, centre and bottom); of each the four
+    corners and the centre of `size` pixels, and the square resized to `size`; of each the mirror
+    image.
+    10: corners and centre of the centre square at the smallest size, and their mirror images.
+    Without `mirror` half as many. Counted: of a square image, say, the three squares are one, and
+    each view of it has the count 3. The counts sum to `crops`, or to half of it without `mirror`.
+    """
+    sides = [round(side * size / 224) for side in (SIDES if crops == 144 else SIDES[:1])]
+    found: Counter[View] = Counter()
+    for side in sides:
+        low, middle = side - size, (side - size) // 2
+        corners: list[tuple[int, int] | None]
+        corners = [(0, 0), (0, low), (low, 0), (low, low), (middle, middle)]
+        if crops == 144:
+            corners.append(None)
+        for square in _squares(height, width)[slice(None) if crops == 144 else slice(1, 2)]:
+            for corner in corners:
+                for mirrored in (False, True) if mirror else (False,):
+                    found[View(square, side, corner, mirrored)] += 1
+    return found
+
+
+def _squares(height: int, width: int) -> list[Box]:
+    """The squares of the shorter side at the start, centre and end of the longer one."""
+    side, spare = min(height, width), abs(height - width)
+    places = (0, spare // 2, spare)
+    if height > width:
+        return [(place, 0, side, side) for place in places]
+    return [(0, place, side, side) for place in places]

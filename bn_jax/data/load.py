@@ -1,7 +1,9 @@
 """Encoded records -> rows of a batch: read, decode, crop, resize; and what happens to bad ones."""
 
+import functools
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -12,6 +14,7 @@ from bn_jax.data.distort import Draw
 from bn_jax.errors import DataError
 
 BAD_SHARE, BAD_LEAST = 1e-3, 10  # of the training records may be bad: 0.1%, but 10 in a small set
+T = TypeVar("T")
 GEOMETRY = (Draw.AREA, Draw.ASPECT, Draw.TOP, Draw.LEFT)
 
 
@@ -93,23 +96,35 @@ def evaluation_rows(
     places = list(indices)
     images, labels, mask = _empty(len(places), size)
     for row, index in enumerate(places):
-        if index >= len(records):
-            continue
-        try:
-            record = records[int(index)]
-        except sources.BadRecordError as e:
-            raise DataError(f"{e.name}: {e.reason}; evaluation leaves nothing out") from None
-        labels[row] = sources.checked_label(record, num_classes)
-        try:
-            found = decode.frame(record.data)
-            box = crops.center_box(found.height, found.width)
-            reduce = decode.reduction(box, size)
-            image = decode.pixels(record.data, found, reduce=reduce)
-        except decode.BadImageError as e:
-            raise DataError(f"{record.name}: {e}; evaluation leaves nothing out") from None
-        decode.resized_crop(image, box, reduce, images[row])
-        mask[row] = True
+        if index < len(records):
+            look = functools.partial(center_crop, out=images[row])
+            _, labels[row] = evaluation_example(records, index, num_classes, look)
+            mask[row] = True
     return images, labels, mask
+
+
+def evaluation_example(
+    records: sources.Records, index: int, num_classes: int, look: Callable[[bytes], T]
+) -> tuple[T, int]:
+    """What `look` makes of the encoded image of one record, and its label. Raises DataError, with
+    the record's name, if it is bad."""
+    try:
+        record = records[int(index)]
+    except sources.BadRecordError as e:
+        raise DataError(f"{e.name}: {e.reason}; evaluation leaves nothing out") from None
+    label = sources.checked_label(record, num_classes)
+    try:
+        return look(record.data), label
+    except decode.BadImageError as e:
+        raise DataError(f"{record.name}: {e}; evaluation leaves nothing out") from None
+
+
+def center_crop(data: bytes, out: np.ndarray) -> None:
+    """Writes the centre crop of an encoded image into `out` [S, S, 3]. Raises BadImageError."""
+    found = decode.frame(data)
+    box = crops.center_box(found.height, found.width)
+    reduce = decode.reduction(box, len(out))
+    decode.resized_crop(decode.pixels(data, found, reduce=reduce), box, reduce, out)
 
 
 def _empty(n: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,157 @@
+"""The evaluation split as rows of views: every example under one, 10 or 144 crops.
+
+Where the crops lie is said in crops.py. Views that coincide are computed once and weighted.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from bn_jax.data import crops, decode, load, sources
+from bn_jax.data.pipeline import PREFETCH_BYTES, Data
+from bn_jax.data.prefetch import Batches
+from bn_jax.errors import ConfigError
+
+CROPS = (1, 10, 144)
+
+
+class Rows(NamedTuple):
+    """A batch of views: image uint8 [n, H, W, C]; for each the place of its example in the split
+    (int64 [n], -1: no example), its weight (float32 [n]) and its label (int32 [n])."""
+
+    image: np.ndarray
+    example: np.ndarray
+    weight: np.ndarray
+    label: np.ndarray
+
+
+def check_crops(number: int) -> None:
+    """Raises ConfigError for a number of crops that is not defined here."""
+    if number not in CROPS:
+        raise ConfigError(f"--crops={number} is none of {', '.join(map(str, CROPS))}")
+
+
+def total_weight(number: int, mirror: bool) -> int:
+    """How many views, coinciding ones included, an example is seen under."""
+    return number if number == 1 or mirror else number // 2
+
+
+def render(
+    decoded: Callable[[int], np.ndarray], looks: Iterable[crops.View], size: int, channels: int
+) -> np.ndarray:
+    """uint8 [views, size, size, channels]: the pixels of these views. `decoded(reduce)` is
+    the image reduced by 1, 2, 4 or 8."""
+    squares: dict[tuple[crops.Box, int], np.ndarray] = {}
+    found = []
+    for look in looks:
+        key = (look.square, look.side)
+        if key not in squares:
+            reduce = decode.reduction(look.square, look.side)
+            squares[key] = np.empty((look.side, look.side, channels), np.uint8)
+            decode.resized_crop(decoded(reduce), look.square, reduce, squares[key])
+        if look.corner is None:
+            view = cv2.resize(squares[key], (size, size), interpolation=cv2.INTER_LINEAR)
+            view = view.reshape(size, size, channels)  # OpenCV drops a single channel's axis
+        else:
+            top, left = look.corner
+            view = squares[key][top : top + size, left : left + size]
+        found.append(view[:, ::-1] if look.mirror else view)
+    return np.stack(found)
+
+
+def of_file(data: bytes, number: int, size: int, mirror: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Views of an encoded image, uint8 [views, size, size, 3], and their weights, float32 [views].
+
+    One crop is the centre crop of evaluation. Raises decode.BadImageError.
+    """
+    if number == 1:
+        image = np.empty((1, size, size, 3), np.uint8)
+        load.center_crop(data, image[0])
+        return image, np.ones(1, np.float32)
+    frame = decode.frame(data)
+    cache: dict[int, np.ndarray] = {}
+
+    def decoded(reduce: int) -> np.ndarray:
+        if reduce not in cache:
+            cache[reduce] = decode.pixels(data, frame, reduce=reduce)
+        return cache[reduce]
+
+    looks = crops.views(frame.height, frame.width, number, size, mirror)
+    return render(decoded, looks, size, 3), np.array(list(looks.values()), np.float32)
+
+
+def of_array(image: np.ndarray, number: int, mirror: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Views of an image [S, S, C] of the network's own size; one crop is the image itself."""
+    size, _, channels = image.shape
+    if number == 1:
+        return image[None], np.ones(1, np.float32)
+    looks = crops.views(size, size, number, size, mirror)
+    return (
+        render(lambda reduce: image, looks, size, channels),
+        np.array(list(looks.values()), np.float32),
+    )
+
+
+def batches(data: Data, number: int, size: int) -> Iterator[Rows]:
+    """The evaluation split, every example once, as batches of `size` views of its `number` crops;
+    the last batch is padded. Mirrored as in training (`data.mirror`), so digits are not.
+
+    Raises DataError, with the record's name, for an example that cannot be read.
+    """
+    if number == 1:
+        yield from _single(data, size)
+        return
+    image_bytes = number * int(np.prod(data.image_shape))
+    ahead = max(2, min(64, PREFETCH_BYTES // image_bytes))
+    in_memory = isinstance(data.held, sources.Arrays)
+    threads = 1 if in_memory else min(os.cpu_count() or 1, ahead)
+    examples = Batches(
+        range(data.num_eval),
+        lambda index: _example(data, index, number),
+        threads=threads,
+        ahead=ahead,
+    )
+    parts: list[Rows] = []
+    waiting = 0
+    for index, example in enumerate(examples):
+        n = len(example["image"])
+        label = np.full(n, example["label"], np.int32)
+        parts.append(Rows(example["image"], np.full(n, index), example["weight"], label))
+        waiting += n
+        if waiting >= size:
+            whole = Rows(*map(np.concatenate, zip(*parts, strict=True)))
+            for start in range(0, waiting - size + 1, size):
+                yield Rows(*(x[start : start + size] for x in whole))
+            waiting %= size
+            parts = [Rows(*(x[len(x) - waiting :] for x in whole))]
+    if waiting:
+        yield _padded(Rows(*map(np.concatenate, zip(*parts, strict=True))), size)
+
+
+def _single(data: Data, size: int) -> Iterator[Rows]:
+    for k, batch in enumerate(data.evaluation(size, slice(0, size))):
+        example = np.where(batch["mask"], k * size + np.arange(size), -1)
+        weight = batch["mask"].astype(np.float32)
+        yield Rows(batch["image"], example, weight, batch["label"])
+
+
+def _example(data: Data, index: int, number: int) -> dict[str, np.ndarray]:
+    size, mirror = data.view.image_size, data.view.mirror
+    if isinstance(data.held, sources.Arrays):
+        (image,), (label,) = data.held.take(np.array([index]))
+        images, weights = of_array(image, number, mirror)
+    else:
+        (images, weights), label = load.evaluation_example(
+            data.held, index, data.num_classes, lambda b: of_file(b, number, size, mirror)
+        )
+    return {"image": images, "weight": weights, "label": np.int32(label)}
+
+
+def _padded(rows: Rows, size: int) -> Rows:
+    short = size - len(rows.weight)
+    padded = [np.concatenate([x, np.zeros((short, *x.shape[1:]), x.dtype)]) for x in rows]
+    padded[1][size - short :] = -1
+    return Rows(*padded)
