@@ -1,4 +1,4 @@
-"""Checkpoints: bits, shardings, retention, what is refused. Faults are in faults_test.py."""
+"""Checkpoints: bits, shardings, retention, what is refused. Faults are in damage_test.py."""
 
 import json
 import pathlib

@@ -1,0 +1,88 @@
+"""Whose workdir it is, whether it can be written, and files that are the old or the new one."""
+
+import os
+import pathlib
+from typing import Any
+
+import pytest
+from small_runs import CONFIG, open_run
+
+from bn_jax import disk, provenance, workdir
+from bn_jax.errors import ConfigError, DiskError
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(tmp_path):
+    with open_run(tmp_path) as recorder:
+        recorder.begin(0)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    other = CONFIG | {"learning_rate": 0.0075, "extra": 1, "total_steps": 99}
+    message = r"learning_rate \(0.045 there, 0.0075 here\)"
+    for attempt in (workdir.check_workdir, lambda w, c: open_run(w, config=c)):
+        with pytest.raises(ConfigError, match=message) as caught:
+            attempt(tmp_path, other)
+        assert "extra (absent there, 1 here)" in str(caught.value)
+        assert "total_steps" not in str(caught.value)  # a longer run may go on
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+    workdir.check_workdir(tmp_path, CONFIG | {"total_steps": 99})
+
+
+def test_a_workdir_that_cannot_be_written_is_refused_before_anything_is(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="not a directory"):
+        workdir.check_workdir(tmp_path / "file" / "run", CONFIG)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(ConfigError, match="not writable"):
+        workdir.check_workdir(tmp_path / "new", CONFIG)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(2, ConfigError), (13, ConfigError), (28, DiskError)])
+def test_a_workdir_that_cannot_be_made_is_the_users_choice_or_the_disks_fault(
+    tmp_path, monkeypatch, number, kind
+):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    with pytest.raises(kind):
+        open_run(tmp_path / "new")
+
+
+def test_a_damaged_run_json_is_refused_not_overwritten(tmp_path: pathlib.Path):
+    (tmp_path / "run.json").write_text('{"config"')
+    with pytest.raises(ConfigError, match=r"run\.json cannot be read"):
+        workdir.check_workdir(tmp_path, CONFIG)
+
+
+def test_an_interrupted_replacement_leaves_the_old_file(tmp_path: pathlib.Path, monkeypatch):
+    path = tmp_path / "run.json"
+    disk.write_atomic(path, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskError, match=r"No space left on device; .* MB free\. Free space"):
+        disk.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_size_of_xlas_thread_pool_is_recorded(monkeypatch):
+    monkeypatch.setenv("NPROC", "3")
+    assert provenance.cpu_threads() == 3
+    assert provenance.hardware()["variables"]["NPROC"] == "3"
+    monkeypatch.delenv("NPROC")
+    assert provenance.cpu_threads() == len(os.sched_getaffinity(0))
+
+
+def test_a_cpu_run_does_not_go_on_under_another_thread_pool(tmp_path, monkeypatch):
+    monkeypatch.setenv("NPROC", "3")
+    with open_run(tmp_path) as recorder:
+        recorder.begin(0)
+    monkeypatch.setenv("NPROC", "4")
+    with pytest.raises(ConfigError, match=r"with 3 CPU threads, this process has 4.*NPROC=3"):
+        open_run(tmp_path)
+    workdir.require_same_threads(tmp_path, "gpu", 4)  # there the pool does not matter
+    monkeypatch.setenv("BN_JAX_ANY_THREADS", "1")
+    with open_run(tmp_path) as recorder:
+        recorder.begin(0)
