@@ -1,7 +1,9 @@
-"""Exact evaluation, with population statistics: `python -m bn_jax.evaluate --workdir=DIR`.
+"""Exact evaluation: `python -m bn_jax.evaluate --workdir=A[,B,...] [--crops=1|10|144]`.
 
 Every example of the split counts once, whatever the batch size and the number of devices: batches
-are padded and masked, sums are added up, and the number of examples is asserted.
+are padded and masked, sums are added up, and the number of examples is asserted. Several workdirs
+are an ensemble: the mean of their class probabilities. Each evaluation is recorded in its workdirs
+(evaluations.jsonl), from which bn_jax.figures makes the table of Fig. 4.
 """
 
 import argparse
@@ -9,15 +11,32 @@ import functools
 import json
 import math
 import pathlib
+import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from bn_jax import command, experiment, layers, step
+from bn_jax import (
+    command,
+    ensemble,
+    evaluations,
+    experiment,
+    jsonl,
+    layers,
+    population,
+    predictions,
+    provenance,
+    report,
+    step,
+)
 from bn_jax import mesh as meshes
-from bn_jax.errors import DataError
+from bn_jax.data import views
+from bn_jax.data.build import Progress
+from bn_jax.ensemble import Member
+from bn_jax.errors import ConfigError, DataError
 from bn_jax.experiment import Experiment
+from bn_jax.predictions import Predictions
 
 
 class Evaluator:
@@ -101,8 +120,9 @@ class Evaluator:
         return {name: value / examples for name, value in total.items()} | {"examples": examples}
 
 
-def running_gap(running: Any, population: Any) -> float:
-    """Largest distance of a running mean from its population mean, in population std deviations.
+def running_gap(running: Any, exact: Any, epsilon: float) -> float:
+    """Largest distance of a running mean from its population mean, in the deviations that BN
+    divides by, sqrt(var + epsilon) of the population.
 
     It says how far the moving average lags behind. Trees of batch_stats; NaN without BN.
     """
@@ -110,13 +130,12 @@ def running_gap(running: Any, population: Any) -> float:
 
     def visit(a, b):
         if "mean" in a:
-            std = np.sqrt(np.maximum(b["var"], 1e-12))  # a dead channel has no variance
-            gaps.append(float(np.max(np.abs(a["mean"] - b["mean"]) / std)))
+            gaps.append(float(np.max(np.abs(a["mean"] - b["mean"]) / np.sqrt(b["var"] + epsilon))))
             return
         for name in a:
             visit(a[name], b[name])
 
-    visit(*jax.device_get((running, population)))
+    visit(*jax.device_get((running, exact)))
     return max(gaps, default=math.nan)
 
 
@@ -130,29 +149,100 @@ def sentence(exp: Experiment, scores: dict[str, Any]) -> str:
     )
 
 
+def load(run: pathlib.Path, at_step: int | None, statistics: str, exp: Experiment) -> Member:
+    """A run's checkpoint with the statistics it is to be evaluated with; says what it found.
+
+    Raises CheckpointError if there is no checkpoint.
+    """
+    found_step, state = experiment.restore(exp, run, at_step)
+    stats, said = state.batch_stats, f"{run}: {exp.config.name}, step {found_step:,}"
+    about = ensemble.about(run, exp, found_step, population.checkpoint_digest(run, found_step))
+    if stats and statistics == "population":
+        began = time.monotonic()
+        best, kept = population.cached(
+            run,
+            found_step,
+            exp.config.to_dict(),
+            stats,
+            lambda: Evaluator(exp).population(state.params, stats),
+        )
+        about["running_gap"] = running_gap(stats, best, exp.config.bn.epsilon)
+        how = "kept from before" if kept else f"computed in {time.monotonic() - began:.1f} s"
+        said += (
+            f", population statistics {how}; the running means are up to "
+            f"{about['running_gap']:.2f} standard deviations away"
+        )
+        stats = meshes.put_replicated(exp.mesh, best)
+    elif stats:
+        said += ", running statistics"
+    print(said, flush=True)
+    return Member(exp, state.params, stats, statistics if stats else "none", about)
+
+
+def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions]]:
+    """Networks scored on the evaluation split: what is recorded, and each one's predictions."""
+    runs = [pathlib.Path(name) for name in args.workdir.split(",")]
+    experiments = [experiment.from_workdir(run) for run in runs]  # refused before any compiling
+    members = [
+        load(run, args.step, args.statistics, exp)
+        for run, exp in zip(runs, experiments, strict=True)
+    ]
+    networks = ensemble.Networks(members, members[0].exp.config.eval_batch_size)
+    began = time.monotonic()
+    progress = Progress(members[0].exp.data.num_eval)
+    parts = ensemble.predict(networks, args.crops, progress.add)
+    seconds = time.monotonic() - began
+    line = report.show(parts)
+    line["images_per_second"] = line["examples"] / seconds
+    line["source"], line["hardware"] = provenance.source(), provenance.hardware()
+    for folder in runs if args.record is None else [args.record]:
+        evaluations.append(folder, line)
+    return line, parts
+
+
 def main() -> None:
-    """Scores the newest checkpoint of a run, or the one of a given step."""
+    """Scores the newest checkpoints of runs, or saved predictions."""
     parser = argparse.ArgumentParser("python -m bn_jax.evaluate", description=__doc__)
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a trained run")
+    parser.add_argument("--workdir", help="a trained run; several, with commas, are an ensemble")
     parser.add_argument("--step", type=int, help="checkpoint to score (the newest)")
+    parser.add_argument(
+        "--crops", type=int, default=1, help="1, 10 or 144 crops of each image, averaged (1)"
+    )
     parser.add_argument(
         "--statistics",
         choices=("population", "running"),
         default="population",
         help="statistics of BN: Algorithm 2 over fixed training batches, or the moving average",
     )
+    parser.add_argument(
+        "--predictions", type=pathlib.Path, help="save the probabilities as FILE.npz or FILE.csv"
+    )
+    parser.add_argument(
+        "--combine", help="saved predictions, with commas, instead of workdirs: their mean"
+    )
+    parser.add_argument(
+        "--record",
+        type=pathlib.Path,
+        help="folder of evaluations.jsonl (the workdirs; of --combine nowhere)",
+    )
     args = parser.parse_args()
-    meshes.use_compilation_cache()
-    exp = experiment.from_workdir(args.workdir)
-    found_step, state = experiment.restore(exp, args.workdir, args.step)
-    evaluator = Evaluator(exp)
-    batch_stats = state.batch_stats
-    if args.statistics == "population":
-        batch_stats = evaluator.population(state.params, batch_stats)
-    scores = evaluator.scores(state.params, batch_stats)
-    print(f"{args.workdir}, step {found_step:,}, {args.statistics} statistics")
-    print(f"{sentence(exp, scores)}; {exp.data.description}")
-    print(json.dumps({"step": found_step, "statistics": args.statistics, **scores}))
+    if (args.workdir is None) == (args.combine is None):
+        raise ConfigError("give either --workdir=A[,B,...] or --combine=FILE,FILE[,...]")
+    views.check_crops(args.crops)
+    if args.predictions is not None:
+        predictions.check_path(args.predictions)
+    if args.combine is not None:
+        parts = [predictions.load(pathlib.Path(name)) for name in args.combine.split(",")]
+        line = report.show(parts)
+        if args.record is not None:
+            evaluations.append(args.record, line)
+    else:
+        meshes.use_compilation_cache()
+        line, parts = evaluate(args)
+    if args.predictions is not None:
+        predictions.save(args.predictions, predictions.mean(parts))
+        print(args.predictions)
+    print(json.dumps(jsonl.plain(line)))
 
 
 if __name__ == "__main__":

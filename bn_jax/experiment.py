@@ -27,6 +27,17 @@ class Experiment(NamedTuple):
     hyper: optim.Hyper
 
 
+class Recorded(NamedTuple):
+    """What run.json says of a data set, in the place of the set (bn_jax.data.pipeline.Data)."""
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    split: str
+    description: str
+    num_eval: int
+
+
 def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
     """The config of a run on `devices` devices: scale `pod` gets its batch, others are kept.
 
@@ -54,6 +65,11 @@ def build(config: ConfigDict) -> Experiment:
     meshes.check_batch(config.batch_size, mesh.size)
     data = pipeline.open_data(config)
     check_data(config, data)
+    return assemble(config, mesh, data)
+
+
+def assemble(config: ConfigDict, mesh: Mesh, data: Any) -> Experiment:
+    """An experiment on this data set, or on what run.json says of it (`Recorded`)."""
     hyper = optim.Hyper(
         learning_rate=np.float32(config.learning_rate),
         decay_rate=np.float32(config.decay_rate),
@@ -87,10 +103,40 @@ def check_data(config: ConfigDict, data: Any) -> None:
 
 def from_workdir(workdir: pathlib.Path) -> Experiment:
     """The experiment that a run's run.json describes. Raises ConfigError if there is none."""
+    return build(_read_run(workdir)[0])
+
+
+def without_data(workdir: pathlib.Path) -> Experiment:
+    """As `from_workdir`, with `Recorded` for data: for prediction where the data set is not.
+
+    A run that has not recorded the classes and the images' shape opens its data set.
+    """
+    config, recorded = _read_run(workdir)
+    if "image_shape" not in recorded:
+        return from_workdir(workdir)
+    validate.check(config)
+    classes = recorded["classes"]
+    data = Recorded(
+        num_classes=classes,
+        class_names=tuple(recorded["class_names"] or map(str, range(classes))),
+        image_shape=tuple(recorded["image_shape"]),
+        split=recorded["split"],
+        description=recorded["description"],
+        num_eval=recorded["eval_examples"],
+    )
+    return assemble(config, meshes.make(), data)
+
+
+def _read_run(workdir: pathlib.Path) -> tuple[ConfigDict, dict[str, Any]]:
+    """Config and data description of run.json."""
     path = workdir / "run.json"
     if not path.is_file():
         raise ConfigError(f"{workdir} is no run: it has no run.json (--workdir of a trained run)")
-    return build(ConfigDict(json.loads(path.read_text())["config"]).lock())
+    try:
+        info = json.loads(path.read_text())
+        return ConfigDict(info["config"]).lock(), info["info"]["data"]
+    except (ValueError, KeyError, TypeError, AttributeError) as damage:
+        raise ConfigError(f"{path} is damaged: {damage!r}; restore it") from None
 
 
 def abstract_state(exp: Experiment) -> step.TrainState:
@@ -139,5 +185,13 @@ def describe(exp: Experiment) -> dict[str, Any]:
         "description": exp.data.description,
         "train_examples": exp.data.num_train,
         "eval_examples": exp.data.num_eval,
+        "image_shape": list(exp.data.image_shape),
+        "classes": exp.data.num_classes,
+        # Empty where the classes are their numbers.
+        "class_names": [] if _numbered(exp.data.class_names) else list(exp.data.class_names),
     }
     return {"data": data, "mesh": meshes.describe(exp.mesh)}
+
+
+def _numbered(names: tuple[str, ...]) -> bool:
+    return names == tuple(map(str, range(len(names))))

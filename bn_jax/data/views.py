@@ -147,7 +147,7 @@ def _example(data: Data, index: int, number: int) -> dict[str, np.ndarray]:
         (images, weights), label = load.evaluation_example(
             data.held, index, data.num_classes, lambda b: of_file(b, number, size, mirror)
         )
-    return {"image": images, "weight": weights, "label": np.int32(label)}
+    return {"image": images, "weight": weights, "label": np.asarray(label, np.int32)}
 
 
 def _padded(rows: Rows, size: int) -> Rows:

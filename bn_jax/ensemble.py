@@ -1,0 +1,185 @@
+"""Class probabilities of trained networks, averaged over the crops of each image.
+
+Section 4.2.3: "Ensemble prediction was based on the arithmetic average of class probabilities
+predicted by the constituent networks", multicrop inference "similar to (Szegedy et al., 2014)".
+All networks see the same batches of views in one pass over the data. The mean over networks is in
+predictions.py.
+"""
+
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from bn_jax import experiment, predictions
+from bn_jax import mesh as meshes
+from bn_jax.data import views
+from bn_jax.errors import ConfigError, DataError
+from bn_jax.experiment import Experiment
+from bn_jax.predictions import Predictions
+
+
+class Member(NamedTuple):
+    """A trained network: its experiment, the statistics it is evaluated with and where they come
+    from, and `about`, the plain values that tell it apart (workdir, step, checkpoint's digest)."""
+
+    exp: Experiment
+    params: Any
+    batch_stats: Any
+    statistics: str
+    about: dict[str, Any]
+
+
+def probabilities(params: Any, batch_stats: Any, images: jax.Array, *, model: nn.Module):
+    """float32 [N, K]: softmax of the inference network's logits. images [N, H, W, C] in 0..255."""
+    logits: Any = model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
+    return jax.nn.softmax(logits.astype(np.float32), axis=-1)
+
+
+class Networks:
+    """Members compiled for batches of `size` views (rounded up to a multiple of the devices).
+
+    Raises ConfigError if the members do not take the same images and tell the same classes apart.
+    """
+
+    def __init__(self, members: Sequence[Member], size: int):
+        for other in members[1:]:
+            require_same_input(members[0], other)
+        self.members = members
+        self.mesh = members[0].exp.mesh
+        self.size = math.ceil(size / self.mesh.size) * self.mesh.size
+        self._programs = [self._compiled(member) for member in members]
+
+    def _compiled(self, member: Member) -> Any:
+        forward = jax.jit(
+            functools.partial(probabilities, model=member.exp.model),
+            out_shardings=meshes.replicated(self.mesh),
+        )
+        batch = experiment.abstract_batch(member.exp, self.size)
+        return forward.lower(member.params, member.batch_stats, batch["image"]).compile()
+
+    def average(
+        self,
+        rows: Iterable[views.Rows],
+        examples: int,
+        weight: int,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Each member's probabilities float32 [examples, K], averaged over views, and the labels.
+
+        weight: of all views of an example. `progress` is told how many more examples are begun.
+        Raises DataError unless every example came with exactly this weight.
+        """
+        classes = self.members[0].exp.data.num_classes
+        sums = [np.zeros((examples, classes), np.float32) for _ in self.members]
+        labels = np.full(examples, -1, np.int32)
+        seen = np.zeros(examples, np.float32)
+        waiting: tuple[views.Rows, list[jax.Array]] | None = None
+        for batch in rows:
+            image = meshes.put_batch(self.mesh, batch.image, self.size)
+            outputs = [
+                program(member.params, member.batch_stats, image)
+                for program, member in zip(self._programs, self.members, strict=True)
+            ]
+            if waiting is not None:  # fetched while the device works on the next batch
+                _collect(*waiting, sums, seen)
+            valid = batch.example >= 0
+            progress(int(np.sum(labels[np.unique(batch.example[valid])] < 0)))
+            labels[batch.example[valid]] = batch.label[valid]
+            waiting = batch, outputs
+        if waiting is not None:
+            _collect(*waiting, sums, seen)
+        if not np.array_equal(seen, np.full(examples, weight, np.float32)):
+            wrong = int(np.sum(seen != weight))
+            raise DataError(
+                f"{wrong} of {examples} examples were not evaluated under exactly {weight} views"
+            )
+        for total in sums:
+            total /= np.float32(weight)
+        return sums, labels
+
+
+def _collect(
+    batch: views.Rows, outputs: Sequence[jax.Array], sums: list[np.ndarray], seen: np.ndarray
+) -> None:
+    """Adds a batch's weighted probabilities to its examples, whose views lie side by side."""
+    count = int(np.sum(batch.example >= 0))  # padding is at the end
+    example, weight = batch.example[:count], batch.weight[:count]
+    starts = np.flatnonzero(np.diff(example, prepend=-1))
+    np.add.at(seen, example, weight)
+    for total, output in zip(sums, outputs, strict=True):
+        weighted = np.asarray(output)[:count] * weight[:, None]
+        total[example[starts]] += np.add.reduceat(weighted, starts, axis=0)
+
+
+def require_same_input(one: Member, other: Member) -> None:
+    """Raises ConfigError unless both networks can be fed the same batches."""
+    for field in ("image_size", "data.mirror"):
+        a, b = (_field(m.exp.config, field) for m in (one, other))
+        if a != b:
+            raise ConfigError(
+                f"{one.about['workdir']} and {other.about['workdir']} make no ensemble: {field} "
+                f"differs ({a}, {b}); evaluate each with --predictions=FILE, then use --combine"
+            )
+    predictions.require_same(describe(one, 1), describe(other, 1))
+
+
+def _field(config: Any, name: str) -> Any:
+    return functools.reduce(lambda tree, key: tree[key], name.split("."), config)
+
+
+def describe(member: Member, crops: int) -> dict[str, Any]:
+    """`Predictions.about` of one network."""
+    config, data = member.exp.config, member.exp.data
+    return {
+        "data": config.data.name,
+        "split": data.split,
+        "description": data.description,
+        "holdout": config.data.holdout,
+        "image_size": config.image_size,
+        "class_names": list(data.class_names),
+        "examples": data.num_eval,
+        "crops": crops,
+        "views": views.total_weight(crops, config.data.mirror),
+        "statistics": member.statistics,
+        "members": [member.about],
+    }
+
+
+def predict(
+    networks: Networks, crops: int, progress: Callable[[int], None] = lambda done: None
+) -> list[Predictions]:
+    """Every member's predictions for the evaluation split, each example counted once.
+
+    Raises DataError for an example that cannot be read.
+    """
+    data, config = networks.members[0].exp.data, networks.members[0].exp.config
+    found, labels = networks.average(
+        views.batches(data, crops, networks.size),
+        data.num_eval,
+        views.total_weight(crops, config.data.mirror),
+        progress,
+    )
+    return [
+        Predictions(p, labels, describe(member, crops))
+        for p, member in zip(found, networks.members, strict=True)
+    ]
+
+
+def about(run: pathlib.Path, exp: Experiment, step: int, checkpoint: str) -> dict[str, Any]:
+    """What tells a trained network apart, as plain values."""
+    config = exp.config
+    return {
+        "name": config.name,
+        "scale": config.scale,
+        "seed": config.seed,
+        "workdir": str(run),
+        "step": step,
+        "total_steps": config.total_steps,
+        "checkpoint": checkpoint,
+    }
