@@ -85,7 +85,7 @@ def normalize(
         return jnp.reshape(y, x.shape), stats
     mask = None if mask is None else view.mask(mask)
     m = grouping.count(view.shape, mask, view.axes)
-    gamma, beta = _vary_like(x, gamma), _vary_like(x, beta)
+    gamma, beta = grouping.vary_like(x, gamma), grouping.vary_like(x, beta)
     y, mean, var = _batch_norm(x_G, gamma, beta, mask, m, epsilon, view.axes, relu)
     mean, var, usable = _pool(mean, var, m, view)
     return jnp.reshape(y, x.shape), _update(stats, mean, var, usable, momentum)
@@ -142,24 +142,25 @@ def _backward(epsilon, axes, relu, residuals, cotangents):
     dy, mean_in, var_in = cotangents
     m, g = jnp.maximum(m, 1), 1 if gamma is None else gamma
 
-    def read(inputs):
-        # The barrier makes each pass compute x - mean anew instead of sharing it through memory.
-        inputs = x, dy, mean = lax.optimization_barrier(inputs)
+    def read(known):
+        # Each pass computes x - mean anew, after `known`. Otherwise XLA on CPU, which drops
+        # optimization_barrier, keeps that of the forward pass: a second copy of x until here.
+        late = _after(known, mean)
         keep = mask
         if relu:
-            positive = _affine(x, mean, rstd, gamma, beta, None, False) > 0
+            positive = _affine(x, late, rstd, gamma, beta, None, False) > 0
             keep = positive if mask is None else positive & mask
-        dy = _promote(dy) if keep is None else jnp.where(keep, _promote(dy), 0)
-        centered = _promote(x) - mean
-        return inputs, dy, centered if mask is None else jnp.where(mask, centered, 0)
+        dy_in = _promote(dy) if keep is None else jnp.where(keep, _promote(dy), 0)
+        centered = _promote(x) - late
+        return dy_in, centered if mask is None else jnp.where(mask, centered, 0)
 
-    inputs, dy, centered = read((x, dy, mean))
-    sum_dy = jnp.sum(dy, axes, keepdims=True)
-    sum_dy_xhat = jnp.sum(dy * centered, axes, keepdims=True) * rstd
+    dy_in, centered = read(dy[tuple(slice(1 if a in axes else None) for a in range(dy.ndim))])
+    sum_dy = jnp.sum(dy_in, axes, keepdims=True)
+    sum_dy_xhat = jnp.sum(dy_in * centered, axes, keepdims=True) * rstd
     dvar = -g * sum_dy_xhat * jnp.square(rstd) / 2 + var_in
     dmean = -g * sum_dy * rstd + mean_in  # the term dvar * sum(-2(x - mean))/m of the paper is 0
-    _, dy, centered = read(inputs)
-    dx = dy * (g * rstd) + centered * (2 * dvar / m) + dmean / m
+    dy_in, centered = read(sum_dy)
+    dx = dy_in * (g * rstd) + centered * (2 * dvar / m) + dmean / m
     dx = (dx if mask is None else jnp.where(mask, dx, 0)).astype(x.dtype)
     return dx, _sum_like(gamma, sum_dy_xhat), _sum_like(beta, sum_dy), None, None
 
@@ -175,12 +176,9 @@ def _sum_like(p, total):
     return jnp.sum(total, groups, keepdims=True).astype(p.dtype)
 
 
-def _vary_like(x, p):
-    """Under shard_map, marks a replicated parameter as used by each shard: gradients are summed."""
-    if p is None:
-        return None
-    missing = jax.typeof(x).manual_axis_type.varying - jax.typeof(p).manual_axis_type.varying
-    return lax.pcast(p, tuple(missing), to="varying") if missing else p
+def _after(known, value):
+    """value, in a way that no compiler can compute before `known`."""
+    return jnp.where((known != known) & (known == known), 0, value)  # never both, NaN included
 
 
 def _promote(x):

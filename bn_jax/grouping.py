@@ -103,3 +103,11 @@ def fullest_example(x: jax.Array, mask: jax.Array | None, axes: tuple[int, ...])
     others = [a for a in range(x.ndim) if a not in (examples, examples - 1)]
     index = jnp.argmax(jnp.sum(mask, others, keepdims=True), examples, keepdims=True)
     return jnp.take_along_axis(x, index, examples), jnp.take_along_axis(mask, index, examples)
+
+
+def vary_like(x, p):
+    """Under shard_map, marks a replicated parameter as used by each shard: gradients are summed."""
+    if p is None:
+        return None
+    missing = jax.typeof(x).manual_axis_type.varying - jax.typeof(p).manual_axis_type.varying
+    return lax.pcast(p, tuple(missing), to="varying") if missing else p
