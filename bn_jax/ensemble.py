@@ -119,14 +119,14 @@ def _collect(
 
 def require_same_input(one: Member, other: Member) -> None:
     """Raises ConfigError unless both networks can be fed the same batches."""
-    for field in ("image_size", "data.mirror"):
+    predictions.require_same(describe(one, 1), describe(other, 1))
+    for field in ("image_size", "data.mirror", "data.dir"):
         a, b = (_field(m.exp.config, field) for m in (one, other))
         if a != b:
             raise ConfigError(
                 f"{one.about['workdir']} and {other.about['workdir']} make no ensemble: {field} "
                 f"differs ({a}, {b}); evaluate each with --predictions=FILE, then use --combine"
             )
-    predictions.require_same(describe(one, 1), describe(other, 1))
 
 
 def _field(config: Any, name: str) -> Any:

@@ -12,10 +12,10 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from bn_jax import (
     command,
@@ -36,6 +36,7 @@ from bn_jax.data.build import Progress
 from bn_jax.ensemble import Member
 from bn_jax.errors import ConfigError, DataError
 from bn_jax.experiment import Experiment
+from bn_jax.population import running_gap
 from bn_jax.predictions import Predictions
 
 
@@ -120,25 +121,6 @@ class Evaluator:
         return {name: value / examples for name, value in total.items()} | {"examples": examples}
 
 
-def running_gap(running: Any, exact: Any, epsilon: float) -> float:
-    """Largest distance of a running mean from its population mean, in the deviations that BN
-    divides by, sqrt(var + epsilon) of the population.
-
-    It says how far the moving average lags behind. Trees of batch_stats; NaN without BN.
-    """
-    gaps = []
-
-    def visit(a, b):
-        if "mean" in a:
-            gaps.append(float(np.max(np.abs(a["mean"] - b["mean"]) / np.sqrt(b["var"] + epsilon))))
-            return
-        for name in a:
-            visit(a[name], b[name])
-
-    visit(*jax.device_get((running, exact)))
-    return max(gaps, default=math.nan)
-
-
 def sentence(exp: Experiment, scores: dict[str, Any]) -> str:
     """Accuracy with the count it rests on and its standard error, in words."""
     n, top1 = scores["examples"], scores["top1"]
@@ -149,10 +131,17 @@ def sentence(exp: Experiment, scores: dict[str, Any]) -> str:
     )
 
 
-def load(run: pathlib.Path, at_step: int | None, statistics: str, exp: Experiment) -> Member:
+def load(
+    run: pathlib.Path,
+    at_step: int | None,
+    statistics: str,
+    exp: Experiment,
+    say: Callable[[str], None] = print,
+) -> Member:
     """A run's checkpoint with the statistics it is to be evaluated with; says what it found.
 
-    Raises CheckpointError if there is no checkpoint.
+    `exp` may be without data (`experiment.without_data`): they are opened if the statistics have to
+    be computed. Raises CheckpointError if there is no checkpoint.
     """
     found_step, state = experiment.restore(exp, run, at_step)
     stats, said = state.batch_stats, f"{run}: {exp.config.name}, step {found_step:,}"
@@ -164,7 +153,7 @@ def load(run: pathlib.Path, at_step: int | None, statistics: str, exp: Experimen
             found_step,
             exp.config.to_dict(),
             stats,
-            lambda: Evaluator(exp).population(state.params, stats),
+            lambda: Evaluator(experiment.with_data(exp, run)).population(state.params, stats),
         )
         about["running_gap"] = running_gap(stats, best, exp.config.bn.epsilon)
         how = "kept from before" if kept else f"computed in {time.monotonic() - began:.1f} s"
@@ -175,7 +164,7 @@ def load(run: pathlib.Path, at_step: int | None, statistics: str, exp: Experimen
         stats = meshes.put_replicated(exp.mesh, best)
     elif stats:
         said += ", running statistics"
-    print(said, flush=True)
+    say(said)
     return Member(exp, state.params, stats, statistics if stats else "none", about)
 
 

@@ -127,6 +127,11 @@ def without_data(workdir: pathlib.Path) -> Experiment:
     return assemble(config, meshes.make(), data)
 
 
+def with_data(exp: Experiment, workdir: pathlib.Path) -> Experiment:
+    """The experiment with its data set, which is opened if it is not yet. Raises ConfigError."""
+    return from_workdir(workdir) if isinstance(exp.data, Recorded) else exp
+
+
 def _read_run(workdir: pathlib.Path) -> tuple[ConfigDict, dict[str, Any]]:
     """Config and data description of run.json."""
     path = workdir / "run.json"

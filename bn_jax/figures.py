@@ -2,14 +2,15 @@
 
 Reads only what runs have recorded (run.json, metrics.jsonl); nothing is trained or evaluated here.
 DIR is one run, a folder with a baseline run `mnist` and its twin `mnist_bn` (Fig. 1), or a folder
-of runs as bn_jax.sweep leaves it (Fig. 2, the table of Fig. 3, ablations).
+of runs as bn_jax.sweep leaves it (Fig. 2, the table of Fig. 3, ablations). Where evaluations
+were recorded (bn_jax.evaluate), the table of Fig. 4 is made of them.
 """
 
 import argparse
 import json
 import pathlib
 
-from bn_jax import command, comparison, disk, recorded, tables
+from bn_jax import command, comparison, disk, evaluations, fig4, recorded, tables
 from bn_jax.drift import Percentiles, fig1_numbers, fig1_table, percentiles, typical_unit
 from bn_jax.errors import ConfigError
 from bn_jax.recorded import Run, read_run
@@ -110,6 +111,19 @@ def draw_sweep(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     return [*paths, *(out / name for name in texts)]
 
 
+def draw_fig4(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
+    """The table of Fig. 4 from the evaluations recorded below `folder`; prints it.
+
+    Raises ConfigError if they cannot be compared with each other.
+    """
+    texts = {"fig4.md": fig4.markdown(folder), "fig4.csv": fig4.as_csv(folder)}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        disk.write_atomic(out / name, text.encode())
+    print(texts["fig4.md"])
+    return [out / name for name in texts]
+
+
 def main() -> None:
     """Draws what the folder holds."""
     parser = argparse.ArgumentParser("python -m bn_jax.figures", description=__doc__)
@@ -123,7 +137,13 @@ def main() -> None:
 
 
 def draw(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
-    """Whatever a folder of records makes: one run, Fig. 1's pair, or a sweep."""
+    """Whatever a folder of records makes: one run, Fig. 1's pair, a sweep; evaluations."""
+    scored = evaluations.find(workdir) if workdir.is_dir() else []
+    paths = _draw_runs(workdir, out) if not scored or any(recorded.find(workdir)) else []
+    return paths + (draw_fig4(workdir, out) if scored else [])
+
+
+def _draw_runs(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     if all(recorded.is_run(workdir / name) for name in ("mnist", "mnist_bn")):
         return draw_fig1(workdir, out)
     if recorded.is_run(workdir) or next(recorded.find(workdir), None) is None:

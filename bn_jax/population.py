@@ -7,6 +7,7 @@ code (no pickle), and it can be deleted at will.
 """
 
 import io
+import math
 import pathlib
 import zipfile
 import zlib
@@ -102,3 +103,22 @@ def _load(path: pathlib.Path, origin: Mapping[str, Any], like: Any) -> Any:
         raise manifest.DamagedError("it was made from another network")
     manifest.check_arrays(arrays, body)
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in names])
+
+
+def running_gap(running: Any, exact: Any, epsilon: float) -> float:
+    """Largest distance of a running mean from its population mean, in the deviations that BN
+    divides by, sqrt(var + epsilon) of the population.
+
+    It says how far the moving average lags behind. Trees of batch_stats; NaN without BN.
+    """
+    gaps = []
+
+    def visit(a, b):
+        if "mean" in a:
+            gaps.append(float(np.max(np.abs(a["mean"] - b["mean"]) / np.sqrt(b["var"] + epsilon))))
+            return
+        for name in a:
+            visit(a[name], b[name])
+
+    visit(*jax.device_get((running, exact)))
+    return max(gaps, default=math.nan)

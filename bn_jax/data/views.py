@@ -114,6 +114,11 @@ def batches(data: Data, number: int, size: int) -> Iterator[Rows]:
         threads=threads,
         ahead=ahead,
     )
+    yield from in_batches(examples, size)
+
+
+def in_batches(examples: Iterable[dict[str, np.ndarray]], size: int) -> Iterator[Rows]:
+    """Examples (image [views, H, W, C], weight [views], label []) as batches of `size` views."""
     parts: list[Rows] = []
     waiting = 0
     for index, example in enumerate(examples):

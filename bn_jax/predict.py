@@ -1,0 +1,145 @@
+"""Classes of pictures: `python -m bn_jax.predict --workdir=DIR IMAGE...`.
+
+Prints the five most probable classes of each picture with names and probabilities. The data set
+need not be there: run.json has its classes, and population statistics lie beside the checkpoint
+once bn_jax.evaluate has run (or take `--statistics=running`).
+
+A picture is treated as in evaluation: the centre crop, or the mean over 10 or 144 crops. For
+networks of small grey images (the digits: white on black) its centre square becomes grey.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from bn_jax import command, ensemble, evaluate, experiment
+from bn_jax import mesh as meshes
+from bn_jax.data import decode, views
+from bn_jax.errors import ConfigError, DataError
+from bn_jax.experiment import Experiment
+
+TOP = 5
+_AT_ONCE = 64  # pictures that are held in memory
+
+
+class Picture(NamedTuple):
+    """A picture under its views: uint8 [views, H, W, C], weights float32 [views]."""
+
+    name: str
+    image: np.ndarray
+    weight: np.ndarray
+
+
+def read(name: str, exp: Experiment, crops: int) -> Picture:
+    """A picture file as the network wants it. Raises DataError, with the name, if it is none."""
+    size, _, channels = exp.data.image_shape
+    try:
+        data = pathlib.Path(name).read_bytes()
+        if channels == 3:
+            return Picture(name, *views.of_file(data, crops, size, exp.config.data.mirror))
+        return Picture(name, *views.of_array(_grey(data, size), crops, exp.config.data.mirror))
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}") from None
+    except decode.BadImageError as error:
+        raise DataError(f"{name} is no picture that can be read: {error}") from None
+
+
+def _grey(data: bytes, size: int) -> np.ndarray:
+    """uint8 [size, size, 1]: the centre square's luminance; a picture of this size is unchanged."""
+    pixels = decode.pixels(data, decode.frame(data))
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = pixels[top : top + side, left : left + side]
+    grey = cv2.cvtColor(np.ascontiguousarray(square), cv2.COLOR_RGB2GRAY)
+    how = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
+    return cv2.resize(grey, (size, size), interpolation=how).reshape(size, size, 1)
+
+
+def rows(pictures: list[Picture], size: int) -> Iterator[views.Rows]:
+    """Batches of `size` views, as `data.views.batches` makes them of a split."""
+    examples = (
+        {"image": p.image, "weight": p.weight, "label": np.zeros((), np.int32)} for p in pictures
+    )
+    return views.in_batches(examples, size)
+
+
+def top(probabilities: np.ndarray, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The most probable classes, the lower of equal ones first: class, name, probability."""
+    best = np.argsort(-probabilities, kind="stable")[:TOP]
+    return [
+        {"class": int(k), "name": names[k], "probability": float(probabilities[k])} for k in best
+    ]
+
+
+def show(name: str, found: list[dict[str, Any]], as_json: bool) -> None:
+    """A picture's classes as text or as one line of JSON."""
+    if as_json:
+        print(json.dumps({"image": name, "top": found}), flush=True)
+        return
+    print(name)
+    for entry in found:
+        print(f"  {100 * entry['probability']:6.2f}%  {entry['name']}", flush=True)
+
+
+def load(run: pathlib.Path, statistics: str) -> ensemble.Member:
+    """A trained network, without its data set where that is not needed. Raises ConfigError for a
+    folder without a run, CheckpointError for a run without a checkpoint."""
+    exp = experiment.without_data(run)
+    try:
+        return evaluate.load(run, None, statistics, exp, say=_say)
+    except ConfigError as error:  # the data set is needed for the statistics, and is not there
+        raise ConfigError(
+            f"{error}; or run bn_jax.evaluate where the data are, once, or --statistics=running"
+        ) from None
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Names what is in pictures."""
+    parser = argparse.ArgumentParser("python -m bn_jax.predict", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="a trained run; with commas an ensemble")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG, BMP or WebP files")
+    parser.add_argument("--json", action="store_true", help="one JSON object a picture")
+    parser.add_argument("--crops", type=int, default=1, help="1, 10 or 144 crops, averaged (1)")
+    parser.add_argument("--statistics", choices=("population", "running"), default="population")
+    args = parser.parse_args()
+    views.check_crops(args.crops)
+    meshes.use_compilation_cache()
+    members = [load(pathlib.Path(name), args.statistics) for name in args.workdir.split(",")]
+    exp = members[0].exp
+    weight = views.total_weight(args.crops, exp.config.data.mirror)
+    networks: ensemble.Networks | None = None
+    unreadable = False
+    for start in range(0, len(args.images), _AT_ONCE):
+        pictures = []
+        for name in args.images[start : start + _AT_ONCE]:
+            try:
+                pictures.append(read(name, exp, args.crops))
+            except DataError as error:  # the other pictures are still named
+                _say(f"bn_jax: {error}")
+                unreadable = True
+        if not pictures:
+            continue
+        if networks is None:
+            needed = sum(len(p.weight) for p in pictures)
+            networks = ensemble.Networks(members, min(needed, exp.config.eval_batch_size))
+        found, _ = networks.average(rows(pictures, networks.size), len(pictures), weight)
+        mean = sum(found, start=np.zeros_like(found[0])) / np.float32(len(found))
+        for picture, probabilities in zip(pictures, mean, strict=True):
+            show(picture.name, top(probabilities, exp.data.class_names), args.json)
+    if unreadable:
+        raise SystemExit(DataError.exit_code)
+
+
+if __name__ == "__main__":
+    command.run(main)
