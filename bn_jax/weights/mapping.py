@@ -1,0 +1,232 @@
+"""Other implementations' tensors to the variables of our network.
+
+* `caffe`: the state dict of `bninception` (Cadene's pretrained-models.pytorch, ported from Caffe).
+  Kernels [out, in, h, w], pixels in BGR order, each convolution with a bias before its BN.
+* `slim`: TF-slim's `inception_v2`. Kernels [h, w, in, out], BN without a scale, no BN in the stem's
+  first convolution but a bias, class 0 is 'background'.
+* `flax`: our own names, as `flax.serialization` or `bn_jax.export` write them.
+
+Every tensor of the file must be used once, and every variable be filled.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from bn_jax.errors import ConfigError
+from bn_jax.models.fig5 import TABLE
+
+SHOWN = 30  # names in a message; a file of another network has hundreds that do not fit
+EPSILON = {"caffe": 1e-5, "slim": 1e-3}  # of BN in the published networks
+SLIM = "InceptionV2"
+SLIM_LOGITS = f"{SLIM}/Logits/Conv2d_1c_1x1"
+SLIM_BLOCKS = {  # TF-slim counts the pooling modules 3c and 4e to the next stage
+    "3a": "3b", "3b": "3c", "3c": "4a", "4a": "4b", "4b": "4c",
+    "4c": "4d", "4d": "4e", "4e": "5a", "5a": "5b", "5b": "5c",
+}  # fmt: skip
+SLIM_BRANCHES = {
+    1: {
+        "conv_1x1": "Branch_0/Conv2d_0a_1x1",
+        "conv_3x3_reduce": "Branch_1/Conv2d_0a_1x1",
+        "conv_3x3": "Branch_1/Conv2d_0b_3x3",
+        "double_3x3_reduce": "Branch_2/Conv2d_0a_1x1",
+        "double_3x3_1": "Branch_2/Conv2d_0b_3x3",
+        "double_3x3_2": "Branch_2/Conv2d_0c_3x3",
+        "pool_proj": "Branch_3/Conv2d_0b_1x1",
+    },
+    2: {
+        "conv_3x3_reduce": "Branch_0/Conv2d_0a_1x1",
+        "conv_3x3": "Branch_0/Conv2d_1a_3x3",
+        "double_3x3_reduce": "Branch_1/Conv2d_0a_1x1",
+        "double_3x3_1": "Branch_1/Conv2d_0b_3x3",
+        "double_3x3_2": "Branch_1/Conv2d_1a_3x3",
+    },
+}
+SLIM_STEM = {
+    "conv1_7x7": "Conv2d_1a_7x7",
+    "conv2_3x3_reduce": "Conv2d_2b_1x1",
+    "conv2_3x3": "Conv2d_2c_3x3",
+}
+
+
+class Source:
+    """The file's tensors as they are taken; what does not fit is collected for one message."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray]):
+        self.tensors = tensors
+        self._used: set[str] = set()
+        self._missing: list[str] = []
+        self._wrong: list[str] = []
+
+    def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A tensor of that shape, in floating point; zeros where there is none."""
+        if name not in self.tensors:
+            self._missing.append(name)
+            return np.zeros(shape, np.float32)
+        self._used.add(name)
+        found = self.tensors[name]
+        if found.shape != shape:
+            self._wrong.append(f"{name} has shape {list(found.shape)}, not {list(shape)}")
+            return np.zeros(shape, np.float32)
+        found = found.astype(np.promote_types(found.dtype, np.float32))
+        finite = np.isfinite(found).all() and not (name.endswith("var") and found.min() < 0)
+        if not (finite or name.endswith("/count")):
+            self._wrong.append(f"{name} has values that are not finite, or variances below 0")
+        return found
+
+    def optional(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        """A tensor that a file may lack."""
+        return self.take(name, shape) if name in self.tensors else None
+
+    def finish(self, ignored: Callable[[str], bool]) -> None:
+        """Raises ConfigError naming every tensor that is missing, extra or of the wrong shape."""
+        extra = sorted(n for n in self.tensors if n not in self._used and not ignored(n))
+        found = [("missing", self._missing), ("extra", extra), ("wrong", self._wrong)]
+        if any(names for _, names in found):
+            parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in found if names]
+            raise ConfigError(f"tensors do not fit the network: {'; '.join(parts)}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def num_classes(tensors: Mapping[str, np.ndarray], name: str, otherwise: int) -> int:
+    """Classes of the file's last layer, whose bias is `name`."""
+    return tensors[name].shape[0] if name in tensors and tensors[name].ndim == 1 else otherwise
+
+
+def caffe(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables from `bninception`'s state dict.
+
+    like: `params` and `batch_stats` of our network, arrays or their shapes. The convolution's bias
+    is taken off BN's mean, which is the same: (W u + b) - m = W u - (m - b). Pixels come to our
+    network in RGB, so the first kernel's input channels are reversed. The means that Caffe
+    subtracts, 128, 117 and 104 of R, G and B, are the `caffe` variant's own.
+    """
+    source, out = Source(tensors), _Variables()
+    for path, kernel in _convolutions(like):
+        name = _caffe_name(path)
+        features = kernel[-1:]
+        weight = source.take(f"{name}.weight", (*kernel[:1:-1], *kernel[:2]))
+        weight = weight.transpose(2, 3, 1, 0)
+        out.params[*path, "conv", "kernel"] = (
+            weight[:, :, ::-1] if path == ("conv1_7x7",) else weight
+        )
+        bias = source.take(f"{name}.bias", features)
+        mean = source.take(f"{name}_bn.running_mean", features)
+        out.bn(
+            path,
+            scale=source.take(f"{name}_bn.weight", features),
+            bias=source.take(f"{name}_bn.bias", features),
+            mean=mean - bias,
+            var=source.take(f"{name}_bn.running_var", features),
+        )
+    inputs, classes = like["params"]["classifier"]["kernel"].shape
+    out.params["classifier", "kernel"] = source.take("last_linear.weight", (classes, inputs)).T
+    out.params["classifier", "bias"] = source.take("last_linear.bias", (classes,))
+    source.finish(lambda name: name.endswith("_bn.num_batches_tracked"))
+    return out.tree()
+
+
+def _caffe_name(path: tuple[str, ...]) -> str:
+    """('inception_3a', 'conv_3x3') -> 'inception_3a_3x3'."""
+    return "conv1_7x7_s2" if path == ("conv1_7x7",) else "_".join(path).replace("_conv_", "_")
+
+
+def slim(
+    tensors: Mapping[str, np.ndarray], like: Mapping[str, Any], *, background: bool
+) -> dict[str, Any]:
+    """Variables from TF-slim's `inception_v2`, of `like`'s shapes.
+
+    background: keep class 0, 'background'; else our class k is theirs of number k + 1. BN has no
+    scale (`gamma`) in the published checkpoint; one is taken if the file has it. The first
+    convolution has a bias and no BN there; our BN then multiplies by 1 and adds that bias.
+    """
+    source, out = Source(tensors), _Variables()
+    stem = f"{SLIM}/{SLIM_STEM['conv1_7x7']}"
+    depthwise = like["params"]["conv1_7x7_depthwise"]["kernel"].shape  # [7, 7, 1, 3 * 8]
+    weight = source.take(f"{stem}/depthwise_weights", (*depthwise[:2], 3, depthwise[3] // 3))
+    out.params["conv1_7x7_depthwise", "kernel"] = weight.reshape(depthwise)
+    for path, kernel in _convolutions(like):
+        name = f"{SLIM}/{_slim_name(path)}"
+        features = kernel[-1:]
+        weights = "pointwise_weights" if path == ("conv1_7x7",) else "weights"
+        out.params[*path, "conv", "kernel"] = source.take(f"{name}/{weights}", kernel)
+        bias = source.optional(f"{name}/biases", features) if path == ("conv1_7x7",) else None
+        if bias is not None:
+            one, zero = np.ones(features, np.float64), np.zeros(features)
+            out.bn(path, scale=one * np.sqrt(1 + EPSILON["slim"]), bias=bias, mean=zero, var=one)
+            continue
+        scale = source.optional(f"{name}/BatchNorm/gamma", features)
+        out.bn(
+            path,
+            scale=np.ones(features) if scale is None else scale,
+            bias=source.take(f"{name}/BatchNorm/beta", features),
+            mean=source.take(f"{name}/BatchNorm/moving_mean", features),
+            var=source.take(f"{name}/BatchNorm/moving_variance", features),
+        )
+    inputs, classes = like["params"]["classifier"]["kernel"].shape
+    first = 0 if background else 1
+    weight = source.take(f"{SLIM_LOGITS}/weights", (1, 1, inputs, classes + first))
+    out.params["classifier", "kernel"] = weight[0, 0, :, first:]
+    bias = source.take(f"{SLIM_LOGITS}/biases", (classes + first,))
+    out.params["classifier", "bias"] = bias[first:]
+    source.finish(lambda name: name == "global_step")
+    return out.tree()
+
+
+def _slim_name(path: tuple[str, ...]) -> str:
+    if len(path) == 1:
+        return SLIM_STEM[path[0]]
+    row = next(row for row in TABLE if f"inception_{row.name}" == path[0])
+    return f"Mixed_{SLIM_BLOCKS[row.name]}/{SLIM_BRANCHES[row.stride][path[1]]}"
+
+
+def flax(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables from our own names, `params/...` and `batch_stats/...`, of `like`'s shapes.
+
+    Statistics without `count`, as plain Flax has them, count as converged.
+    """
+    source = Source(tensors)
+    filled: dict[str, np.ndarray] = {}
+    for path, leaf in traverse_util.flatten_dict(dict(like), sep="/").items():
+        if path.endswith("/count"):
+            found = source.optional(path, ())
+            filled[path] = np.full((), np.inf, np.float32) if found is None else found
+        else:
+            filled[path] = source.take(path, tuple(leaf.shape))
+    source.finish(lambda name: False)
+    return {"batch_stats": {}, **traverse_util.unflatten_dict(filled, sep="/")}
+
+
+class _Variables:
+    """Leaves by path, as they are found."""
+
+    def __init__(self) -> None:
+        self.params: dict[tuple[str, ...], np.ndarray] = {}
+        self.stats: dict[tuple[str, ...], np.ndarray] = {}
+
+    def bn(self, path: tuple[str, ...], *, scale, bias, mean, var) -> None:
+        self.params[*path, "bn", "scale"], self.params[*path, "bn", "bias"] = scale, bias
+        self.stats[*path, "bn", "mean"], self.stats[*path, "bn", "var"] = mean, var
+        self.stats[*path, "bn", "count"] = np.full(
+            (), np.inf, np.float32
+        )  # somebody's converged average
+
+    def tree(self) -> dict[str, Any]:
+        return {
+            "params": traverse_util.unflatten_dict(self.params),
+            "batch_stats": traverse_util.unflatten_dict(self.stats),
+        }
+
+
+def _convolutions(like: Mapping[str, Any]) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Paths of the network's ConvBN modules and the shapes [h, w, in, out] of their kernels."""
+    flat = traverse_util.flatten_dict(dict(like["params"]))
+    return [
+        (path[:-2], leaf.shape) for path, leaf in flat.items() if path[-2:] == ("conv", "kernel")
+    ]

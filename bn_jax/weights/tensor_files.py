@@ -1,0 +1,165 @@
+"""Files of named tensors: safetensors, npz and Flax's msgpack. Nothing is ever unpickled.
+
+A safetensors file is eight bytes (little-endian) with the length of a JSON header, the header
+(`name: {dtype, shape, data_offsets}`, and texts under `__metadata__`), then the tensors in C order.
+It is read and written here in a few lines; tests hold it to the `safetensors` package.
+"""
+
+import hashlib
+import io
+import json
+import math
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from flax import serialization, traverse_util
+
+from bn_jax.errors import ConfigError
+
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+PICKLES = (".pth", ".pt", ".pkl", ".pickle", ".bin", ".tar")
+TENSORFLOW = (".ckpt", ".index", ".meta", ".h5", ".keras", ".pb")
+
+FROM_TORCH = (
+    "import torch; from safetensors.torch import save_file; "
+    "save_file({{k: v.contiguous() for k, v in torch.load({0!r}, weights_only=True).items()}}, "
+    "{1!r})"
+)
+FROM_TENSORFLOW = (
+    "import numpy, tensorflow as tf; r = tf.train.load_checkpoint({0!r}); "
+    "numpy.savez({1!r}, **{{n: r.get_tensor(n) for n in r.get_variable_to_shape_map()}})"
+)
+
+
+class TensorFile(NamedTuple):
+    """What a file holds: tensors by name ('a/b' in nested trees), texts, and its own SHA-256."""
+
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, str]
+    sha256: str
+
+
+def read(path: pathlib.Path) -> TensorFile:
+    """Reads a file by its suffix: .safetensors, .npz or .msgpack.
+
+    Raises ConfigError: it is absent, damaged, a pickle, or of another kind; a pickle's message has
+    the lines that convert it.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; --from=FILE") from None
+    refuse_pickles(path, data)
+    if path.suffix == ".safetensors":
+        tensors, metadata = _safetensors(path, data)
+    elif path.suffix == ".npz":
+        tensors, metadata = _npz(path, data), {}
+    elif path.suffix == ".msgpack":
+        tensors, metadata = _msgpack(path, data), {}
+    else:
+        raise ConfigError(
+            f"{path}: files end in .safetensors, .npz or .msgpack (flax.serialization); "
+            "docs/weights.md has the lines that write them"
+        )
+    return TensorFile(tensors, metadata, hashlib.sha256(data).hexdigest())
+
+
+def refuse_pickles(path: pathlib.Path, data: bytes) -> None:
+    """Raises ConfigError, with the lines that convert it, for a pickle or a TensorFlow file."""
+    zipped = data[:2] == b"PK" and b"/data.pkl" in data  # torch.save since 1.6
+    # Pickle's protocols 2 to 5. A safetensors header may have such a length, and then a brace.
+    plain = data[:1] == b"\x80" and data[1:2] in b"\2\3\4\5" and data[8:9] != b"{"
+    if zipped or plain or path.suffix in PICKLES:
+        code = FROM_TORCH.format(str(path), str(path.with_suffix(".safetensors")))
+        raise ConfigError(
+            f"{path} is a pickle, which can run any code when it is read: it is not opened. "
+            f'Convert it with your own torch: python -c "{code}"'
+        )
+    if path.suffix in TENSORFLOW or ".data-" in path.suffix:
+        name = str(path).split(".ckpt")[0] + ".ckpt" if ".ckpt" in str(path) else str(path)
+        code = FROM_TENSORFLOW.format(name, f"{path.with_name(path.name.split('.')[0])}.npz")
+        raise ConfigError(
+            f"{path} is TensorFlow's own format: convert it with your own TensorFlow: "
+            f'python -c "{code}"'
+        )
+
+
+def _safetensors(path: pathlib.Path, data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        start = 8 + int.from_bytes(data[:8], "little")
+        if len(data) < 8 or start > len(data):
+            raise ValueError("the header is cut")
+        header = json.loads(data[8:start])
+        metadata = header.pop("__metadata__", {})
+        tensors = {}
+        for name, entry in header.items():
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            first, last = entry["data_offsets"]
+            if not 0 <= first <= last <= len(data) - start or min(shape, default=0) < 0:
+                raise ValueError(f"{name} lies outside the file, which is cut or altered")
+            if last - first != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} has {last - first} bytes, its shape {shape} needs others")
+            values = np.frombuffer(data, dtype, math.prod(shape), start + first)
+            tensors[name] = values.reshape(shape)
+        return tensors, {str(k): str(v) for k, v in metadata.items()}
+    except KeyError as error:
+        raise ConfigError(f"{path}: {error} is absent from its header, or no dtype") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is no safetensors file: {error}") from None
+
+
+def _npz(path: pathlib.Path, data: bytes) -> dict[str, np.ndarray]:
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        reason = str(error).partition("\n")[0].replace("allow_pickle=False", "which is not opened")
+        raise ConfigError(f"{path} is no npz file of plain arrays: {reason}") from None
+
+
+def _msgpack(path: pathlib.Path, data: bytes) -> dict[str, np.ndarray]:
+    try:
+        tree = serialization.msgpack_restore(data)
+        flat: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
+    except Exception as error:  # msgpack, flax and numpy each have their own
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"{path} is no tree of flax.serialization: {reason}") from None
+    strange = [name for name, leaf in flat.items() if not hasattr(leaf, "dtype")]
+    if strange:
+        raise ConfigError(f"{path}: {strange[0]} is no array but {type(flat[strange[0]]).__name__}")
+    return {name: np.asarray(leaf) for name, leaf in flat.items()}
+
+
+def safetensors_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file. Raises KeyError for a dtype that the format does not have."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    arrays, start = [], 0
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name]).reshape(np.shape(tensors[name]))
+        offsets = [start, start + array.nbytes]
+        header[name] = {
+            "dtype": CODES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": offsets,
+        }
+        arrays.append(array.tobytes())
+        start = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
+    return b"".join([len(text).to_bytes(8, "little"), text, *arrays])
