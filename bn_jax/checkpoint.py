@@ -57,11 +57,6 @@ class Checkpoints:
         """Numbers of the steps on this process's disk, ascending; not yet verified."""
         return self._shelf.steps()
 
-    def best_step(self) -> int | None:
-        """The step with the highest metric, the earliest of equals; None if none has a metric."""
-        ranked = [(m, -step) for step, m in self._shelf.metrics().items() if m is not None]
-        return -max(ranked)[1] if ranked else None
-
     # Saving
 
     def save(
@@ -105,6 +100,11 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def settle(self, seconds: float) -> None:
+        """Gives a save under way so long to end; raises nothing. From any thread."""
+        if self._pending is not None:
+            concurrent.futures.wait([self._pending], timeout=seconds)
 
     def close(self) -> None:
         """Waits and frees the thread; the object can still be used."""

@@ -11,16 +11,21 @@ from bn_jax import mesh as meshes
 from bn_jax import step as steps
 from bn_jax.experiment import Experiment
 
+FEW = 5  # steps in a program of several processes: over a slow network 0.16 s each
+
 
 def steps_per_dispatch(config: ConfigDict, start: int = 0) -> int:
     """Steps in one compiled program of a run that begins, or goes on, after step `start`.
 
-    Every interval and the end must fall between two programs.
+    Every interval and the end must fall between two programs. Several processes take few steps at a
+    time: a request to stop waits for two programs, and each step waits for the network.
     """
     intervals = [config.eval_every, config.checkpoint_every, config.total_steps, start]
     if config.record.activations:
         intervals.append(config.record.activation_every)
-    return math.gcd(config.steps_per_dispatch, *intervals) if config.steps_per_dispatch > 1 else 1
+    fits = math.gcd(config.steps_per_dispatch, *intervals) if config.steps_per_dispatch > 1 else 1
+    most = fits if jax.process_count() == 1 else FEW
+    return max(k for k in range(1, min(fits, most) + 1) if fits % k == 0)
 
 
 def compile_step(exp: Experiment, dispatch: int):

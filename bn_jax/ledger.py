@@ -8,12 +8,12 @@ import contextlib
 import itertools
 import os
 import pathlib
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-PARTS = ("startup", "compile", "input", "step", "save", "evaluate")
-
+PARTS = ("startup", "compile", "input", "step", "save", "evaluate", "figures")
 
 _FIRST = itertools.count()
 
@@ -35,7 +35,7 @@ def process_started() -> float:
 
 
 class Ledger:
-    """A stop-watch of exclusive parts. One thread uses it.
+    """A stop-watch of exclusive parts. One thread uses it; others may look.
 
     Args:
       started: time.monotonic() at which the wall time begins; until now counts as `startup`.
@@ -43,15 +43,22 @@ class Ledger:
 
     def __init__(self, started: float):
         self._started = self._since = started
+        self._lock = threading.Lock()  # the watchdog finishes the records of a loop that is stuck
         self._stack = ["startup"]
         self._parts = dict.fromkeys(PARTS, 0.0)
         self._enter("other")
 
     def _charge(self) -> None:
-        now = time.monotonic()
-        part = self._stack[-1]
-        self._parts[part] = self._parts.get(part, 0.0) + now - self._since
-        self._since = now
+        with self._lock:
+            now = time.monotonic()
+            part = self._stack[-1]
+            self._parts[part] = self._parts.get(part, 0.0) + now - self._since
+            self._since = now
+
+    @property
+    def part(self) -> str:
+        """Where the time goes at this moment."""
+        return self._stack[-1]
 
     def _enter(self, part: str) -> None:
         self._charge()

@@ -40,16 +40,17 @@ def main(argv: list[str]) -> None:
     if _DRY_RUN.value:
         print(f"{config}\nworkdir: {workdir}")
         return
-    import jax
-
     from bn_jax import figures, mesh, train
+    from bn_jax.watchdog import Watchdog
+
+    def draw(folder: pathlib.Path) -> None:
+        for path in figures.draw_run(folder, folder / "figures"):
+            print(path)
 
     mesh.use_compilation_cache()
     mesh.initialize()
-    train.run(config, workdir)
-    if jax.process_index() == 0:
-        for path in figures.draw_run(workdir, workdir / "figures"):
-            print(path)
+    with Watchdog() as watch:
+        train.run(config, workdir, watch, draw)
 
 
 def parse(argv: list[str]) -> list[str]:

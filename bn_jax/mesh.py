@@ -8,6 +8,7 @@ not depend on the number of devices (statistic groups are keyed to an example's 
 import contextlib
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -33,10 +34,21 @@ def initialize() -> None:
                 f"JAX_COORDINATOR_ADDRESS is set but not {' and '.join(sorted(missing))}: "
                 "set all three, or none for a single process"
             )
+        processes, process = _whole(env, "JAX_NUM_PROCESSES", 1), _whole(env, "JAX_PROCESS_ID", 0)
+        if process >= processes:
+            raise ConfigError(
+                f"JAX_PROCESS_ID={process}: not below JAX_NUM_PROCESSES={processes}; "
+                "processes are numbered from 0"
+            )
+        if not re.fullmatch(r".+:\d+", env["JAX_COORDINATOR_ADDRESS"]):
+            raise ConfigError(
+                f"JAX_COORDINATOR_ADDRESS={env['JAX_COORDINATOR_ADDRESS']}: not HOST:PORT; "
+                "name a free port of the host of process 0"
+            )
         jax.distributed.initialize(
             env["JAX_COORDINATOR_ADDRESS"],
-            num_processes=int(env["JAX_NUM_PROCESSES"]),
-            process_id=int(env["JAX_PROCESS_ID"]),
+            num_processes=processes,
+            process_id=process,
         )
     elif cluster_has_many_hosts(env):
         jax.distributed.initialize()
@@ -61,11 +73,20 @@ def use_compilation_cache() -> None:
 def cluster_has_many_hosts(env) -> bool:
     """Whether the environment is that of a multi-process job which jax can detect by itself."""
     hosts = env["TPU_WORKER_HOSTNAMES"].split(",") if "TPU_WORKER_HOSTNAMES" in env else []
-    slurm_tasks = int(env["SLURM_NTASKS"]) if "SLURM_PROCID" in env and "SLURM_NTASKS" in env else 1
-    mpi_size = int(env["OMPI_COMM_WORLD_SIZE"]) if "OMPI_COMM_WORLD_SIZE" in env else 1
+    in_task = "SLURM_PROCID" in env and "SLURM_NTASKS" in env
+    slurm_tasks = _whole(env, "SLURM_NTASKS", 1) if in_task else 1
+    mpi_size = _whole(env, "OMPI_COMM_WORLD_SIZE", 1) if "OMPI_COMM_WORLD_SIZE" in env else 1
     return (
         len(hosts) > 1 or slurm_tasks > 1 or mpi_size > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in env
     )
+
+
+def _whole(env, name: str, low: int) -> int:
+    """A variable of the environment as a number. Raises ConfigError if it is none from `low` on."""
+    text = env[name]
+    if not text.isascii() or not text.isdecimal() or int(text) < low:
+        raise ConfigError(f"{name}={text}: not a whole number from {low}; correct the environment")
+    return int(text)
 
 
 def make(devices: list[jax.Device] | None = None) -> Mesh:

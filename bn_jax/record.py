@@ -10,7 +10,6 @@
 import json
 import os
 import pathlib
-import socket
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -58,7 +57,7 @@ class Recorder:
         is_main: bool,
         started: float | None = None,
     ):
-        workdirs.check_workdir(workdir, config, is_main=is_main)
+        workdirs.check_workdir(workdir, config, info, is_main=is_main)
         workdirs.require_same_threads(workdir, jax.default_backend(), provenance.cpu_threads())
         self.workdir = pathlib.Path(workdir)
         self._ledger = Ledger(time.monotonic() if started is None else started)
@@ -85,15 +84,11 @@ class Recorder:
         for warning in jsonl.truncate(self.workdir / "timing.jsonl", None):
             self.say(warning)
         attempts = before["attempts"]
-        for attempt in attempts:  # killed ones could not say so themselves
-            if attempt["status"] == "running":
-                attempt["status"] = "killed"
         origin = provenance.origin()
         # `before` for attempts without an origin of their own: older records.
         if attempts and (changed := provenance.changes(before | attempts[-1], origin)):
             self.say(f"{self.workdir}: not as in the attempt before: {changed}")
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}
-        attempts.append(me | {"resume_step": resume_step, "status": "running"} | origin)
+        workdirs.new_attempt(attempts, resume_step, origin)
         self._run: dict[str, Any] = {
             "status": "running",
             "config": dict(self._config),
@@ -156,6 +151,11 @@ class Recorder:
         """Charges the time inside to `part`, one of ledger.PARTS; inner parts pause outer ones."""
         return self._ledger.timed(part)
 
+    @property
+    def part(self) -> str:
+        """The part that time is charged to at this moment."""
+        return self._ledger.part
+
     def sync(self) -> None:
         """Puts the lines so far on the disk itself; before a checkpoint that they must not miss."""
         if self._main:
@@ -172,14 +172,14 @@ class Recorder:
         """
         if status not in STATUSES:
             raise ValueError(f"{status!r} is not one of {STATUSES}")
-        if self._lock is None:
+        held, self._lock = self._lock, None
+        if held is None:
             return
         try:
             if self._begun:
                 self._end(status, results)
         finally:
-            self._lock.release()
-            self._lock = None
+            held.release()
 
     def _end(self, status: str, results: Mapping[str, Any]) -> None:
         self._progress.end()
@@ -189,7 +189,7 @@ class Recorder:
             self._timing.close()
         if self._events is not None:
             self._events.close()
-        self._run["attempts"][-1] |= {"status": status, "finished": _now()}
+        self._run["attempts"][-1] |= {"status": status, "finished": workdirs.now()}
         self._run["status"] = status
         self._run["results"] = {k: jsonl.plain(v) for k, v in results.items()}
         text = (self.workdir / "timing.jsonl").read_text(encoding="utf-8")
@@ -202,9 +202,10 @@ class Recorder:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None:
-            self.finish("done")
-            return
+        self.finish("done") if error is None else self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Finishes with the status that `error` stands for; also from another thread."""
         status = "failed"
         if isinstance(error, DivergedError):
             status = "diverged"
@@ -244,7 +245,3 @@ def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any], **info: Any) 
         is_main=jax.process_index() == 0,
         started=process_started(),
     )
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -8,41 +8,53 @@ import concurrent.futures
 import contextvars
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bn_jax import activations, evaluate, experiment, preempt, record
+from bn_jax import activations, divergence, evaluate, experiment, fingerprint, preempt, record
 from bn_jax import dispatch as dispatches
 from bn_jax import mesh as meshes
 from bn_jax import step as steps
 from bn_jax.checkpoint import Checkpoints
-from bn_jax.errors import ConfigError, DivergedError, Preempted
+from bn_jax.errors import ConfigError, Preempted
 from bn_jax.experiment import Experiment
+from bn_jax.watchdog import Watchdog
 from bn_jax.workdir import read_run
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def run(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    watch: Watchdog | None = None,
+    draw: Callable[[pathlib.Path], Any] | None = None,
+) -> dict[str, Any]:
     """Trains `config` in `workdir`, or goes on where an earlier run of it stopped.
+
+    watch: over the other processes, entered. draw: called with `workdir` at the end, on process 0.
 
     Returns the last evaluation's scores. Raises ConfigError before anything is compiled or written,
     DivergedError, Preempted and the other errors of `bn_jax.errors` as they come.
     """
     exp = experiment.build(config)
     config, taps = exp.config, activations.Taps(exp)
-    records = record.open_workdir(workdir, config.to_dict(), **experiment.describe(exp))
-    with (
-        records,
-        Checkpoints(
-            workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
-        ) as checkpoints,
-    ):
+    watch = watch or Watchdog()  # not entered, it does nothing
+    info = experiment.describe(exp)
+    info["data"]["digest"] = fingerprint.digest(exp.data)
+    records = record.open_workdir(workdir, config.to_dict(), **info)
+    keep = {"keep_last": config.keep_last, "keep_best": config.keep_best}
+    with records, Checkpoints(workdir / "checkpoints", **keep) as checkpoints, watch.blaming():
         loop = Loop(exp, taps, records, checkpoints)
+        watch.follow(loop.place, loop.abandon)
         step, state = loop.start()
         with preempt.Signals(loop.dispatch) as signals:
             scores = loop.run(step, state, signals)
+        if draw is not None and jax.process_index() == 0:
+            with records.timed("figures"):
+                draw(workdir)
         records.finish("done", **scores)
     return scores
 
@@ -62,6 +74,7 @@ class Loop:
         self.evaluator = evaluate.Evaluator(exp)
         self.dispatch = 1  # steps; `start` knows how many
         self.leaves: list[str] = []  # paths of the parameters, to name the one that diverged
+        self.begun = -1  # the last step that was handed to the device
         self.scores: dict[str, Any] = {}
 
     def run(self, step: int, state: steps.TrainState, signals: preempt.Signals) -> dict[str, Any]:
@@ -73,6 +86,15 @@ class Loop:
             self.checkpoints.wait()
         self.records.say(f"done: {evaluate.sentence(exp, self.scores)}; {exp.data.description}")
         return self.scores
+
+    def place(self) -> tuple[int, str]:
+        """Where the loop is: the last step begun, and the part that time is charged to."""
+        return self.begun, self.records.part
+
+    def abandon(self, error: BaseException) -> None:
+        """Leaves whole records, and a save under way if it is quick, when the loop is stuck."""
+        self.checkpoints.settle(3.0)
+        self.records.fail(error)
 
     def start(self) -> tuple[int, steps.TrainState]:
         """The state to go on from: the newest good checkpoint's, or a new one."""
@@ -145,6 +167,7 @@ class Loop:
                 train_step = self.compile(state, fed, hyper, seed)
                 if step == 0:
                     self.record_activations(0, state)
+            self.begun = step + dispatch
             with records.timed("step"):
                 state, metrics = train_step(state, *fed, hyper, seed)
                 self.report(pending)  # while the next step runs
@@ -196,21 +219,12 @@ class Loop:
             step = last - self.dispatch + 1 + i
             line = {name: float(values[i]) for name, values in metrics.items()}
             if not (np.isfinite(line["loss"]) and np.all(np.isfinite(squares[i]))):
-                raise self.diverged(step, line["loss"], squares[i])
+                forward = divergence.forward_order(self.exp)
+                raise divergence.error(step, line["loss"], squares[i], self.leaves, forward)
             if step % self.exp.config.log_every == 0 or step == self.exp.config.total_steps:
                 self.records.write("train", step, **line)
         examples = self.dispatch * self.exp.config.batch_size
         self.records.progress(last, float(metrics["loss"][-1]), examples)
-
-    def diverged(self, step: int, loss: float, squares: np.ndarray) -> DivergedError:
-        """The error that ends a run whose loss or gradient is not finite."""
-        pairs = zip(self.leaves, squares, strict=True)
-        bad = [name for name, square in pairs if not np.isfinite(square)]
-        return DivergedError(
-            f"diverged at step {step:,}: loss {loss}, gradient not finite in {len(bad)} of "
-            f"{len(self.leaves)} parameters{f' ({bad[0]}, ...)' if bad else ''}; "
-            "the records and the last finite checkpoint are kept"
-        )
 
     def evaluate(self, step: int, state: steps.TrainState) -> None:
         """Scores the state with population statistics, and says so."""

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import pathlib
+import socket
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,19 +27,29 @@ MAY_CHANGE = frozenset(
     )
 )
 
+# Of run.json's info.data; the description may name a folder, which may change.
+SAME_DATA = (
+    "name", "split", "train_examples", "eval_examples", "classes", "class_names", "image_shape",
+    "digest",
+)  # fmt: skip
 
 ANY_THREADS = "BN_JAX_ANY_THREADS"  # environment variable
 
 
 def check_workdir(
-    workdir: pathlib.Path, config: Mapping[str, Any], *, is_main: bool = True
+    workdir: pathlib.Path,
+    config: Mapping[str, Any],
+    info: Mapping[str, Any] | None = None,
+    *,
+    is_main: bool = True,
 ) -> None:
     """Refuses a workdir that cannot be used for `config`, before anything is written.
 
     The lock is looked at by process 0 only (`is_main`): the others would find process 0's own.
 
     Raises:
-      ConfigError: not a directory, not writable, or of another config (MAY_CHANGE apart).
+      ConfigError: not a directory, not writable, of another config (MAY_CHANGE apart), or trained
+        on other data than `info` describes.
       LockedError: another run is at work in it.
     """
     workdir = pathlib.Path(workdir)
@@ -49,6 +61,9 @@ def check_workdir(
     run = read_run(workdir)
     if run is not None:
         require_same_config(workdir, run["config"], config)
+        before = run["info"]
+        if info and "data" in info and "data" in before and "imported" not in before:
+            require_same_data(workdir, before["data"], info["data"])
     if is_main:
         lock.refuse_if_held(workdir)
 
@@ -70,6 +85,20 @@ def require_same_threads(workdir: pathlib.Path, platform: str, threads: int) -> 
             f"{threads}: sums would be split otherwise and the bits differ. Set "
             f"NPROC={before['cpu_threads']}, or {ANY_THREADS}=1 to go on all the same."
         )
+
+
+def new_attempt(attempts: list[dict[str, Any]], resume_step: int, origin: dict[str, Any]) -> None:
+    """Adds an attempt that begins now to those of run.json."""
+    for attempt in attempts:  # killed ones could not say so themselves
+        if attempt["status"] == "running":
+            attempt["status"] = "killed"
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": now()}
+    attempts.append(me | {"resume_step": resume_step, "status": "running"} | origin)
+
+
+def now() -> str:
+    """The local time, with its zone."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def create(workdir: pathlib.Path) -> None:
@@ -119,6 +148,31 @@ def require_same_config(
             f"{workdir} belongs to another config: {', '.join(differs)}. "
             "Choose another --workdir, or delete this one."
         )
+
+
+def require_same_data(
+    workdir: pathlib.Path, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Compares info.data of two attempts; what the older one does not hold is not compared.
+
+    Raises:
+      ConfigError: names what differs.
+    """
+    differs = [
+        f"{key} ({_short(before[key])} there, {_short(now[key])} here)"
+        for key in SAME_DATA
+        if key in before and key in now and before[key] != now[key]
+    ]
+    if differs:
+        raise ConfigError(
+            f"{workdir} was trained on other data: {', '.join(differs)}. Point data.dir at the "
+            "same data set (its folder may have moved), or choose another --workdir."
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,6 +22,30 @@ _CACHE = tempfile.TemporaryDirectory(prefix="bn_jax_test_cache_")
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
+_table: list[tuple[str, int, int, int, str]] = []  # of faults: what, injected, detected, lost, note
+
+
+@pytest.fixture
+def measured():
+    """Adds a line to the table of faults: measured(what, injected=, detected=, lost=, seconds=)."""
+
+    def add(what: str, *, injected: int, detected: int, lost: int, seconds: float | None = None):
+        note = "" if seconds is None else f"{seconds:.1f} s"
+        _table.append((what, injected, detected, lost, note))
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Prints the table of faults, if there were any."""
+    if _table:
+        terminalreporter.section("faults: injected / detected / lost")
+        for what, injected, detected, lost, note in sorted(_table):
+            terminalreporter.write_line(f"{what:<58}{injected:>6}{detected:>6}{lost:>6}  {note}")
+        total = [sum(row[i] for row in _table) for i in (1, 2, 3)]
+        terminalreporter.write_line(f"{'total':<58}{total[0]:>6}{total[1]:>6}{total[2]:>6}")
+
+
 flags.FLAGS.mark_as_parsed()  # grain reads absl flags
 
 

@@ -1,0 +1,108 @@
+"""Of two processes one is killed, frozen, hangs or raises: both end within 30 s and name it."""
+
+import json
+import os
+import pathlib
+import signal
+import time
+
+import pytest
+from processes import TRAIN, spawn
+
+from bn_jax import manifest, pace, watchdog
+from bn_jax.errors import ConfigError, DataError, PeerLostError
+
+PROMISED = 30.0  # seconds
+
+# The trainer, with a fault in the input of one process: argv is the fault, the process, the rest.
+FAULTY = """
+import os, runpy, signal, sys, time
+from bn_jax import dispatch
+from bn_jax.errors import DataError
+_, fault, culprit, *rest = sys.argv
+sys.argv = ["bn_jax.main", *rest]
+real = dispatch.feed
+
+def feed(*arguments):
+    for number, fed in enumerate(real(*arguments)):
+        if number == 5 and os.environ["JAX_PROCESS_ID"] == culprit:
+            print("fault", flush=True)
+            if fault == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif fault == "frozen":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif fault == "hangs":
+                time.sleep(600)
+            raise DataError("record 7 of shard 3 is damaged")
+        yield fed
+
+dispatch.feed = feed
+runpy.run_module("bn_jax.main", run_name="__main__", alter_sys=True)
+"""
+SHORT = ["--config.steps_per_dispatch=5", "--config.checkpoint_every=10", "--config.log_every=5"]
+LOST = PeerLostError.exit_code
+# fault, what the line says of it, exit codes of the culprit and of the other one
+KINDS = {
+    "killed": ("was killed, or its machine failed", -signal.SIGKILL, LOST),
+    "frozen": ("has given no sign of life for 15 s", LOST, LOST),
+    "hangs": ("has been in 'input' of step 25 for 20 s and does not go on", LOST, LOST),
+    "raises": ("ended with DataError: record 7 of shard 3 is damaged", DataError.exit_code, LOST),
+}
+IN_CI = [("killed", 1), ("raises", 0)]
+CASES = [
+    pytest.param(kind, who, marks=() if (kind, who) in IN_CI else pytest.mark.faults)
+    for kind in KINDS
+    for who in (0, 1)
+]
+
+
+@pytest.mark.parametrize(("fault", "culprit"), CASES)
+def test_all_processes_end_and_name_the_culprit(tmp_path, fault, culprit, measured):
+    said, own_code, code = KINDS[fault]
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["-c", FAULTY, fault, str(culprit), *TRAIN[2:], *SHORT, f"--workdir={workdir}"]
+    children = spawn(arguments, log, processes=2)
+    mine, other = children[culprit], children[1 - culprit]
+    logs = [log.with_suffix(f".{i}") for i in range(2)]
+    deadline = time.monotonic() + 240
+    while "fault\n" not in logs[culprit].read_text():
+        assert all(c.poll() is None for c in children), [x.read_text() for x in logs]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    began = time.monotonic()
+    assert other.wait(120) == code, logs[1 - culprit].read_text()
+    took = time.monotonic() - began
+    if fault == "frozen":
+        os.kill(mine.pid, signal.SIGCONT)  # only then can it end: within as long again
+        began = time.monotonic()
+    assert mine.wait(120) == own_code, logs[culprit].read_text()
+    took = max(took, time.monotonic() - began)
+    last = logs[1 - culprit].read_text().strip().splitlines()[-1]
+    assert last.startswith(f"bn_jax: process {culprit} (host "), last
+    assert f"pid {mine.pid}) {said}" in last, last
+    assert took < PROMISED, took
+    measured(f"{fault} process {culprit} of 2", injected=1, detected=1, lost=0, seconds=took)
+
+    newest = workdir / "checkpoints" / "20"  # whole, and no later one can be there
+    manifest.check_files(newest, manifest.load(newest, 20))
+    run = json.loads((workdir / "run.json").read_text())
+    if culprit and fault != "frozen":
+        assert run["status"] == "failed" and said in run["results"]["error"]
+        assert sum(run["ledger"]["parts"].values()) == pytest.approx(
+            run["ledger"]["wall"], rel=0.01
+        )
+        assert not (workdir / "lock").exists()
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "inf", "nan"])
+def test_a_time_limit_that_is_none_is_refused(monkeypatch, text):
+    monkeypatch.setenv("BN_JAX_STEP_TIMEOUT", text)
+    with pytest.raises(ConfigError, match=f"BN_JAX_STEP_TIMEOUT={text}: not a positive number"):
+        pace.step_timeout()
+
+
+def test_one_process_starts_nothing(tmp_path: pathlib.Path):
+    with watchdog.Watchdog() as watch, watch.blaming():
+        assert watch._star is None
+    with pytest.raises(ZeroDivisionError), watchdog.Watchdog() as watch, watch.blaming():
+        1 / 0  # noqa: B018
