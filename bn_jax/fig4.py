@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -71,7 +70,7 @@ def _alone(line: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _place(member: dict[str, Any]) -> str:
     """A network's workdir, however it was typed."""
-    return os.path.abspath(member["workdir"])
+    return str(pathlib.Path(member["workdir"]).resolve())
 
 
 def rows(lines: Sequence[dict[str, Any]]) -> list[Row]:

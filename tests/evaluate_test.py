@@ -55,10 +55,3 @@ def test_population_statistics_do_not_depend_on_what_came_before(trained):
     spoilt = jax.tree.map(lambda a: a + 100.0, state.batch_stats)
     a, b = (evaluator.population(state.params, s) for s in (state.batch_stats, spoilt))
     jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def test_the_gap_is_in_standard_deviations():
-    running = {"a": {"bn": {"mean": np.array([1.0, 5.0]), "var": np.ones(2)}}}
-    population = {"a": {"bn": {"mean": np.array([1.0, 2.0]), "var": np.array([1.0, 4.0])}}}
-    assert evaluate.running_gap(running, population) == pytest.approx(1.5)
-    assert np.isnan(evaluate.running_gap({}, {}))

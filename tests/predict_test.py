@@ -1,0 +1,132 @@
+"""Classes of pictures: what evaluation computes, without the data set; errors in one line each."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_members import save_member
+from small_sets import encode, photo
+
+from bn_jax import ensemble, evaluate, experiment, predict
+from bn_jax.data import memory, pipeline
+from bn_jax.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return save_member(tmp_path_factory.mktemp("predict") / "run", seed=0)
+
+
+@pytest.fixture(scope="module")
+def expected(run):
+    """Probabilities of the test digits, by evaluation."""
+    member = evaluate.load(run, None, "population", experiment.from_workdir(run))
+    return ensemble.predict(ensemble.Networks([member], 256), 1)[0].probabilities
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Three test digits as PNG files, and their places in the split."""
+    folder = tmp_path_factory.mktemp("pictures")
+    held = memory.digits().evaluation
+    files = {k: folder / f"{k}.png" for k in (0, 555, 999)}
+    for k, path in files.items():
+        Image.fromarray(held.images[k, ..., 0]).save(path)
+    return files
+
+
+def type_in(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    predict.main()
+    return capsys.readouterr()
+
+
+def test_a_picture_gets_what_evaluation_gives_it(run, expected, digits, monkeypatch, capsys):
+    def absent(*arguments):
+        raise ConfigError("the data set is not needed")
+
+    monkeypatch.setattr(pipeline, "open_data", absent)
+    said = type_in(monkeypatch, capsys, f"--workdir={run}", "--json", *digits.values())
+    lines = [json.loads(line) for line in said.out.splitlines()]
+    assert [line["image"] for line in lines] == [str(path) for path in digits.values()]
+    for line, place in zip(lines, digits, strict=True):
+        best = np.argsort(-expected[place])[:5]
+        assert [entry["class"] for entry in line["top"]] == best.tolist()
+        assert [entry["name"] for entry in line["top"]] == [str(k) for k in best]
+        odds = [entry["probability"] for entry in line["top"]]
+        # another batch size is another program: a few units of float32
+        np.testing.assert_allclose(odds, expected[place][best], rtol=1e-5)
+    assert "kept from before" in said.err  # stdout is JSON lines alone
+
+
+def test_text_and_several_networks(run, digits, monkeypatch, capsys, tmp_path):
+    other = save_member(tmp_path / "other", seed=1)
+    names = f"--workdir={run},{other}"
+    out = type_in(monkeypatch, capsys, names, "--crops=10", *digits.values()).out.splitlines()
+    assert len(out) == 3 * 6 and out[0] == str(digits[0])
+    shares = [float(line.split("%")[0]) for line in out[1:6]]
+    assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.01
+
+
+def test_unreadable_pictures_have_a_line_each_and_the_others_are_named(
+    run, expected, digits, monkeypatch, capsys, tmp_path
+):
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "cut.jpg").write_bytes(encode(photo())[:500])
+    bad = [tmp_path / "absent.jpg", tmp_path / "text.jpg", tmp_path / "cut.jpg", tmp_path]
+    with pytest.raises(SystemExit) as end:
+        type_in(monkeypatch, capsys, f"--workdir={run}", *bad, digits[0])
+    said = capsys.readouterr()
+    assert end.value.code == 3 and str(digits[0]) in said.out
+    lines = [line for line in said.err.splitlines() if line.startswith("bn_jax: ")]
+    assert len(lines) == 4 and all(str(p) in line for p, line in zip(bad, lines, strict=True))
+
+
+def test_folders_without_a_checkpoint_are_one_line(run, digits, tmp_path):
+    with pytest.raises(ConfigError, match="is no run"):
+        predict.load(tmp_path, "population")
+    shutil.copy(run / "run.json", tmp_path / "run.json")
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        predict.load(tmp_path, "population")
+    (tmp_path / "run.json").write_text('{"config": ')
+    with pytest.raises(ConfigError, match=r"run\.json is damaged"):
+        predict.load(tmp_path, "population")
+
+
+def test_statistics_that_need_an_absent_data_set_say_what_to_do(run, monkeypatch, tmp_path):
+    shutil.copytree(run, tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved" / "population", ignore_errors=True)
+
+    def absent(*arguments):
+        raise ConfigError("no folder /gone/train")
+
+    monkeypatch.setattr(pipeline, "open_data", absent)
+    with pytest.raises(ConfigError, match="no folder /gone/train; or run bn_jax.evaluate"):
+        predict.load(tmp_path / "moved", "population")
+    assert predict.load(tmp_path / "moved", "running").statistics == "running"
+
+
+def test_class_names_are_those_of_the_data(tmp_path):
+    """Folders' names, TFDS' label file, else numbers."""
+    from small_sets import write_tfds
+
+    from bn_jax.data import folder, tfds
+
+    for split in ("train", "val"):
+        for name in ("newt", "axolotl"):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            (tmp_path / "set" / split / name / "a.jpg").write_bytes(encode(photo()))
+    assert folder.source(str(tmp_path / "set")).class_names == ("axolotl", "newt")
+    few = [(encode(photo()), k) for k in range(3)]
+    for labels, expected in (("x\ny\nz\n", ("x", "y", "z")), ("x\ny\n", ())):
+        where = tmp_path / labels.replace("\n", "")
+        made = write_tfds(where, {"train": few, "test": few}, file_format="tfrecord")
+        (made / "label.labels.txt").write_text(labels)
+        assert tfds.source("little", str(where)).class_names == expected
+    data = pipeline.Data(memory.digits(), pipeline.View(28), shuffle="none")
+    assert data.class_names == tuple("0123456789")
+    held = pipeline.Data(memory.digits(), pipeline.View(28), shuffle="none", holdout=0.5)
+    assert held.class_names == data.class_names
