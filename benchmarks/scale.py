@@ -1,0 +1,213 @@
+"""What one training step sends between devices, and what that costs at scale, without any of them.
+
+    python -m benchmarks.scale             # Inception at 224 px on 8, 64, 512 virtual CPU devices
+    python -m benchmarks.scale --topologies=v5e:2x4,v4:2x2x4   # ahead of time for TPUs (libtpu)
+    python -m benchmarks.scale --smoke     # the MLP on 8 virtual devices, seconds
+
+The step is compiled, not run: 32 examples and one statistic group a device. Read from the compiled
+program: collectives by kind, their bytes and dtypes, and memory a device. A cost model (ring
+all-reduce) then turns bytes into weak scaling. Writes results/bench/scale.md, but for --smoke, and
+ends with 1 if a claim does not hold. Hours of CPU in full: each program takes minutes to compile.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import Any, NamedTuple
+
+from benchmarks import cost_model
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+OUT = ROOT / "results" / "bench" / "scale.md"
+EXAMPLES = 32  # a device: one statistic group
+SMALL = 1024  # bytes; a collective below carries counts, not data
+BYTES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "pred": 1}
+KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+
+
+class Collective(NamedTuple):
+    """One collective of a compiled program: what a device hands in."""
+
+    kind: str
+    bytes: dict[str, int]  # by dtype
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """The collectives in the text of a compiled program, asynchronous ones once."""
+    found = []
+    for shape, kind in re.findall(rf"= (\(.*?\)|\S+) ({KINDS})(?:-start)?\(", hlo):
+        sizes: Counter[str] = Counter()
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape):
+            count = 1
+            for dim in filter(None, dims.split(",")):
+                count *= int(dim)
+            sizes[dtype] += BYTES[dtype] * count
+        found.append(Collective(kind, dict(sizes)))
+    return found
+
+
+def step_config(devices: int, smoke: bool):
+    """BN-x30 at 224 px in bfloat16, or the MLP: 32 examples and one group a device."""
+    from ml_collections import ConfigDict
+
+    from configs import bn_x30, mnist_bn
+
+    config = ConfigDict((mnist_bn if smoke else bn_x30).get_config("synthetic").to_dict())
+    config.batch_size = EXAMPLES * devices
+    config.bn.group_size = EXAMPLES
+    config.steps_per_dispatch = 1
+    config.record.activations = ()
+    if not smoke:
+        config.dtype = "bfloat16"
+    return config.lock()
+
+
+def compile_here(target: str, smoke: bool) -> dict[str, Any]:
+    """Compiles the step for a number of CPU devices of this process, or for a TPU topology."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+
+    from bn_jax import dispatch, experiment, mesh
+
+    tpu = ":" in target
+    devices = jax.devices()
+    if tpu:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=target).devices
+    config = step_config(len(devices), smoke)
+    exp = experiment.build(config)._replace(mesh=mesh.make(list(devices)))
+    state = experiment.abstract_state(exp)
+    batch = experiment.abstract_batch(exp, config.batch_size)
+    number = jax.ShapeDtypeStruct((), np.float32)
+    hyper = jax.tree.map(lambda _: number, exp.hyper)
+    start = time.perf_counter()
+    lowered = dispatch.compile_step(exp, 1).lower(state, batch, hyper, 0)
+    # Of the machine code nothing is read: HLO, and with it collectives and memory, stays the same.
+    fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    program = lowered.compile(compiler_options=None if tpu else fast)
+    memory = program.memory_analysis()
+
+    def size(tree: Any) -> int:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    return {
+        "target": f"TPU {target}" if tpu else "virtual CPU",
+        "devices": len(devices),
+        "collectives": collectives(program.as_text()),
+        "params": size(state.params),
+        "statistics": size(state.batch_stats),
+        "arguments": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "compile_seconds": time.perf_counter() - start,
+        "versions": f"jax {jax.__version__}",
+    }
+
+
+def compile_apart(target: str, smoke: bool) -> dict[str, Any]:
+    """`compile_here` in a process of its own: the number of devices is fixed when jax starts."""
+    env = dict(os.environ) | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    count = "1" if ":" in target else target
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
+    command = [sys.executable, "-m", "benchmarks.scale", f"--child={target}"]
+    command += ["--smoke"] if smoke else []
+    done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"compiling for {target} failed with {done.returncode}; see above")
+    report = json.loads(done.stdout.splitlines()[-1])
+    report["collectives"] = [Collective(*c) for c in report["collectives"]]
+    return report
+
+
+def payload(report: dict[str, Any]) -> int:
+    """Bytes that a device hands to collectives in one step."""
+    return sum(sum(c.bytes.values()) for c in report["collectives"])
+
+
+def claims(report: dict[str, Any]) -> dict[str, bool]:
+    """What must hold of a program, and whether it does."""
+    found, state = report["collectives"], report["params"] + report["statistics"]
+    data = [c for c in found if sum(c.bytes.values()) >= SMALL]
+    share = payload(report) / state
+    floats = {d for c in data for d in c.bytes if d.startswith(("f", "bf"))}
+    return {
+        "no collective but all-reduce: no activation is gathered": all(
+            c.kind == "all-reduce" for c in found
+        ),
+        f"{len(data)} all-reduces of {SMALL} bytes or more, at most 2": len(data) <= 2,
+        f"bytes are {share:.4f} of parameters + statistics, at most 1.01": share <= 1.01,
+        f"sums are taken in {', '.join(sorted(floats))}, float32 alone": floats == {"f32"},
+    }
+
+
+def table(reports: list[dict[str, Any]]) -> str:
+    """The reports as Markdown."""
+    lines = [
+        "| for | devices | collectives | MB a step | state | arguments, temporary | compiled in |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in reports:
+        kinds = Counter(c.kind for c in r["collectives"])
+        shown = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none"
+        lines.append(
+            f"| {r['target']} | {r['devices']} | {shown} | {payload(r) / 1e6:.3f} "
+            f"| {(r['params'] + r['statistics']) / 1e6:.3f} "
+            f"| {r['arguments'] / 1e6:.0f}, {r['temporary'] / 1e6:.0f} "
+            f"| {r['compile_seconds']:.0f} s |"
+        )
+    return "\n".join(lines)
+
+
+def document(reports: list[dict[str, Any]], smoke: bool) -> str:
+    """results/bench/scale.md."""
+    network = "the MLP of 4.1" if smoke else "BN-x30 at 224 px in bfloat16"
+    intro = (
+        f"Written by `python -m benchmarks.scale`. Compiled, not run: {network}, {EXAMPLES}"
+        f" examples and one statistic group a device; {reports[0]['versions']}. State is parameters"
+        " and statistics; it, arguments and temporary memory are MB (1e6 bytes) a device. XLA for"
+        " CPUs keeps more in memory than XLA for accelerators."
+    )
+    parts = ["# What a step sends between devices", intro, table(reports)]
+    for r in reports:
+        parts.append(f"{r['target']}, {r['devices']} devices:")
+        parts.append(
+            "\n".join(f"* {'holds' if ok else 'DOES NOT HOLD'}: {c}" for c, ok in claims(r).items())
+        )
+    if not smoke:
+        parts += ["## Weak scaling, by a model", cost_model.explanation()]
+        parts.append(cost_model.table(payload(reports[0]), EXAMPLES))
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Compiles for every target, prints and writes the document."""
+    parser = argparse.ArgumentParser("python -m benchmarks.scale", description=__doc__)
+    parser.add_argument("--devices", default="8,64,512", help="numbers of virtual CPU devices")
+    parser.add_argument("--topologies", default="", help="TPU slices, such as v5e:2x4,v4:2x2x4")
+    parser.add_argument("--smoke", action="store_true", help="the MLP, 8 devices; writes nothing")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(compile_here(args.child, args.smoke)))
+        return
+    targets = [t for t in (args.devices + "," + args.topologies).split(",") if t]
+    if any(":" in t for t in targets) and importlib.util.find_spec("libtpu") is None:
+        raise SystemExit("--topologies needs libtpu, without a TPU too: pip install 'jax[tpu]'")
+    reports = [compile_apart(t, args.smoke) for t in (["8"] if args.smoke else targets)]
+    text = document(reports, args.smoke)
+    print(text)
+    if not args.smoke:
+        OUT.parent.mkdir(parents=True, exist_ok=True)
+        OUT.write_text(text)
+    if not all(ok for r in reports for ok in claims(r).values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
