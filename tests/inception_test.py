@@ -110,10 +110,8 @@ def test_strides_and_padding():
 
 def test_pixels_by_variant():
     grey, colour = images(2, channels=1), images(2)
-    for variant, want in (
-        ("paper", (colour - 127.5) / 127.5),
-        ("caffe", colour - [128.0, 117, 104]),
-    ):
+    wanted = {"paper": (colour - 127.5) / 127.5, "caffe": colour - [128.0, 117, 104]}
+    for variant, want in wanted.items():
         got = Inception(**SMALL, variant=variant)._pixels(jnp.asarray(colour))
         np.testing.assert_allclose(got, want, atol=1e-5)
     got = Inception(**SMALL)._pixels(jnp.asarray(grey))
@@ -189,8 +187,7 @@ def test_per_activation_bn_of_an_ensemble_member():
 def test_init_scale_multiplies_the_convolutions_only():
     def kernels(config):
         model = models.build(config, 10)
-        x = images(1, channels=1)
-        return jax.jit(lambda: model.init(KEYS, x, train=True)["params"])()
+        return jax.jit(lambda: model.init(KEYS, images(1, channels=1), train=True)["params"])()
 
     base, larger = kernels(bn_x30.get_config("digits")), kernels(ensemble_1.get_config("digits"))
     for name in ("conv1_7x7", "conv2_3x3"):
