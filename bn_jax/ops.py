@@ -1,4 +1,4 @@
-"""Hand-tuned forms of a few operations: exact, each kept for its measured gain.
+"""Hand-tuned forms of a few operations: exact, each kept because it made a step on CPU faster.
 
     operation              plain form                        hand-tuned form
     max_pool               reduce_window, select-and-scatter  keeps the maxima's places as uint8
@@ -9,11 +9,9 @@
     runs on                CPU         GPU                   TPU
     all of them            hand-tuned  plain (not measured)  plain (not measured)
 
-Gain in CPU time of the full training step (224 px, batch 8, caffe variant, BN, float32; medians of
-interleaved steps on 2 shared cores of a Zen 4, busy with other work, so good to some 3%):
-max_pool 1.06 (n=5); conv as product 1.18 (n=5); products and average pool together 1.07 (n=11),
-apart 1.045 and 1.03 (n=9). Tried and left out: 3x3 input gradient as a convolution with the flipped
-kernel (0.99, n=9), early 3x3 weight gradients as shifted products (1.01, n=9, 30% more memory).
+`python -m benchmarks.step` times them, with BN, beside plain Flax; results/bench/ has the figures.
+Tried and left out, because no gain was seen: the input gradient of a 3x3 as a convolution with the
+flipped kernel, and early 3x3 weight gradients as shifted products, which took more memory besides.
 
 Parameters do not depend on the form. The choice is made while tracing, from the default backend;
 `with plain():` forces the plain forms, for comparisons and when compiling for another target.
@@ -65,7 +63,7 @@ def conv(
 
     Takes its arguments as `flax.linen.Conv` gives them (`conv_general_dilated=ops.conv`). A 1x1
     convolution of stride 1 becomes a product [N*H*W, C] x [C, features]: XLA's CPU convolution
-    computes the weight gradient of such a layer 2 to 3 times slower than the product.
+    computes the weight gradient of such a layer more slowly than the product.
     """
     product = (
         hand_tuned()
