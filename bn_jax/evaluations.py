@@ -3,6 +3,7 @@
 Separate from metrics.jsonl, whose lines come from training alone and are the same at every resume.
 """
 
+import datetime
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -12,12 +13,17 @@ from bn_jax import disk, jsonl, shelf
 from bn_jax.errors import DiskError
 
 NAME = "evaluations.jsonl"
+FIELDS = frozenset(
+    "time members member_scores crops views statistics top1 top5 cross_entropy examples data "
+    "description split holdout image_size".split()
+)
 
 
 def append(folder: pathlib.Path, line: Mapping[str, Any]) -> None:
-    """Adds a line; where the disk cannot be written, one on stderr says so instead."""
+    """Adds a line and its `time` (UTC); where the disk cannot be written, stderr says so."""
     path = folder / NAME
-    data = json.dumps(jsonl.plain(line)).encode() + b"\n"
+    now = datetime.datetime.now(datetime.UTC).isoformat()
+    data = json.dumps(jsonl.plain({"time": now, **line})).encode() + b"\n"
     try:
         with disk.reported(path, "cannot write"), path.open("ab+") as file:
             if file.tell():
@@ -35,12 +41,13 @@ def read(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
     for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
             line = json.loads(text)
-            line["members"], line["crops"], line["top1"]
-        except (ValueError, TypeError, KeyError):
-            if text:
-                shelf.say(f"{path}: line {number} is damaged and skipped")
-        else:
+            whole = line.keys() >= FIELDS
+        except (ValueError, AttributeError):
+            whole = False
+        if whole:
             yield line
+        elif text:
+            shelf.say(f"{path}: line {number} is damaged and skipped")
 
 
 def find(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -39,11 +39,11 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     Raises ConfigError if there are none, or if they are of different data, splits or image sizes.
     """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for place in evaluations.find(folder):
-        for whole in evaluations.read(place):
-            for line in [*_alone(whole), whole] if whole["statistics"] != "running" else ():
-                where = tuple(sorted(_place(member) for member in line["members"]))
-                found[where, line["crops"]] = line
+    recorded = (line for place in evaluations.find(folder) for line in evaluations.read(place))
+    for whole in sorted(recorded, key=lambda line: line["time"]):
+        for line in [*_alone(whole), whole] if whole["statistics"] != "running" else ():
+            where = tuple(sorted(_place(member) for member in line["members"]))
+            found[where, line["crops"]] = line
     if not found:
         raise ConfigError(
             f"{folder} holds no evaluation: run bn_jax.evaluate on the workdirs in it first"
