@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo fig1 table test check lint slow faults differences lock clean
+.PHONY: help setup demo fig1 table test check lint slow bench faults differences lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -48,6 +48,10 @@ check: lint test  ## all that CI runs
 
 slow: setup  ## the tests that take minutes
 	$(RUN) pytest -m "slow"
+
+bench: setup  ## benchmarks on this machine, under 20 minutes; PyTorch takes part if installed
+	for name in step mnist startup evaluate batch_norm; do $(RUN) benchmarks.$$name || exit 1; done
+	$(RUN) benchmarks.report
 
 faults: setup  ## fault injection in full
 	$(RUN) pytest -m "faults" -s

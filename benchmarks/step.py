@@ -1,34 +1,132 @@
-"""The full training step of Inception with BN, beside the same network in plain Flax.
+"""The full training step of Inception with BN, beside the same network in plain Flax and PyTorch.
 
-    python -m benchmarks.step             # 224 px, batch 32, float32; minutes on 2 CPU cores
-    python -m benchmarks.step --smoke     # seconds of steps, tiny: that it runs, no figures
+    python -m benchmarks.step             # 224 px, batch 32, float32, CPU: some minutes on 2 cores
+    python -m benchmarks.step --smoke     # tiny, 1 step, without PyTorch: that it runs, no figures
 
-Plain Flax means flax.linen.BatchNorm, XLA's own pooling and convolutions, and autodiff. Both sides
-start from the same weights, and their losses are compared first; steps are interleaved in one
-process, after one warm-up each. Not here yet: PyTorch, and other devices than jax's default one.
+Plain Flax: flax.linen.BatchNorm, XLA's own pooling and convolutions, autodiff. PyTorch: eager
+`pretrainedmodels.bninception` in default and in channels_last layout (skipped where it is not
+installed). All sides start from the same weights and take the same batch of bytes; the losses of
+the first steps are compared before anything is timed, the second of which depends on every
+gradient. The sides are timed in turn, one step each, after warm-up. GEMM ceiling: float32 product
+of 4096 x 4096, the best of three.
 """
 
 import argparse
 import functools
-import platform
-import statistics
+import importlib.util
+import pathlib
 import time
+from typing import Any
 
-import flax
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from bn_jax import ops, optim, step
-from bn_jax.layers import BatchNorm
-from bn_jax.models.inception import Inception
+from benchmarks import fair
 
 GFLOP_AN_IMAGE = 11.96  # trained at 224 px, without the first layer's input gradient
+RATE, MOMENTUM, L2, EPSILON = 0.0015, 0.9, 4e-5, 1e-5
+
+
+class Ours:
+    """A jitted training step: this repository's, or the same network in plain Flax."""
+
+    def __init__(self, variables: Any, batch: dict[str, np.ndarray], width: float, plain: bool):
+        import jax
+        import optax
+
+        from benchmarks import plain_flax
+        from bn_jax import ops, optim, step
+        from bn_jax.layers import BatchNorm, fresh_stats
+        from bn_jax.models.inception import Inception
+
+        norm: Any = functools.partial(BatchNorm, epsilon=EPSILON)
+        if plain:
+            norm = functools.partial(plain_flax.FlaxBatchNorm, epsilon=EPSILON, momentum=0.99)
+        model = Inception(1000, width=width, variant="caffe", norm=norm)
+        params = jax.tree.map(jax.numpy.array, variables["params"])  # copies: they are donated
+        stats = fresh_stats(variables["batch_stats"])
+        if plain:  # Flax's statistics have no count of updates
+            stats = without_count(stats)
+        velocity = optax.TraceState(trace=jax.tree.map(jax.numpy.zeros_like, params))
+        self.state = step.TrainState(np.int32(0), params, stats, velocity)
+        numbers = (RATE, 1.0, 1e7, L2, MOMENTUM)
+        self.rest = (batch, optim.Hyper(*map(np.float32, numbers)), np.uint32(1))
+        function = jax.jit(functools.partial(step.train_step, model=model), donate_argnums=0)
+        start = time.perf_counter()
+        if plain:
+            with ops.plain():
+                self.program = function.lower(self.state, *self.rest).compile()
+        else:
+            self.program = function.lower(self.state, *self.rest).compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.temporary = self.program.memory_analysis().temp_size_in_bytes
+
+    def step(self) -> float:
+        """Takes one step and returns its cross-entropy."""
+        self.state, metrics = self.program(self.state, *self.rest)
+        return float(metrics["cross_entropy"])
+
+
+def without_count(tree: Any) -> Any:
+    """A batch_stats tree as flax.linen.BatchNorm has it."""
+    if not isinstance(tree, dict):
+        return tree
+    return {name: without_count(child) for name, child in tree.items() if name != "count"}
+
+
+def bninception(num_classes: int) -> Any:
+    """The module of the package `pretrainedmodels`, with random weights; ImportError without it.
+
+    Loaded by itself: the package's other networks need torchvision.
+    """
+    package = importlib.util.find_spec("pretrainedmodels")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError("pretrainedmodels is not installed")
+    path = pathlib.Path(package.submodule_search_locations[0]) / "models" / "bninception.py"
+    spec = importlib.util.spec_from_file_location("bninception", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.BNInception(num_classes)
+
+
+class Torch:
+    """`pretrainedmodels.bninception` in eager mode, momentum SGD with weight decay."""
+
+    def __init__(self, torch: Any, tensors: Any, batch: dict[str, np.ndarray], channels_last: bool):
+        self.torch, self.channels_last = torch, channels_last
+        self.net = bninception(1000)
+        self.net.load_state_dict(tensors)
+        self.net.train()
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)
+        for module in self.net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eps = EPSILON
+        self.sgd = torch.optim.SGD(
+            self.net.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=L2
+        )
+        self.images = torch.from_numpy(batch["image"])
+        self.labels = torch.from_numpy(batch["label"].astype(np.int64))
+        self.mean = torch.tensor([128.0, 117.0, 104.0])  # of R, G, B: Caffe's
+
+    def step(self) -> float:
+        """Takes one step and returns its cross-entropy."""
+        x = (self.images.float() - self.mean).flip(-1).permute(0, 3, 1, 2)
+        layout = self.torch.channels_last if self.channels_last else self.torch.contiguous_format
+        loss = self.torch.nn.functional.cross_entropy(
+            self.net(x.contiguous(memory_format=layout)), self.labels
+        )
+        self.sgd.zero_grad()
+        loss.backward()
+        self.sgd.step()
+        return float(loss.detach())
 
 
 def gemm_ceiling(n: int, repeats: int) -> float:
     """GFLOP/s of a float32 product of n x n matrices, the best of `repeats`."""
+    import jax
+    import jax.numpy as jnp
+
     a = jnp.ones((n, n), jnp.float32)
     product = jax.jit(jnp.dot)
     product(a, a).block_until_ready()
@@ -40,98 +138,82 @@ def gemm_ceiling(n: int, repeats: int) -> float:
     return 2 * n**3 / min(seconds) / 1e9
 
 
-class FlaxBatchNorm(nn.BatchNorm):
-    """Flax's, without the mask: a mask of examples does not broadcast there, and none is False."""
+def make_sides(batch: dict[str, np.ndarray], size: int, width: float) -> dict[str, Any]:
+    """All sides that can be had here, on one set of weights; PyTorch's network has one width."""
+    import jax
 
-    def __call__(self, x, use_running_average=None, *, mask=None):
-        """As flax.linen.BatchNorm."""
-        del mask
-        return super().__call__(x, use_running_average)
+    from bn_jax import step
+    from bn_jax.layers import BatchNorm
+    from bn_jax.models.inception import Inception
+    from bn_jax.weights import mapping
 
+    norm = functools.partial(BatchNorm, epsilon=EPSILON)
+    model = Inception(1000, width=width, variant="caffe", norm=norm)
+    like = jax.eval_shape(lambda: step.init_state(model, 0, (size, size, 3)))
+    try:
+        import torch
 
-class Side:
-    """One compiled training step with its state."""
-
-    def __init__(self, name: str, norm, plain: bool, args: argparse.Namespace, initial):
-        self.name, self.seconds = name, []
-        model = Inception(1000, width=args.width, variant="caffe", norm=norm)
-        self.state, images, hyper = initial
-        self.state = jax.tree.map(jnp.copy, self.state)  # it is donated
-        if plain:  # Flax's statistics have no count of updates
-            self.state = self.state._replace(batch_stats=without_count(self.state.batch_stats))
-        n = len(images)
-        batch = {"image": images, "label": np.arange(n) % 1000, "mask": np.ones(n, bool)}
-        self.rest = (batch, hyper, jax.random.key(1))
-        function = functools.partial(step.train_step, model=model)
-        start = time.perf_counter()
-        if plain:
-            with ops.plain():
-                lowered = jax.jit(function, donate_argnums=0).lower(self.state, *self.rest)
-        else:
-            lowered = jax.jit(function, donate_argnums=0).lower(self.state, *self.rest)
-        self.program = lowered.compile()
-        self.compile_seconds = time.perf_counter() - start
-        self.temporary = self.program.memory_analysis().temp_size_in_bytes
-
-    def step(self) -> float:
-        """Takes one step and returns its loss."""
-        start = time.perf_counter()
-        self.state, metrics = self.program(self.state, *self.rest)
-        loss = float(metrics["loss"])
-        self.seconds.append(time.perf_counter() - start)
-        return loss
-
-
-def without_count(tree):
-    """A batch_stats tree as flax.linen.BatchNorm has it."""
-    if not isinstance(tree, dict):
-        return tree
-    return {name: without_count(child) for name, child in tree.items() if name != "count"}
+        net = bninception(1000) if width == 1 else None
+    except ImportError:
+        net = None
+    if net is None:
+        state = jax.jit(lambda: step.init_state(model, 0, (size, size, 3)))()
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        names = {"bn_jax": False, "plain Flax": True}
+        return {name: Ours(variables, batch, width, plain) for name, plain in names.items()}
+    torch.set_num_threads(fair.cores())
+    tensors = net.state_dict()
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    variables = mapping.caffe(arrays, {"params": like.params, "batch_stats": like.batch_stats})
+    return {
+        "bn_jax": Ours(variables, batch, width, False),
+        "plain Flax": Ours(variables, batch, width, True),
+        "torch": Torch(torch, tensors, batch, False),
+        "torch channels_last": Torch(torch, tensors, batch, True),
+    }
 
 
 def main() -> None:
-    """Prints one table."""
+    """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="28 px, width 1/16, 2 steps")
+    parser.add_argument("--smoke", action="store_true", help="32 px, width 1/16, 1 step")
     parser.add_argument("--steps", type=int, default=9, help="timed steps a side")
     args = parser.parse_args()
-    size, batch = (28, 8) if args.smoke else (224, 32)
-    args.width = 1 / 16 if args.smoke else 1.0
-    steps = 2 if args.smoke else args.steps
-
-    ours = functools.partial(BatchNorm, epsilon=1e-3)
-    theirs = functools.partial(FlaxBatchNorm, epsilon=1e-3, momentum=0.99)
-    model = Inception(1000, width=args.width, variant="caffe", norm=ours)
-    state = jax.jit(lambda: step.init_state(model, 0, (size, size, 3)))()
-    images = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
-    hyper = optim.Hyper(*(np.float32(x) for x in (0.0015, 0.96, 1e7, 2e-4, 0.9)))
-    initial = (state, images, hyper)
-    sides = [Side("bn_jax", ours, False, args, initial)]
-    sides.append(Side("plain Flax", theirs, True, args, initial))
-
-    losses = [side.step() for side in sides]  # the warm-up, and the check
-    # Float32 rounding through 69 layers; Flax takes its variance as E[x^2] - E[x]^2.
-    np.testing.assert_allclose(losses, losses[0], rtol=1e-3)
-    for _ in range(steps):
-        for side in sides:
-            side.step()
-    device = jax.devices()[0]
-    print(
-        f"{platform.machine()}, {device.device_kind}; jax {jax.__version__}, "
-        f"flax {flax.__version__}; glibc malloc unless LD_PRELOAD says otherwise"
+    fair.warm_allocator("benchmarks.step")
+    size, width, images = (32, 1 / 16, 8) if args.smoke else (224, 1.0, 32)
+    random = np.random.default_rng(0)
+    batch = {
+        "image": random.integers(0, 256, (images, size, size, 3), dtype=np.uint8),
+        "label": (np.arange(images) % 1000).astype(np.int32),
+        "mask": np.ones(images, bool),
+    }
+    sides = make_sides(batch, size, width)
+    losses = {name: [side.step(), side.step()] for name, side in sides.items()}
+    for name, values in losses.items():
+        # The same function of the same weights; then after a step along the gradient, in float32
+        # through 69 layers, where Flax's variance is E[x^2] - E[x]^2.
+        np.testing.assert_allclose(values[0], losses["bn_jax"][0], rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(values[1], losses["bn_jax"][1], rtol=2e-3, err_msg=name)
+    seconds = fair.interleave(
+        {n: s.step for n, s in sides.items()}, 1 if args.smoke else args.steps
     )
-    print(f"{size} px, batch {batch}, float32, n={steps}; losses {losses}")
-    for side in sides:
-        seconds = statistics.median(side.seconds[1:])
-        ratio = statistics.median(
-            b / a for a, b in zip(side.seconds[1:], sides[-1].seconds[1:], strict=True)
-        )
-        rate = "" if args.smoke else f", {GFLOP_AN_IMAGE * batch / seconds:.0f} GFLOP/s"
-        print(
-            f"{side.name:10s} median {seconds:.3f} s a step{rate}, {ratio:.2f}x plain Flax, "
-            f"{side.temporary / 2**20:.0f} MiB temporary, compiled in {side.compile_seconds:.0f} s"
-        )
-    print(f"GEMM ceiling {gemm_ceiling(256 if args.smoke else 4096, 3):.0f} GFLOP/s")
+    results = fair.compare(seconds, "bn_jax")
+    ceiling = gemm_ceiling(512 if args.smoke else 4096, 3)
+    for result in results.values():
+        result["gflops"] = GFLOP_AN_IMAGE * images / result["median"]  # nonsense in a smoke run
+    memory = {n: s.temporary for n, s in sides.items() if isinstance(s, Ours)}
+    record = {
+        "image_size": size,
+        "batch": images,
+        "losses": losses,
+        "sides": results,
+        "gemm_gflops": ceiling,
+        "share_of_ceiling": results["bn_jax"]["gflops"] / ceiling,
+        "temporary_bytes": memory,
+        "memory_ratio": memory["bn_jax"] / memory["plain Flax"],
+        "compile_seconds": {n: s.compile_seconds for n, s in sides.items() if isinstance(s, Ours)},
+    }
+    fair.write("step", record, smoke=args.smoke)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""Images a second of inference, folded (Algorithm 2, line 12) and not: one crop of 224 px.
+
+    python -m benchmarks.evaluate [--smoke] [--rounds=9] [--batch=32]
+
+Both sides are the same network with the same population statistics, BN applied or folded into the
+convolutions; their logits are compared first, then batches are timed in turn.
+"""
+
+import argparse
+import functools
+
+import numpy as np
+
+from benchmarks import fair
+
+
+def main() -> None:
+    """Measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="32 px, width 1/16, one round")
+    parser.add_argument("--rounds", type=int, default=9, help="timed batches a side")
+    parser.add_argument("--batch", type=int, default=32, help="images")
+    args = parser.parse_args()
+    fair.warm_allocator("benchmarks.evaluate")
+    import jax
+
+    from bn_jax import step
+    from bn_jax.layers import BatchNorm, fold_variables
+    from bn_jax.models.inception import Inception
+
+    size, width, batch = (32, 1 / 16, 4) if args.smoke else (224, 1.0, args.batch)
+    norm = functools.partial(BatchNorm, epsilon=1e-3)
+    random = np.random.default_rng(0)
+    model = Inception(1000, width=width, norm=norm)
+    state = jax.jit(lambda: step.init_state(model, 0, (size, size, 3)))()
+    images = random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+    # One training pass gives every layer statistics of its own.
+    train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    key = {"dropout": jax.random.key(0)}
+    variables["batch_stats"] = jax.jit(train)(variables, images, rngs=key)[1]["batch_stats"]
+    folded = fold_variables(variables, epsilon=1e-3)
+    plain = Inception(1000, width=width, norm=None)
+    programs = {
+        name: jax.jit(functools.partial(m.apply, train=False)).lower(v, images).compile()
+        for name, m, v in (("folded", plain, folded), ("unfolded", model, variables))
+    }
+    logits = {n: np.asarray(p(folded if n == "folded" else variables, images))
+              for n, p in programs.items()}  # fmt: skip
+    largest = np.abs(logits["unfolded"]).max()
+    np.testing.assert_allclose(logits["folded"], logits["unfolded"], atol=1e-4 * largest)
+    sides = {
+        "folded": lambda: programs["folded"](folded, images).block_until_ready(),
+        "unfolded": lambda: programs["unfolded"](variables, images).block_until_ready(),
+    }
+    results = fair.compare(fair.interleave(sides, 1 if args.smoke else args.rounds), "folded")
+    for result in results.values():
+        result["images_per_second"] = batch / result["median"]
+    record = {"image_size": size, "width": width, "batch": batch, "sides": results}
+    fair.write("evaluate", record, smoke=args.smoke)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What all benchmarks share: sides that run in turn, one warm allocator, the machine's description.
+
+A benchmark checks first that its sides compute the same, then times them interleaved in one run, so
+that a busy machine slows all of them, and gives medians and paired ratios with their n.
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=20000000000:glibc.malloc.arena_max=1"
+PACKAGES = ("jax", "flax", "optax", "numpy", "torch", "torchvision", "pretrainedmodels")
+RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results" / "bench"
+
+
+def warm_allocator(module: str) -> None:
+    """Starts the benchmark `module` anew under a glibc malloc that keeps what it got from Linux.
+
+    Both sides then run without the page faults of freshly mapped arrays. Elsewhere than on Linux
+    with glibc nothing happens.
+    """
+    if platform.libc_ver()[0] == "glibc" and os.environ.get("GLIBC_TUNABLES") != MALLOC:
+        os.environ["GLIBC_TUNABLES"] = MALLOC
+        os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])
+
+
+def use_threads(count: int) -> None:
+    """Keeps this process, jax's and torch's pools on the last `count` cores; before jax starts."""
+    os.environ["NPROC"] = str(count)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-count:])
+
+
+def interleave(
+    sides: Mapping[str, Callable[[], Any]], n: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of `n` calls of every side, in turn; `warmup` calls before them are not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(n + warmup):
+        for name, call in sides.items():
+            start = time.perf_counter()
+            call()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def compare(seconds: Mapping[str, Sequence[float]], ours: str) -> dict[str, dict[str, float]]:
+    """For each side: n, median and fastest in seconds, and `ratio`, the median over the rounds of
+    its time divided by ours in the same round (above 1: ours is faster)."""
+    return {
+        name: {
+            "n": len(times),
+            "median": statistics.median(times),
+            "fastest": min(times),
+            "ratio": statistics.median(t / o for t, o in zip(times, seconds[ours], strict=True)),
+        }
+        for name, times in seconds.items()
+    }
+
+
+def processor() -> str:
+    """The processor's name where Linux tells it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, versions, allocator, commit and load, as every record carries them."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    tuned = os.environ.get("GLIBC_TUNABLES") == MALLOC
+    return {
+        "hardware": f"{processor()}, {os.cpu_count()} cores",
+        "threads": cores(),
+        "system": platform.platform(terse=True),
+        "versions": versions,
+        "allocator": f"{platform.libc_ver()[0] or 'system'} malloc" + (", warm" if tuned else ""),
+        "commit": commit(),
+        "load": round(os.getloadavg()[0], 2),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with a + if files that are tracked differ from it."""
+
+    def git(*words: str) -> str:
+        run = ["git", "-C", str(RESULTS.parent.parent), *words]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!results")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def slug(hardware: str) -> str:
+    """A folder's name for a machine: amd-epyc-2-cores."""
+    return re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
+
+
+def write(name: str, record: Mapping[str, Any], *, smoke: bool) -> None:
+    """Prints the record and keeps it as results/bench/MACHINE/NAME.json; a smoke run keeps none.
+
+    $BN_JAX_BENCH_OUT is another folder than results/bench.
+    """
+    record = {"benchmark": name, "machine": machine(), **record}
+    print(json.dumps(record, indent=1))
+    if smoke:
+        return
+    out = pathlib.Path(os.environ.get("BN_JAX_BENCH_OUT", RESULTS))
+    folder = out / slug(record["machine"]["hardware"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written: {folder / name}.json")

@@ -1,0 +1,68 @@
+"""Every benchmark runs (figures are never asserted), and the report reads what they leave."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import fair, report
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def smoke(name: str, folder: pathlib.Path) -> str:
+    """Output of one benchmark's smoke run, which must leave no record."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["BN_JAX_BENCH_OUT"] = str(folder)
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not list(folder.iterdir())
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["step", "mnist", "evaluate", "batch_norm", "input"])
+def test_smoke_run(name, tmp_path):
+    assert smoke(name, tmp_path)
+
+
+@pytest.mark.slow
+def test_smoke_run_of_the_start_up(tmp_path):
+    assert "plain Flax, warm" in smoke("startup", tmp_path)
+
+
+def test_sides_take_turns():
+    calls = []
+    sides = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    seconds = fair.interleave(sides, n=2, warmup=1)
+    assert "".join(calls) == "ababab" and [len(s) for s in seconds.values()] == [2, 2]
+
+
+def test_ratios_are_paired_by_round():
+    found = fair.compare({"ours": [1.0, 10.0, 2.0], "theirs": [2.0, 20.0, 8.0]}, "ours")
+    assert found["theirs"] == {"n": 3, "median": 8.0, "fastest": 2.0, "ratio": 2.0}
+    assert found["ours"]["ratio"] == 1.0
+
+
+def test_the_report_has_every_row_and_says_what_was_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("BN_JAX_BENCH_OUT", str(tmp_path))
+    seconds = {"bn_jax": [1.0], "plain Flax": [1.6], "torch": [0.9]}
+    record = {"sides": fair.compare(seconds, "bn_jax"), "share_of_ceiling": 0.5}
+    fair.write("step", {**record, "memory_ratio": 0.6}, smoke=False)
+    (folder,) = tmp_path.iterdir()
+    assert json.loads((folder / "step.json").read_text())["machine"]["versions"]["jax"]
+    rows = report.write(folder).read_text().splitlines()
+    assert sum("not run" in row for row in rows) == len(report.ROWS) - 4
+    assert (
+        "| step, 224 px, batch 32, float32, CPU | plain Flax | 1.6x | 1.5x | 1.9x | reached |"
+        in rows
+    )
+    assert "|  | torch eager, default layout | 0.9x | 1x | 1.2x | missed |" in rows
+    assert "|  | share of the GEMM ceiling | 50% | 70% | 85% | missed |" in rows
+    assert (
+        "| step memory, XLA's temporary bytes | plain Flax | 0.6x | 0.75x | 0.6x | moonshot |"
+        in rows
+    )
