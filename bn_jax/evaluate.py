@@ -27,6 +27,7 @@ from bn_jax import (
     population,
     predictions,
     provenance,
+    recorded,
     report,
     step,
 )
@@ -168,9 +169,18 @@ def load(
     return Member(exp, state.params, stats, statistics if stats else "none", about)
 
 
+def workdirs(names: str) -> list[pathlib.Path]:
+    """Workdirs from a list with commas; a folder of runs stands for all runs in it."""
+    found = []
+    for place in map(pathlib.Path, names.split(",")):
+        inside = [] if (place / "run.json").is_file() else list(recorded.find(place))
+        found += inside or [place]
+    return found
+
+
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions]]:
     """Networks scored on the evaluation split: what is recorded, and each one's predictions."""
-    runs = [pathlib.Path(name) for name in args.workdir.split(",")]
+    runs = workdirs(args.workdir)
     experiments = [experiment.from_workdir(run) for run in runs]  # refused before any compiling
     members = [
         load(run, args.step, args.statistics, exp)
@@ -192,7 +202,9 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions
 def main() -> None:
     """Scores the newest checkpoints of runs, or saved predictions."""
     parser = argparse.ArgumentParser("python -m bn_jax.evaluate", description=__doc__)
-    parser.add_argument("--workdir", help="a trained run; several, with commas, are an ensemble")
+    parser.add_argument(
+        "--workdir", help="a run; several, with commas or as their folder, are an ensemble"
+    )
     parser.add_argument("--step", type=int, help="checkpoint to score (the newest)")
     parser.add_argument(
         "--crops", type=int, default=1, help="1, 10 or 144 crops of each image, averaged (1)"

@@ -14,8 +14,23 @@ from bn_jax.errors import DiskError
 
 NAME = "evaluations.jsonl"
 FIELDS = frozenset(
-    "time members member_scores crops views statistics top1 top5 cross_entropy examples data "
-    "description split holdout image_size".split()
+    (
+        "time",
+        "members",
+        "member_scores",
+        "crops",
+        "views",
+        "statistics",
+        "top1",
+        "top5",
+        "cross_entropy",
+        "examples",
+        "data",
+        "description",
+        "split",
+        "holdout",
+        "image_size",
+    )
 )
 
 

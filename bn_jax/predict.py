@@ -107,7 +107,7 @@ def _say(line: str) -> None:
 def main() -> None:
     """Names what is in pictures."""
     parser = argparse.ArgumentParser("python -m bn_jax.predict", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="a trained run; with commas an ensemble")
+    parser.add_argument("--workdir", required=True, help="a run; several are an ensemble")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG, BMP or WebP files")
     parser.add_argument("--json", action="store_true", help="one JSON object a picture")
     parser.add_argument("--crops", type=int, default=1, help="1, 10 or 144 crops, averaged (1)")
@@ -115,7 +115,7 @@ def main() -> None:
     args = parser.parse_args()
     views.check_crops(args.crops)
     meshes.use_compilation_cache()
-    members = [load(pathlib.Path(name), args.statistics) for name in args.workdir.split(",")]
+    members = [load(run, args.statistics) for run in evaluate.workdirs(args.workdir)]
     exp = members[0].exp
     weight = views.total_weight(args.crops, exp.config.data.mirror)
     networks: ensemble.Networks | None = None
