@@ -96,13 +96,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     kind = formats.formats()[args.format]
-    formats.require(kind.packages)
     if args.out is not None and args.out.is_dir():
         raise ConfigError(f"--out={args.out} is a folder: name a file, NAME{kind.suffix}")
     if args.out is not None and args.out.suffix != kind.suffix:
         raise ConfigError(
             f"--out={args.out}: a file of --format={args.format} ends in {kind.suffix}"
         )
+    formats.require(args.format)
     meshes.use_compilation_cache()
     net = network.load(args.workdir, args.step, args.statistics)
     out = args.out or args.workdir / "export" / f"{net.config.name}{kind.suffix}"

@@ -122,6 +122,7 @@ def write(
     found: dict[str, Any],
     shape: tuple[int, int, int],
     origin: dict[str, Any],
+    names: list[str],
 ) -> None:
     """Writes run.json and a checkpoint at step 0; the workdir appears when both are whole.
 
@@ -132,7 +133,6 @@ def write(
     )
     opt_state = jax.device_get(optim.momentum_sgd().init(params))
     state = step.TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state)
-    classes = int(params["classifier"]["bias"].shape[0])
     data = {
         "name": config.data.name,
         "split": "validation",
@@ -140,8 +140,8 @@ def write(
         "train_examples": 0,
         "eval_examples": 0,
         "image_shape": list(shape),
-        "classes": classes,
-        "class_names": [],
+        "classes": int(params["classifier"]["bias"].size),
+        "class_names": names,
     }
     workdir = workdir.absolute()
     scratch = workdir.with_name(f".{workdir.name}.importing")
@@ -181,6 +181,9 @@ def main(argv: list[str] | None = None) -> None:
         default="drop",
         help="slim's class 0: left out, so that class k is ImageNet's k, or kept (drop)",
     )
+    parser.add_argument(
+        "--classes", type=pathlib.Path, metavar="TXT", help="names of the classes, one a line"
+    )
     parser.add_argument("--data_dir", help="config.data.dir of the new run, for evaluate")
     args = parser.parse_args(argv)
     if args.workdir.exists() and not (args.workdir.is_dir() and not any(args.workdir.iterdir())):
@@ -197,13 +200,27 @@ def main(argv: list[str] | None = None) -> None:
         "variant": args.variant,
         "background": args.background if args.variant == "slim" else "none",
     }
-    write(args.workdir, config, found, shape, origin)
+    classes = found["params"]["classifier"]["bias"].size
+    write(args.workdir, config, found, shape, origin, _names(args.classes, classes))
     count = sum(leaf.size for leaf in jax.tree.leaves(found["params"]))
     print(
-        f"{args.workdir}: {count:,} parameters, {found['params']['classifier']['bias'].size:,} "
-        f"classes, images {shape[0]} x {shape[1]} x {shape[2]}, from {args.file} "
-        f"(sha256 {file.sha256[:16]}...)"
+        f"{args.workdir}: {count:,} parameters, {classes:,} classes, images "
+        f"{' x '.join(map(str, shape))}, from {args.file} (sha256 {file.sha256})"
     )
+    print(f"next: python -m bn_jax.predict --workdir={args.workdir} --statistics=running IMAGE...")
+
+
+def _names(path: pathlib.Path | None, classes: int) -> list[str]:
+    """The lines of --classes; [] without it, and classes are then their numbers."""
+    if path is None:
+        return []
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read --classes={path}: {error}") from None
+    if len(names) != classes:
+        raise ConfigError(f"--classes={path} has {len(names)} lines, the network {classes} classes")
+    return names
 
 
 def _config(args: argparse.Namespace, file: tensor_files.TensorFile) -> ConfigDict:
@@ -213,11 +230,11 @@ def _config(args: argparse.Namespace, file: tensor_files.TensorFile) -> ConfigDi
         config = load_config(args.config or DEFAULT_CONFIG)
         if args.variant != "flax":
             config = published(args.variant, config)
+    config = config.copy_and_resolve_references().unlock()
+    config.record.tensorboard = False  # there is nothing to draw
     if args.data_dir is not None:
-        config = config.unlock()
         config.data.dir = args.data_dir
-        config = config.lock()
-    return config
+    return config.lock()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import re
+import sys
 
 import jax
 import numpy as np
@@ -79,6 +81,7 @@ def test_a_wrong_graph_is_noticed_and_leaves_no_file(tmp_path, monkeypatch):
 
 
 def test_stablehlo_takes_any_batch_and_carries_its_preprocessing(tmp_path):
+    pytest.importorskip("flatbuffers")
     net = made("paper")
     out = tmp_path / "net.stablehlo"
     assert export.export(net, "stablehlo", None, out) <= export.TOLERANCE
@@ -141,12 +144,16 @@ def test_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
             export.main([f"--workdir={tmp_path / 'none'}", *words])
         return str(error.value) + capsys.readouterr().err
 
-    assert "no run.json" in refused("--format=stablehlo")
-    assert "neither 'any' nor a number" in refused("--format=stablehlo", "--batch=0")
+    assert "no run.json" in refused("--format=flax")
+    assert "neither 'any' nor a number" in refused("--format=flax", "--batch=0")
     assert "ends in .onnx" in refused("--format=onnx", f"--out={tmp_path / 'x.txt'}")
     assert "is a folder" in refused("--format=stablehlo", f"--out={tmp_path}")
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    assert "pip install 'bn_jax[export]'" in refused("--format=onnx")
+    for name, package in (("onnx", "onnx"), ("stablehlo", "flatbuffers")):
+        monkeypatch.setitem(sys.modules, package, None)
+        assert re.match(
+            rf"--format={name} needs {package}.*pip install 'bn_jax\[export\]'$",
+            refused(f"--format={name}"),
+        )
 
 
 def test_without_bn_there_are_no_statistics(tmp_path):

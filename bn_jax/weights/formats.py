@@ -4,6 +4,7 @@ Each `write` takes a network and a batch (None: any) and returns bytes; each `ru
 and images uint8 [N, H, W, C] and returns logits [N, classes].
 """
 
+import importlib
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -99,20 +100,21 @@ def formats(network: Network | None = None) -> dict[str, Format]:
         return _run_tensors(tensor_files.read(path), network.config, images)
 
     return {
-        "stablehlo": Format(".stablehlo", write_stablehlo, run_stablehlo),
+        "stablehlo": Format(".stablehlo", write_stablehlo, run_stablehlo, ("flatbuffers",)),
         "onnx": Format(".onnx", write_onnx, run_onnx, ("onnx", "onnxruntime")),
         "safetensors": Format(".safetensors", write_safetensors, run_safetensors),
         "flax": Format(".msgpack", write_flax, run_flax),
     }
 
 
-def require(packages: tuple[str, ...]) -> None:
-    """Raises ConfigError that names the extra unless the packages can be imported."""
-    for name in packages:
+def require(name: str) -> None:
+    """Raises ConfigError that names the extra unless the format's packages can be imported."""
+    packages = formats()[name].packages
+    for package in packages:
         try:
-            __import__(name)
+            importlib.import_module(package)
         except ImportError as error:
             raise ConfigError(
-                f"--format=onnx needs {' and '.join(packages)} ({error}): "
+                f"--format={name} needs {' and '.join(packages)} ({error}): "
                 "pip install 'bn_jax[export]'"
             ) from None

@@ -82,6 +82,12 @@ class Source:
 
     def finish(self, ignored: Callable[[str], bool]) -> None:
         """Raises ConfigError naming every tensor that is missing, extra or of the wrong shape."""
+        if not self._used:
+            raise ConfigError(
+                f"none of the network's tensors, such as {self._missing[0]}, is in the file, which "
+                f"has {len(self.tensors)}, such as {min(self.tensors, default='none')}: is it of "
+                "another --variant?"
+            )
         extra = sorted(n for n in self.tensors if n not in self._used and not ignored(n))
         found = [("missing", self._missing), ("extra", extra), ("wrong", self._wrong)]
         if any(names for _, names in found):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from bn_jax import evaluate, experiment, layers, models, population
+from bn_jax import evaluate, experiment, layers, models
 from bn_jax.models.fig5 import VARIANTS
 from bn_jax.workdir import read_run
 
@@ -59,8 +60,13 @@ class Network(NamedTuple):
         }
 
 
-def load(workdir: pathlib.Path, at_step: int | None, statistics: str | None) -> Network:
-    """The network of a workdir's newest checkpoint, or of one step.
+def load(
+    workdir: pathlib.Path,
+    at_step: int | None,
+    statistics: str | None,
+    say: Callable[[str], None] = print,
+) -> Network:
+    """The network of a workdir's newest checkpoint, or of one step; `say` is told what was found.
 
     statistics: population (Algorithm 2: kept beside the checkpoint, or computed, for which the data
     set must be there), running, or None: population, but of imported weights their own.
@@ -68,27 +74,18 @@ def load(workdir: pathlib.Path, at_step: int | None, statistics: str | None) -> 
     Raises ConfigError and CheckpointError where there is no run, data set or checkpoint.
     """
     exp = experiment.without_data(workdir)
-    found_step, state = experiment.restore(exp, workdir, at_step)
     run = read_run(workdir)
     origin = run["info"].get("imported") if run is not None else None
     if statistics is None:
         statistics = "population" if origin is None else "running"
-    stats = state.batch_stats
-    if stats and statistics == "population":
-
-        def compute() -> Any:
-            return evaluate.Evaluator(experiment.from_workdir(workdir)).population(
-                state.params, stats
-            )
-
-        stats, _ = population.cached(workdir, found_step, exp.config.to_dict(), stats, compute)
-    about = {"experiment": exp.config.name, "step": str(found_step)}
+    member = evaluate.load(workdir, at_step, statistics, exp, say=say)
+    about = {"experiment": exp.config.name, "step": str(member.about["step"])}
     if origin is not None:
         about |= {f"imported_{name}": value for name, value in origin.items()}
     config = _changed(exp.config, dtype="float32")
-    variables = (
-        {"params": state.params, "batch_stats": stats} if stats else {"params": state.params}
-    )
+    variables = {"params": member.params}
+    if member.batch_stats:
+        variables["batch_stats"] = member.batch_stats
     classes = int(exp.data.num_classes)
     return Network(
         config,
@@ -96,7 +93,7 @@ def load(workdir: pathlib.Path, at_step: int | None, statistics: str | None) -> 
         jax.tree.map(np.asarray, jax.device_get(variables)),
         exp.data.image_shape,
         classes,
-        statistics if stats else "none",
+        member.statistics,
         about,
     )
 
