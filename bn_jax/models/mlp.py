@@ -61,7 +61,7 @@ class Mlp(PooledInit):
     def __call__(
         self, images: jax.Array, *, train: bool, mask: jax.Array | None = None
     ) -> jax.Array:
-        """Images [N, H, W, C] in 0..255 to logits float32 [N, num_classes].
+        """Images [N, H, W, C] in 0..255 to logits [N, num_classes], float32 or wider.
 
         mask: bool [N]; rows that are False take no part in batch statistics.
         """
@@ -79,4 +79,4 @@ class Mlp(PooledInit):
         logits = nn.Dense(
             self.num_classes, kernel_init=self.kernel_init, dtype=self.dtype, name="classifier"
         )(x)
-        return logits.astype(jnp.float32)
+        return logits.astype(jnp.promote_types(jnp.float32, self.dtype))
