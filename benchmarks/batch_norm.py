@@ -6,22 +6,16 @@ Two cases a shape: BN alone, and "trained", BN + ReLU under a mask of examples (
 step of training runs it; the peers apply ReLU after BN and have no mask.
 All sides run in this process, in turn within every repeat, in float32, on one allocator: glibc's
 malloc kept warm (no mmap, no trimming, one arena), for which the command starts itself anew.
-Before the timing every side's results are compared with ours. PyTorch is optional. Output: one
-JSON object a shape and case, with medians in milliseconds, ratios, and ours over the time of the 8
-passes over memory that BN needs (forward reads x twice and writes y; backward reads x and dy twice
-and writes dx), which is taken as that of 4 copies of x.
+Before the timing every side's results are compared with ours. PyTorch is optional. Kept as
+results/bench/MACHINE/batch_norm.json: n, medians and fastest in seconds, the median of the paired
+ratios to ours, and ours over the time of the 8 passes over memory that BN needs (forward reads x
+twice and writes y; backward reads x and dy twice and writes dx), taken as that of 4 copies of x.
 """
 
 import argparse
-import json
-import os
-import pathlib
-import platform
-import statistics
-import sys
-import time
 
-MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=20000000000:glibc.malloc.arena_max=1"
+from benchmarks import fair
+
 SHAPES = ((32, 112, 112, 64), (32, 28, 28, 192), (32, 7, 7, 1024))
 SMOKE = ((8, 7, 7, 64),)
 
@@ -120,24 +114,14 @@ def measure(shape, repeats, trained):
         for a, b in zip(got, want, strict=False) if name != "copy" else ():
             # Sums of up to 4e5 float32 values: relative to the largest, 1e-4.
             np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max(), err_msg=name)
-    times = {name: [] for name in runs}
-    for i in range(repeats + 2):  # the first two warm the allocator
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if i >= 2:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    medians = {name: statistics.median(t) for name, t in times.items()}
-    ours, floor = medians["bn_jax"], 4 * medians["copy"]  # a copy is 2 of the 8 passes
-    ratios = {name: round(t / ours, 2) for name, t in medians.items()}
+    found = fair.compare(fair.interleave(runs, repeats, warmup=2), "bn_jax")
+    floor = 4 * found["copy"]["median"]  # a copy is 2 of the 8 passes
     return {
         "shape": shape,
         "case": "trained" if trained else "alone",
-        "n": repeats,
-        "median_ms": {name: round(t, 3) for name, t in medians.items()},
-        "fastest_ms": {name: round(min(t), 3) for name, t in times.items()},
-        "times_ours": ratios,
-        "ours_over_8_pass_floor": round(ours / floor, 2),
+        "MiB_of_8_passes": round(8 * x.nbytes / 2**20, 1),
+        "ours_over_8_passes": round(found["bn_jax"]["median"] / floor, 2),
+        "seconds": found,
     }
 
 
@@ -148,45 +132,17 @@ def main():
     parser.add_argument("--repeats", type=int, default=20, help="timed runs of every side")
     parser.add_argument("--threads", type=int, default=1, help="CPU cores to use, the last ones")
     args = parser.parse_args()
-    if os.environ.get("GLIBC_TUNABLES") != MALLOC:
-        os.environ["GLIBC_TUNABLES"] = MALLOC
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.batch_norm", *sys.argv[1:]])
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-args.threads :])
-    import flax
-    import jax
-
-    record = {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "machine": f"{processor()}, {os.cpu_count()} cores",
-        "load_average": os.getloadavg()[0],
-        "threads": args.threads,
-        "allocator": f"glibc malloc, {MALLOC}",
-    }
+    fair.warm_allocator("benchmarks.batch_norm")
+    fair.use_threads(args.threads)
     try:
         import torch
 
         torch.set_num_threads(args.threads)
-        record["torch"] = torch.__version__
     except ImportError:
-        record["torch"] = "not installed, skipped"
-    print(json.dumps(record), flush=True)
-    for shape in SMOKE if args.smoke else SHAPES:
-        for trained in (False, True):
-            repeats = 3 if args.smoke else args.repeats
-            print(json.dumps(measure(shape, repeats, trained)), flush=True)
-
-
-def processor():
-    """The processor's name where Linux tells it."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor()
+        print("PyTorch is not installed and is left out")
+    repeats, shapes = (3, SMOKE) if args.smoke else (args.repeats, SHAPES)
+    cases = [measure(shape, repeats, trained) for shape in shapes for trained in (False, True)]
+    fair.write("batch_norm", {"cases": cases}, smoke=args.smoke)
 
 
 if __name__ == "__main__":
