@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bn_jax import mesh as meshes
+from bn_jax import reproducible
 from bn_jax import step as steps
 from bn_jax.experiment import Experiment
 
@@ -28,8 +29,19 @@ def steps_per_dispatch(config: ConfigDict, start: int = 0) -> int:
     return max(k for k in range(1, min(fits, most) + 1) if fits % k == 0)
 
 
+def check_devices(exp: Experiment) -> None:
+    """Raises ConfigError for a number of devices that the config cannot be trained on."""
+    if exp.config.reproducible:
+        reproducible.check_devices(exp.config, exp.mesh.size)
+
+
 def compile_step(exp: Experiment, dispatch: int):
-    """The jitted training step: (state, *fed, hyper, seed) -> (state, metrics with axis [K])."""
+    """The training step: (state, *fed, hyper, seed) -> (state, metrics with axis [K]).
+
+    Jitted, or one that is lowered, compiled and called like a jitted function.
+    """
+    if exp.config.reproducible:
+        return reproducible.Step(exp)
     model, everywhere = exp.model, meshes.replicated(exp.mesh)
 
     def one(state, batch, hyper, seed):

@@ -70,34 +70,58 @@ def train_step(
     L2 and auxiliary terms) and `cross_entropy` in nats, `top1` (share of the batch),
     `learning_rate`, `gradient_square` [leaves of params] (their sum is the squared norm).
     """
+    key = dropout_key(seed, state.step)
+    grads, means, batch_stats = gradients(state.params, state.batch_stats, batch, key, model=model)
+    return update(state, grads, means, batch_stats, hyper, batch["label"].shape[0])
+
+
+def gradients(
+    params: Any, batch_stats: Any, batch: dict[str, jax.Array], dropout: jax.Array, *, model
+) -> tuple[Any, dict[str, jax.Array], Any]:
+    """Means over the valid rows of a batch: gradient without L2, metrics; updated batch_stats.
+
+    batch: as for `train_step`. dropout: the key of its dropout. Metrics: `loss` (with the auxiliary
+    terms, without L2), `cross_entropy`, `top1`.
+    """
     labels, mask = batch["label"], batch["mask"]
 
     def objective(params):
         outputs, updates = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
+            {"params": params, "batch_stats": batch_stats},
             batch["image"],
             train=True,
             mask=mask,
-            rngs={"dropout": dropout_key(seed, state.step)},
+            rngs={"dropout": dropout},
             mutable=["batch_stats"],
         )
         logits, aux = outputs if isinstance(outputs, tuple) else (outputs, ())
         main = cross_entropy(logits, labels, mask)
         loss = main + AUX_WEIGHT * sum(cross_entropy(a, labels, mask) for a in aux)
-        loss = loss + hyper.l2 * optim.l2_penalty(params)
         return loss, (main, logits, updates.get("batch_stats", {}))
 
-    (loss, (main, logits, batch_stats)), grads = jax.value_and_grad(objective, has_aux=True)(
-        state.params
-    )
-    rate = optim.decayed_rate(hyper, state.step, labels.shape[0])
+    (loss, (main, logits, updated)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    top1 = jnp.sum(mask & (label_rank(logits, labels) < 1)) / jnp.maximum(jnp.sum(mask), 1)
+    return grads, {"loss": loss, "cross_entropy": main, "top1": top1}, updated
+
+
+def update(
+    state: TrainState,
+    grads: Any,
+    means: dict[str, jax.Array],
+    batch_stats: Any,
+    hyper: optim.Hyper,
+    batch_size: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The next state and `train_step`'s metrics, from what `gradients` gives; L2 is added here."""
+    penalty, decay = jax.value_and_grad(optim.l2_penalty)(state.params)
+    grads = jax.tree.map(lambda g, w: g + hyper.l2 * w, grads, decay)
+    rate = optim.decayed_rate(hyper, state.step, batch_size)
     steps, opt_state = optim.momentum_sgd().update(
         grads, state.opt_state, state.params, learning_rate=rate, momentum=hyper.momentum
     )
     metrics = {
-        "loss": loss,
-        "cross_entropy": main,
-        "top1": jnp.sum(mask & (label_rank(logits, labels) < 1)) / jnp.maximum(jnp.sum(mask), 1),
+        **means,
+        "loss": means["loss"] + hyper.l2 * penalty,
         "learning_rate": rate,
         "gradient_square": jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]),
     }

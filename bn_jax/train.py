@@ -40,6 +40,7 @@ def run(
     DivergedError, Preempted and the other errors of `bn_jax.errors` as they come.
     """
     exp = experiment.build(config)
+    dispatches.check_devices(exp)
     config, taps = exp.config, activations.Taps(exp)
     watch = watch or Watchdog()  # not entered, it does nothing
     info = experiment.describe(exp)
@@ -74,7 +75,7 @@ class Loop:
         self.evaluator = evaluate.Evaluator(exp)
         self.dispatch = 1  # steps; `start` knows how many
         self.leaves: list[str] = []  # paths of the parameters, to name the one that diverged
-        self.begun = -1  # the last step that was handed to the device
+        self.begun, self.settled = -1, False  # the last step begun; a first dispatch is through
         self.scores: dict[str, Any] = {}
 
     def run(self, step: int, state: steps.TrainState, signals: preempt.Signals) -> dict[str, Any]:
@@ -87,9 +88,9 @@ class Loop:
         self.records.say(f"done: {evaluate.sentence(exp, self.scores)}; {exp.data.description}")
         return self.scores
 
-    def place(self) -> tuple[int, str]:
-        """Where the loop is: the last step begun, and the part that time is charged to."""
-        return self.begun, self.records.part
+    def place(self) -> tuple[int, str, bool]:
+        """Where the loop is, for `Watchdog.follow`."""
+        return self.begun, self.records.part, self.settled
 
     def abandon(self, error: BaseException) -> None:
         """Leaves whole records, and a save under way if it is quick, when the loop is stuck."""
@@ -213,6 +214,7 @@ class Loop:
         if pending is None:
             return
         last, metrics = pending[0], jax.device_get(pending[1])
+        self.settled = True
         squares = metrics.pop("gradient_square")
         metrics["gradient_norm"] = np.sqrt(np.sum(squares, axis=-1))
         for i in range(self.dispatch):

@@ -28,11 +28,7 @@ def check(config: ConfigDict) -> None:
     _normalization(config)
     _data(config)
     _records(config)
-    if config.reproducible:
-        raise ConfigError(
-            "reproducible=True, the same bits on any number of devices, is not available yet: "
-            "use False, with which curves agree but for the order of sums"
-        )
+    _reproducible(config)
 
 
 def _optimization(config: ConfigDict) -> None:
@@ -111,6 +107,32 @@ def _normalization(config: ConfigDict) -> None:
                 f"not divisible by bn.group_size={group}",
                 f"use a multiple, such as {near}",
             )
+
+
+def _reproducible(config: ConfigDict) -> None:
+    """A batch of 2^k groups, of which every device gets as many (reproducible.py)."""
+    if not config.reproducible:
+        return
+    group = config.bn.group_size
+    if group is None:
+        raise _error(
+            config, "bn.group_size", "reproducible=True needs groups of fixed size", "set it to 32"
+        )
+    field = "batch_per_device" if config.batch_per_device else "batch_size"
+    size = _get(config, field)
+    groups = size // group
+    if size % group or groups & (groups - 1):
+        near = group << max(0, groups.bit_length() - 1)
+        raise _error(
+            config,
+            field,
+            f"reproducible=True needs bn.group_size={group} times a power of two",
+            f"use {near} or {2 * near}",
+        )
+    if config.steps_per_dispatch > 1:
+        raise _error(
+            config, "steps_per_dispatch", "reproducible=True takes single steps", "set it to 1"
+        )
 
 
 def _data(config: ConfigDict) -> None:

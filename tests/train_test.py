@@ -114,7 +114,7 @@ def test_a_run_cannot_end_before_where_it_is(whole):
         ({"record.activation_examples": 4032}, "activation_examples=4032 exceeds the 4000"),
         ({"data.shift": 2}, "steps_per_dispatch=5 is for the MLP on undistorted data"),
         ({"dtype": "float64"}, "JAX_ENABLE_X64=1"),
-        ({"reproducible": True}, "not available yet"),
+        ({"reproducible": True}, "steps_per_dispatch=5: reproducible=True takes single steps"),
     ],
 )
 def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(tmp_path, changes, said):

@@ -78,7 +78,14 @@ WRONG = [
     ("bn_x30:digits", {"record.activation_examples": 33}, "record.activation_examples=33"),
     ("bn_x30:digits", {"record.activations": ("inception_4e/conv_3x3",)}, "end it with /input"),
     ("mnist:digits", {"record.activations": ("dense_2/pre_bn",)}, "record /input instead"),
-    ("bn_x30:digits", {"reproducible": True}, "not available yet"),
+    (
+        "bn_x30:digits",
+        {"reproducible": True, "batch_size": 96},
+        "batch_size=96: reproducible=True needs bn.group_size=32 times a power of two; use 64",
+    ),
+    ("mnist:digits", {"reproducible": True, "batch_size": 180}, "use 120 or 240"),
+    ("mnist:digits", {"reproducible": True, "bn.group_size": None}, "bn.group_size=None: repro"),
+    ("mnist_bn:digits", {"reproducible": True}, "steps_per_dispatch=250: reproducible=True takes"),
 ]
 
 
