@@ -88,14 +88,16 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def cpu_threads() -> int:
-    """Threads of XLA's CPU backend: $NPROC, or the CPUs that this process may use.
+    """Threads of XLA's CPU backend: $NPROC, or the CPUs that this process may use; one a device.
 
     A sum over a split array depends on where it is split, so the bits of a CPU run depend on it.
+    Virtual devices share the pool, which has at least as many threads as there are of them.
     """
+    devices = jax.local_device_count() if jax.default_backend() == "cpu" else 1
     text = os.environ.get("NPROC", "")
     if text.isdecimal() and int(text) > 0:
-        return int(text)
+        return max(int(text), devices)
     try:
-        return len(os.sched_getaffinity(0))
+        return max(len(os.sched_getaffinity(0)), devices)
     except AttributeError:  # macOS
-        return os.cpu_count() or 1
+        return max(os.cpu_count() or 1, devices)

@@ -68,19 +68,24 @@ def test_an_interrupted_replacement_leaves_the_old_file(tmp_path: pathlib.Path, 
 
 
 def test_the_size_of_xlas_thread_pool_is_recorded(monkeypatch):
+    monkeypatch.setenv("NPROC", "13")
+    assert provenance.cpu_threads() == 13
+    assert provenance.hardware()["variables"]["NPROC"] == "13"
     monkeypatch.setenv("NPROC", "3")
-    assert provenance.cpu_threads() == 3
-    assert provenance.hardware()["variables"]["NPROC"] == "3"
+    assert provenance.cpu_threads() == 8  # one for each of the 8 virtual devices
     monkeypatch.delenv("NPROC")
-    assert provenance.cpu_threads() == len(os.sched_getaffinity(0))
+    assert provenance.cpu_threads() == max(8, len(os.sched_getaffinity(0)))
+    comm = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    pool = sum(name.startswith("tf_XLAEigen") for name in comm)
+    assert pool in (0, provenance.cpu_threads())  # 0: not on Linux, or no devices yet
 
 
 def test_a_cpu_run_does_not_go_on_under_another_thread_pool(tmp_path, monkeypatch):
-    monkeypatch.setenv("NPROC", "3")
+    monkeypatch.setenv("NPROC", "13")
     with open_run(tmp_path) as recorder:
         recorder.begin(0)
-    monkeypatch.setenv("NPROC", "4")
-    with pytest.raises(ConfigError, match=r"with 3 CPU threads, this process has 4.*NPROC=3"):
+    monkeypatch.setenv("NPROC", "14")
+    with pytest.raises(ConfigError, match=r"with 13 CPU threads, this process has 14.*NPROC=13"):
         open_run(tmp_path)
     workdir.require_same_threads(tmp_path, "gpu", 4)  # there the pool does not matter
     monkeypatch.setenv("BN_JAX_ANY_THREADS", "1")
