@@ -1,21 +1,46 @@
 """What the commands share: a user's error is one line on stderr and an exit code, no traceback."""
 
+import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from bn_jax.errors import UserError
+from bn_jax.errors import ConfigError, UserError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command. A UserError becomes one line and its exit code; Ctrl-C exits with 130."""
+    """Runs a command. A UserError becomes one line and its exit code; Ctrl-C exits with 130.
+
+    So does a command line that argparse refuses: its own usage message of several lines hides what
+    is wrong.
+    """
+    argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]
     try:
+        require_paths(sys.argv[1:])
         main()
     except UserError as error:
         fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    fail(f"{message}; {parser.prog} --help names the options", ConfigError.exit_code)
+
+
+def require_paths(argv: Sequence[str]) -> None:
+    """Raises ConfigError for an option's value such as gs://bucket/run: no path of this machine.
+
+    As a path it would be a new folder `gs:` here, of which a pod's other machines know nothing.
+    """
+    for word in argv:
+        url = re.search(r"(?:^|[=,])(\w+)://[^,]*", word)
+        if url:
+            raise ConfigError(
+                f"{word}: {url[1]}:// is not supported; mount the bucket (gcsfuse) and give the "
+                "path of the mount (docs/operations.md, Several hosts)"
+            )
 
 
 def fail(message: str, code: int) -> NoReturn:

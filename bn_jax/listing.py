@@ -53,6 +53,8 @@ def resolve(argv: list[str]) -> list[str]:
     file's is made importable, because experiments build on each other (`from configs import ...`).
     """
     argv = list(argv)
+    if any(word.lstrip("-") in ("help", "helpshort", "helpfull", "h", "?") for word in argv[1:]):
+        print(f"{experiments()}\n")  # what --config may be; the flags' own help follows
     for i, word in enumerate(argv):
         if word in ("--config", "-config") and i + 1 < len(argv):
             argv[i + 1] = _file(argv[i + 1])
