@@ -18,6 +18,7 @@ import tomllib
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 import bn_jax
 
@@ -90,6 +91,7 @@ def test_demo_and_the_commands_on_its_run(place):
     assert "not comparable" in out  # the limits of the digits
     pictures = [line for line in out.splitlines() if line.endswith(".png")]
     assert pictures and all((place / p).stat().st_size > 0 for p in pictures)
+    Image.new("L", (28, 28)).save(place / "digit.png")
     for words in typed:
         if words[:2] == ["python", "-m"] and "--workdir=runs/bn_x30" in words[3:4]:
             out = succeed(words, place)
@@ -129,10 +131,10 @@ def test_prepare_takes_the_options(place):
 
 
 def test_every_command_is_one_that_these_tests_know():
-    known = ("bn_jax.main", "bn_jax.evaluate", "bn_jax.figures", "bn_jax.prepare")
+    known = ("main", "evaluate", "figures", "prepare", "predict")
     for words in commands():
         if words[0] == "python":
-            assert words[1] == "-m" and words[2] in known, words
+            assert words[1] == "-m" and words[2].removeprefix("bn_jax.") in known, words
         else:
             assert words[0] in ("make", "pip"), words
 
