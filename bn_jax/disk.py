@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 
@@ -62,6 +63,14 @@ def write_atomic(path: pathlib.Path, data: bytes) -> None:
                 scratch.unlink(missing_ok=True)
             raise
         sync_directory(path.parent)
+
+
+def sweep(path: pathlib.Path) -> None:
+    """Removes what killed calls of `write_atomic` have left in the directory `path`."""
+    for scratch in path.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", scratch.name):
+            with contextlib.suppress(OSError):
+                scratch.unlink()
 
 
 def sync_directory(path: pathlib.Path) -> None:

@@ -15,7 +15,7 @@ from bn_jax.errors import ConfigError
 SILENCE = 15.0  # without a sign of life; a frozen process, a machine without power or network
 STUCK = 20.0  # in one place of the training loop, at least
 FACTOR = 10.0  # ... or this many times the longest of the last dispatches
-FIRST = 300.0  # until the first dispatch has been measured
+FIRST = 300.0  # until the first dispatch is through: it may allocate, connect, load kernels
 ASIDE = 1800.0  # start-up, compiling, evaluation, saving: hours only where something is wrong
 FLOOR = "BN_JAX_STEP_TIMEOUT"  # environment variable: STUCK, for slow storage
 _LOOP = ("step", "input")
@@ -53,7 +53,7 @@ class Pace:
         self.floor = floor
         self.peers: dict[int, Peer] = {}
         self._lengths: collections.deque[float] = collections.deque(maxlen=20)
-        self._step, self._busy = -1, 0.0  # the last dispatch begun, time in the loop since
+        self._finished, self._busy = -1, 0.0  # the last step through, time in the loop since
         self._last = 0.0  # when `measure` was last called
 
     def limit(self, part: str) -> float:
@@ -72,16 +72,17 @@ class Pace:
         if (peer.step, peer.part) != (about["step"], about["part"]):
             peer.step, peer.part, peer.since = int(about["step"]), str(about["part"]), now
 
-    def measure(self, step: int, part: str, now: float) -> None:
-        """Times this process's own dispatches, evaluations and saves left out."""
-        mine, self._last, before = part in _LOOP, now, self._last
-        if mine:
-            self._busy += now - before
-        if step != self._step:
-            # The first dispatch after a pause may hold what was compiled or allocated for it.
-            if self._step >= 0 and self._busy:
-                self._lengths.append(self._busy)
-            self._step, self._busy = step, 0.0
+    def measure(self, finished: int, part: str, now: float) -> None:
+        """Times this process's own dispatches, evaluations and saves left out.
+
+        finished: the last step that is known to be through, -1 before the first one.
+        """
+        if part in _LOOP:
+            self._busy += now - self._last
+        self._last = now
+        if finished != self._finished:
+            self._lengths.append(self._busy)
+            self._finished, self._busy = finished, 0.0
 
     def forgive(self, seconds: float) -> None:
         """This process itself was frozen for so long: nobody is to blame for it."""

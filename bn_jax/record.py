@@ -69,6 +69,8 @@ class Recorder:
             self._progress = Progress(total_steps)
             workdirs.create(self.workdir)
             self._lock = lock.WorkdirLock(self.workdir)
+            for folder in (self.workdir, self.workdir / "figures"):
+                disk.sweep(folder)
             if self._lock.taken_over:
                 self.say(self._lock.taken_over)
 

@@ -75,7 +75,7 @@ class Loop:
         self.evaluator = evaluate.Evaluator(exp)
         self.dispatch = 1  # steps; `start` knows how many
         self.leaves: list[str] = []  # paths of the parameters, to name the one that diverged
-        self.begun, self.settled = -1, False  # the last step begun; a first dispatch is through
+        self.begun = self.finished = -1  # the last step handed to the device; known to be through
         self.scores: dict[str, Any] = {}
 
     def run(self, step: int, state: steps.TrainState, signals: preempt.Signals) -> dict[str, Any]:
@@ -88,9 +88,9 @@ class Loop:
         self.records.say(f"done: {evaluate.sentence(exp, self.scores)}; {exp.data.description}")
         return self.scores
 
-    def place(self) -> tuple[int, str, bool]:
+    def place(self) -> tuple[int, str, int]:
         """Where the loop is, for `Watchdog.follow`."""
-        return self.begun, self.records.part, self.settled
+        return self.begun, self.records.part, self.finished
 
     def abandon(self, error: BaseException) -> None:
         """Leaves whole records, and a save under way if it is quick, when the loop is stuck."""
@@ -214,7 +214,7 @@ class Loop:
         if pending is None:
             return
         last, metrics = pending[0], jax.device_get(pending[1])
-        self.settled = True
+        self.finished = last
         squares = metrics.pop("gradient_square")
         metrics["gradient_norm"] = np.sqrt(np.sum(squares, axis=-1))
         for i in range(self.dispatch):

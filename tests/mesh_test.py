@@ -46,6 +46,34 @@ def test_a_job_of_several_hosts_is_recognised(env, many):
     assert mesh.cluster_has_many_hosts(env) is many
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: not a whole number from 1"),
+        ({"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES=0: not a whole number from 1"),
+        ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID=: not a whole number from 0"),
+        ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1: not a whole number"),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2: not below JAX_NUM_PROCESSES=2"),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost"}, "=localhost: not HOST:PORT"),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:http"}, "not HOST:PORT"),
+    ],
+)
+def test_a_wrong_cluster_is_one_line(monkeypatch, changes, said):
+    good = {"JAX_COORDINATOR_ADDRESS": "localhost:1234", "JAX_NUM_PROCESSES": "2"}
+    for name, value in (good | {"JAX_PROCESS_ID": "0"} | changes).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("joined"))
+    with pytest.raises(ConfigError) as caught:
+        mesh.initialize()
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_a_launcher_s_variable_that_is_no_number_is_one_line(name):
+    with pytest.raises(ConfigError, match=f"{name}=many: not a whole number"):
+        mesh.cluster_has_many_hosts({name: "many", "SLURM_PROCID": "0"})
+
+
 def test_half_a_coordinator_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
     monkeypatch.setenv("JAX_PROCESS_ID", "0")

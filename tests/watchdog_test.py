@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import time
 
@@ -33,7 +34,8 @@ def feed(*arguments):
                 os.kill(os.getpid(), signal.SIGSTOP)
             elif fault == "hangs":
                 time.sleep(600)
-            raise DataError("record 7 of shard 3 is damaged")
+            else:
+                raise DataError("record 7 of shard 3 is damaged")
         yield fed
 
 dispatch.feed = feed
@@ -44,8 +46,8 @@ LOST = PeerLostError.exit_code
 # fault, what the line says of it, exit codes of the culprit and of the other one
 KINDS = {
     "killed": ("was killed, or its machine failed", -signal.SIGKILL, LOST),
-    "frozen": ("has given no sign of life for 15 s", LOST, LOST),
-    "hangs": ("has been in 'input' of step 25 for 20 s and does not go on", LOST, LOST),
+    "frozen": ("has given no sign of life for 15 s:", LOST, LOST),
+    "hangs": (r"has been in 'input' of step 25 for \d+ s and does not go on", LOST, LOST),
     "raises": ("ended with DataError: record 7 of shard 3 is damaged", DataError.exit_code, LOST),
 }
 IN_CI = [("killed", 1), ("raises", 0)]
@@ -79,15 +81,20 @@ def test_all_processes_end_and_name_the_culprit(tmp_path, fault, culprit, measur
     took = max(took, time.monotonic() - began)
     last = logs[1 - culprit].read_text().strip().splitlines()[-1]
     assert last.startswith(f"bn_jax: process {culprit} (host "), last
-    assert f"pid {mine.pid}) {said}" in last, last
-    assert took < PROMISED, took
+    assert re.search(rf"pid {mine.pid}\) {said}", last), last
+    # On a machine so busy that dispatches take seconds a hang is given ten times as long.
+    limit = float(re.search(r"for (\d+) s", last)[1]) if fault == "hangs" else 0.0
+    assert took < PROMISED + max(0.0, limit - pace.STUCK), took
     measured(f"{fault} process {culprit} of 2", injected=1, detected=1, lost=0, seconds=took)
 
-    newest = workdir / "checkpoints" / "20"  # whole, and no later one can be there
-    manifest.check_files(newest, manifest.load(newest, 20))
+    # Whole, and the last one that was due; process 0 may have been killed while it wrote that.
+    saved = sorted(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*"))
+    assert saved[-1] == 20 or (saved[-1] == 10 and (fault, culprit) == ("killed", 0))
+    newest = workdir / "checkpoints" / str(saved[-1])
+    manifest.check_files(newest, manifest.load(newest, saved[-1]))
     run = json.loads((workdir / "run.json").read_text())
     if culprit and fault != "frozen":
-        assert run["status"] == "failed" and said in run["results"]["error"]
+        assert run["status"] == "failed" and re.search(said, run["results"]["error"])
         assert sum(run["ledger"]["parts"].values()) == pytest.approx(
             run["ledger"]["wall"], rel=0.01
         )
