@@ -195,12 +195,13 @@ def test_the_digits_network_has_the_same_bits_on_1_2_4_and_8_devices():
 @pytest.mark.slow
 def test_two_processes_end_with_the_bits_of_one(tmp_path):
     def start(name, **env):
+        settings = small().to_dict() | {"batch_size": 64, "record.activation_examples": 64}
+        fields = ("reproducible", "batch_size", "total_steps", "eval_every", "checkpoint_every")
+        fields += ("log_every", "steps_per_dispatch", "record.activation_examples")
         command = [sys.executable, "-m", "bn_jax.main", "--config=configs/mnist_bn.py:digits"]
-        settings = small(batch_size=64, **{"bn.group_size": 32}).to_dict()
-        for field in ("reproducible", "batch_size", "total_steps", "eval_every", "log_every"):
-            command.append(f"--config.{field}={settings[field]}")
-        command += ["--config.bn.group_size=32", "--config.steps_per_dispatch=1"]
-        command += [f"--workdir={tmp_path / name}", "--config.record.tensorboard=False"]
+        command += [f"--config.{field}={settings[field]}" for field in fields]
+        command += ["--config.bn.group_size=32", "--config.record.tensorboard=False"]
+        command.append(f"--workdir={tmp_path / name}")
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
         keep |= {"JAX_PLATFORMS": "cpu", "NPROC": "2", **env}
         return subprocess.Popen(command, cwd=ROOT, env=keep)
