@@ -18,10 +18,11 @@ from configs import bn_x30, ensemble_4, inception, mnist, mnist_bn
 
 # What the walk to ONNX has to get right, all of it at width 1/16.
 NETWORKS = {
-    "paper": (bn_x30, 1, {"image_size": 29}),
+    # SAME pads 28 -> 14 -> 7 and 72 -> 36 -> 18 by more after than before.
+    "paper": (bn_x30, 1, {}),
     # Maps of 35 and 17 before the stem's pools, where Caffe's differ from SAME; no BN but LRN.
     "caffe": (inception, 3, {"image_size": 70, "model.variant": "caffe", "model.aux": True}),
-    "slim": (ensemble_4, 3, {"image_size": 65, "model.variant": "slim"}),
+    "slim": (ensemble_4, 3, {"image_size": 72, "model.variant": "slim"}),
 }
 
 
@@ -87,7 +88,7 @@ def test_stablehlo_takes_any_batch_and_carries_its_preprocessing(tmp_path):
     assert export.export(net, "stablehlo", None, out) <= export.TOLERANCE
     found = jax.export.deserialize(bytearray(out.read_bytes()))
     assert set(found.platforms) == {"cpu", "cuda", "rocm", "tpu"}
-    assert str(found.in_avals[0]) == "uint8[batch,29,29,1]"
+    assert str(found.in_avals[0]) == "uint8[batch,28,28,1]"
 
 
 @pytest.mark.parametrize("name", ["stablehlo", "onnx", "safetensors", "flax"])
