@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo fig1 table test check lint slow bench faults differences lock clean
+.PHONY: help setup demo fig1 table two pod test check lint slow bench faults docs differences lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,6 +35,12 @@ table: setup  ## Fig. 2 and the table of Fig. 3 on the digits: five networks, on
 	$(RUN) bn_jax.sweep --configs=inception,inception_best_rate,bn_baseline,bn_x5,bn_x30,bn_x5_sigmoid --scale=digits --seeds=1 --workdir=runs/table
 	$(RUN) bn_jax.figures --workdir=runs/table
 
+two: setup  ## one run as two processes on this machine (launch/local.sh), a minute or two
+	PYTHON=$(BIN)/python launch/local.sh 2 -- --config=mnist_bn:digits --config.total_steps=500 --config.steps_per_dispatch=10 --workdir=runs/two
+
+pod:  ## print what a job on a TPU slice would do (launch/tpu_pod.sh --dry-run)
+	launch/tpu_pod.sh resume --name=bn --zone=us-west4-a --project=PROJECT --type=v5litepod-64 --runtime=v2-alpha-tpuv5-lite --spot --bucket=BUCKET --dry-run -- --config=bn_x30:pod --config.data.dir=/mnt/bn_jax/data --workdir=/mnt/bn_jax/bn_x30
+
 test: setup  ## the tests
 	$(RUN) pytest -m "not slow and not faults"
 
@@ -53,8 +59,12 @@ bench: setup  ## benchmarks on this machine, under 20 minutes; PyTorch takes par
 	for name in step mnist startup evaluate batch_norm; do $(RUN) benchmarks.$$name || exit 1; done
 	$(RUN) benchmarks.report
 
-faults: setup  ## fault injection in full
-	$(RUN) pytest -m "faults" -s
+FAULTS := damage disk divergence fingerprint kill lock preempt refusal resume safety shelf watchdog
+faults: setup  ## every fault injection, with a table of injected / detected / lost
+	$(RUN) pytest -m "not slow" $(FAULTS:%=tests/%_test.py)
+
+docs: setup  ## the documentation as a site, in site/; a warning is an error (needs the extra docs)
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
 differences: setup  ## write the list of differences from the paper anew
 	$(BIN)/python docs/differences.py --write

@@ -26,6 +26,12 @@ def run(line: str, path: pathlib.Path | None = None, **variables: str):
     return subprocess.run(["bash", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+def make(target: str) -> str:
+    """The line that `make TARGET` runs."""
+    line = f"{tool('make')} -n -o .venv/.installed {target} VENV=.venv MAKEFLAGS= MFLAGS="
+    return run(line).stdout.strip()
+
+
 def tool(name: str) -> str:
     return shutil.which(name) or pytest.skip(f"{name} is not installed")
 
@@ -167,3 +173,27 @@ def test_local_processes_train_to_the_curve_of_one(tmp_path, n):
 def test_local_ends_with_the_code_of_the_run(tmp_path):
     out = train(tmp_path / "x", 2, "--config.learning_rate=-1", code=2)
     assert "learning_rate=-1.0" in out and "Traceback" not in out
+
+
+def typed() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (LAUNCH / "README.md").read_text(), re.M | re.S)
+    return "".join(blocks).splitlines()
+
+
+def test_the_guide_and_make_say_the_same():
+    two, pod, slurm = typed()
+    assert make("two") == f"PYTHON=.venv/bin/python {two}" and make("pod") == pod
+    for line in (pod, slurm):
+        done = run(line)
+        assert done.returncode == 0 and "bn_x30:pod" in done.stdout, done.stderr
+    assert run(pod).stdout.count("gcloud compute tpus") == 7
+
+
+@pytest.mark.slow
+def test_two_processes_as_typed(tmp_path):
+    line = typed()[0].replace("runs/two", str(tmp_path / "two"))
+    done = run(line, PYTHON=sys.executable, BN_JAX_SMOKE="1")
+    assert done.returncode == 0, done.stderr
+    assert "of 1,000 examples" in done.stdout
+    mesh = json.loads((tmp_path / "two" / "run.json").read_text())["info"]["mesh"]
+    assert mesh["processes"] == 2

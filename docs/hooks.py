@@ -1,0 +1,71 @@
+"""Hooks of the documentation site (mkdocs.yml): pages that lie outside docs/, and links to them.
+
+README.md is the start page, and PAGES are pages of the navigation; tables and pictures under
+results/ come along. A link to anything else of the checkout (a script, a folder)
+stays as its text: the site holds documents, not code.
+"""
+
+import pathlib
+import posixpath
+import re
+
+from mkdocs.structure.files import File, InclusionLevel
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = {
+    "README.md": "index.md",
+    "launch/README.md": "launch.md",
+    "results/README.md": "published.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+}
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
+
+
+def on_files(files, config):
+    """Adds the pages and pictures from outside docs/."""
+    for path, uri in PAGES.items():
+        text = links((ROOT / path).read_text(), path)
+        files.append(File.generated(config, uri, content=text))
+    for path in sorted((ROOT / "results").rglob("*")):
+        uri = path.relative_to(ROOT).as_posix()
+        if path.suffix == ".png":
+            files.append(File.generated(config, uri, abs_src_path=str(path)))
+        elif path.suffix == ".md" and uri not in PAGES:
+            text, apart = links(path.read_text(), uri), InclusionLevel.NOT_IN_NAV
+            files.append(File.generated(config, uri, content=text, inclusion=apart))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Turns the links of a page of docs/ to where their targets are on the site."""
+    here = (ROOT / "docs" / page.file.src_uri).is_file()
+    return links(markdown, f"docs/{page.file.src_uri}") if here else markdown
+
+
+def links(markdown: str, path: str) -> str:
+    """The text of the file `path` of the checkout with its links as the site needs them."""
+    here = posixpath.dirname(uri_of(path) or path)
+
+    def turn(match: re.Match) -> str:
+        image, text, target, anchor = match.group(1, 2, 3, 4)
+        if "://" in target:
+            return match[0]
+        place = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
+        if not (ROOT / place).exists():
+            return match[0]  # mkdocs reports it
+        uri = uri_of(place)
+        return (
+            f"{image}[{text}]({posixpath.relpath(uri, here or '.')}{anchor or ''})" if uri else text
+        )
+
+    return LINK.sub(turn, markdown)
+
+
+def uri_of(place: str) -> str | None:
+    """Where the site has a file of the checkout; None if it has not."""
+    if place in PAGES:
+        return PAGES[place]
+    if place.startswith("docs/") and place.endswith(".md"):
+        return place.removeprefix("docs/")
+    return place if place.startswith("results/") and place.endswith((".md", ".png")) else None

@@ -1,0 +1,93 @@
+"""The documentation: every page is reached, every link leads somewhere, the site builds."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")])
+
+
+def nav(entries=None) -> list[str]:
+    """The pages of mkdocs.yml's navigation."""
+    if entries is None:
+        entries = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    pages = []
+    for entry in entries:
+        [target] = entry.values()
+        pages += nav(target) if isinstance(target, list) else [target]
+    return pages
+
+
+def anchors(path: pathlib.Path) -> set[str]:
+    """Names of a page's headings, as GitHub and Python-Markdown make them."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
+    names = set()
+    for heading in re.findall(r"^#+ (.+)$", text, re.M):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").lower()
+        names.add(re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", plain).strip()))
+    return names
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_and_anchors(path):
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        if "://" in target:
+            continue
+        place = (path.parent / target).resolve() if target else path
+        assert place.exists(), f"{path.name}: {target}"
+        if anchor:
+            assert place.suffix == ".md" and anchor in anchors(place), f"{path.name}: #{anchor}"
+
+
+def test_links_of_notebooks():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            for target in re.findall(r"\]\(([^)#]+)", "".join(cell["source"])):
+                if cell["cell_type"] == "markdown":
+                    assert "://" in target or (path.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_navigation():
+    pages = nav()
+    assert len(pages) == len(set(pages)) and pages[0] == "index.md"
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= set(pages)
+
+
+def test_every_notebook_has_a_row():
+    rows = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "notebooks.md").read_text(), re.M))
+    assert rows == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+
+
+def test_the_figure_is_at_the_top_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    [picture] = re.findall(r"^!\[.+\]\((.+)\)$", readme, re.M)
+    assert (ROOT / picture).is_file()
+    assert readme.index(picture) < readme.index("\n## ")
+
+
+def test_modules_of_the_api_page_exist():
+    for name in re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.M):
+        assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), name
+
+
+def test_site_builds_without_a_warning(tmp_path):
+    for module in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(module, reason="needs the extra [docs]")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={tmp_path}"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    start, api = ((tmp_path / p).read_text() for p in ("index.html", "api/index.html"))
+    assert "results/mnist/fig1.png" in start and (tmp_path / "results/mnist/fig1.png").is_file()
+    assert "Algorithm 1 (<code>train</code>)" in api  # from the docstring of batch_norm.normalize
+    assert not re.search(r'(?:src|<link[^>]*href)="https?://', start)
