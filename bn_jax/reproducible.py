@@ -43,9 +43,9 @@ def check_devices(config: ConfigDict, devices: int) -> None:
     groups = config.batch_size // config.bn.group_size
     if devices > groups or devices & (devices - 1):
         raise ConfigError(
-            f"reproducible=True on {devices} devices: batch_size={config.batch_size} is {groups} "
-            f"groups of bn.group_size={config.bn.group_size}, for a power of two of at most "
-            f"{groups} devices; use such a number, a larger batch_size, or reproducible=False"
+            f"reproducible=True on {devices} devices: batch_size={config.batch_size} in groups of "
+            f"bn.group_size={config.bn.group_size} needs a power of two of at most {groups} "
+            "devices; use fewer, a larger batch_size, or reproducible=False"
         )
 
 
