@@ -61,7 +61,7 @@ bench: setup  ## benchmarks on this machine, under 20 minutes; PyTorch takes par
 
 FAULTS := damage disk divergence fingerprint kill lock preempt refusal resume safety shelf watchdog
 faults: setup  ## every fault injection, with a table of injected / detected / lost
-	$(RUN) pytest -m "not slow" $(FAULTS:%=tests/%_test.py)
+	$(RUN) pytest $(FAULTS:%=tests/%_test.py)
 
 docs: setup  ## the documentation as a site, in site/; a warning is an error (needs the extra docs)
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict

@@ -26,14 +26,20 @@ _table: list[tuple[str, int, int, int, str]] = []  # of faults: what, injected, 
 
 
 @pytest.fixture
-def measured():
-    """Adds a line to the table of faults: measured(what, injected=, detected=, lost=, seconds=)."""
+def measured(request):
+    """Adds a line to the table of faults: measured(what, injected=, detected=, lost=, seconds=).
+
+    A test that fails before it has added one counts as one fault lost.
+    """
+    before = len(_table)
 
     def add(what: str, *, injected: int, detected: int, lost: int, seconds: float | None = None):
         note = "" if seconds is None else f"{seconds:.1f} s"
         _table.append((what, injected, detected, lost, note))
 
-    return add
+    yield add
+    if len(_table) == before:
+        _table.append((f"FAILED: {request.node.name}"[:57], 1, 0, 1, ""))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -102,7 +102,7 @@ def mutations(step: pathlib.Path, count: int) -> Iterator[tuple[str, Callable[[]
         yield f"{fault.__name__} {name}", lambda f=fault, n=name: f(step / n, rng)
 
 
-def test_every_mutation_of_the_newest_step_is_detected(template, tmp_path, capfd):
+def test_every_mutation_of_the_newest_step_is_detected(template, tmp_path, capfd, measured):
     directory = tmp_path / "checkpoints"
     done: collections.Counter[str] = collections.Counter()
     shutil.copytree(template, directory)
@@ -126,6 +126,8 @@ def test_every_mutation_of_the_newest_step_is_detected(template, tmp_path, capfd
             assert capfd.readouterr().err == "", name
         done[name.split()[0]] += 1
     assert sum(done.values()) == MUTATIONS >= 200 and len(done) == 12, done
+    for kind, count in done.items():
+        measured(f"checkpoint: {kind}", injected=count, detected=count, lost=0)
 
 
 def test_a_damaged_index_is_said_and_the_newest_step_restored(template, tmp_path, capfd):

@@ -39,7 +39,7 @@ def test_too_little_space_is_reported_before_a_save_begins(tmp_path, monkeypatch
         assert checkpoints.steps() == [1]
 
 
-def test_a_disk_that_fills_leaves_the_last_good_checkpoint(small_disk, monkeypatch):
+def test_a_disk_that_fills_leaves_the_last_good_checkpoint(small_disk, monkeypatch, measured):
     monkeypatch.setattr(disk, "require_free", lambda *_: None)  # another process took the space
     directory = small_disk / "checkpoints"
     with open_checkpoints(directory) as checkpoints:
@@ -55,9 +55,10 @@ def test_a_disk_that_fills_leaves_the_last_good_checkpoint(small_disk, monkeypat
         checkpoints.save(2, state_at(2))  # there is space again
         checkpoints.wait()
         assert checkpoints.steps() == [1, 2]
+    measured("disk full during a save", injected=1, detected=1, lost=0)
 
 
-def test_records_on_a_full_disk_are_reported_and_go_on_later(small_disk: pathlib.Path):
+def test_records_on_a_full_disk_are_reported_and_go_on_later(small_disk, measured):
     def open_run() -> record.Recorder:
         return record.Recorder(
             small_disk / "run",
@@ -84,6 +85,7 @@ def test_records_on_a_full_disk_are_reported_and_go_on_later(small_disk: pathlib
     assert (small_disk / "run" / "metrics.jsonl").read_text() == (
         '{"step": 1, "kind": "eval", "top1": 0.5}\n{"step": 2, "kind": "eval", "top1": 0.25}\n'
     )
+    measured("disk full under the records", injected=1, detected=1, lost=0)
 
 
 def test_a_disk_that_cannot_be_written_is_one_line(tmp_path: pathlib.Path):

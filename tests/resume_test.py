@@ -1,17 +1,20 @@
 """Trainers that are signalled and killed: saved at the same step, and the same bits afterwards."""
 
 import json
-import pathlib
 import signal
 import time
 
+import jax
 import pytest
 from processes import TRAIN, arrays, lines, spawn, wait_for
 
+from bn_jax import mesh as meshes
+from bn_jax import preempt, train
 from bn_jax.errors import Preempted
+from configs import bn_x30
 
 
-def test_after_sigterm_and_sigkill_the_run_ends_with_the_same_bits(tmp_path: pathlib.Path):
+def test_after_sigterm_and_sigkill_the_run_ends_with_the_same_bits(tmp_path, measured):
     whole, cut, log = tmp_path / "whole", tmp_path / "cut", tmp_path / "log"
     (child,) = spawn([*TRAIN, f"--workdir={whole}"], log)
     assert child.wait(300) == 0, log.with_suffix(".0").read_text()
@@ -30,6 +33,7 @@ def test_after_sigterm_and_sigkill_the_run_ends_with_the_same_bits(tmp_path: pat
         assert time.monotonic() - begin < 15
     (child,) = spawn(command, log)
     assert child.wait(300) == 0, log.with_suffix(".0").read_text()
+    measured("SIGTERM, SIGKILL of the MLP", injected=2, detected=2, lost=0)
 
     assert lines(cut) == lines(whole)
     assert lines(whole).count(b"\n") > 36
@@ -45,10 +49,10 @@ def test_after_sigterm_and_sigkill_the_run_ends_with_the_same_bits(tmp_path: pat
 
 
 @pytest.mark.slow
-def test_two_trainers_save_the_same_step_and_one_goes_on(tmp_path: pathlib.Path):
+def test_two_trainers_save_the_same_step_and_one_goes_on(tmp_path, measured):
     cut, log = tmp_path / "cut", tmp_path / "log"
-    # One step a dispatch: over the loopback a step of two processes takes 0.05 to 0.15 s.
-    command = [*TRAIN, f"--workdir={cut}", "--config.steps_per_dispatch=1"]
+    # Over the loopback a step of two processes takes 0.05 to 0.15 s; they take 5 a dispatch.
+    command = [*TRAIN, f"--workdir={cut}"]
     command += ["--config.eval_every=50", "--config.total_steps=100"]
     for signalled in (1, 0):
         children = spawn(command, log, processes=2)
@@ -56,10 +60,45 @@ def test_two_trainers_save_the_same_step_and_one_goes_on(tmp_path: pathlib.Path)
         begin = time.monotonic()
         children[signalled].send_signal(signal.SIGTERM)
         assert [c.wait(60) for c in children] == [Preempted.exit_code] * 2
-        assert time.monotonic() - begin < 15
+        took = time.monotonic() - begin
+        assert took < 15  # promised: 5 s, on a machine that does nothing else
+        measured(f"SIGTERM to process {signalled} of 2", injected=1, detected=1, lost=0,
+                 seconds=took)  # fmt: skip
         texts = [log.with_suffix(f".{i}").read_text() for i in range(2)]
         ends = {text.split("after step ")[1].split(",")[0] for text in texts}
         assert len(ends) == 1, texts
     (child,) = spawn(command, log)  # on one process
     assert child.wait(300) == 0, log.with_suffix(".0").read_text()
     assert f"resumed from step {ends.pop()}" in log.with_suffix(".0").read_text()
+
+
+def test_a_streamed_inception_with_dropout_and_distortion_goes_on_with_the_same_bits(
+    tmp_path, monkeypatch
+):
+    real = meshes.make
+    monkeypatch.setattr(meshes, "make", lambda: real(jax.devices()[:1]))
+    config = bn_x30.get_config("digits")
+    config.update_from_flattened_dict(
+        {
+            "model.width": 0.0625,
+            "dropout": 0.4,
+            "data.shift": 2,
+            "data.distortion": 1.0,
+            "total_steps": 4,
+            "eval_every": 4,
+            "checkpoint_every": 4,
+            "log_every": 1,
+            "statistics_batches": 1,
+            "record.activation_every": 2,
+            "record.tensorboard": False,
+        }
+    )
+    scores = train.run(config, tmp_path / "whole")
+    with monkeypatch.context() as stop:
+        stop.setattr(preempt.Signals, "stop_at", lambda self, step: step == 2)
+        with pytest.raises(Preempted):
+            train.run(config, tmp_path / "cut")
+    assert train.run(config, tmp_path / "cut") == scores
+    once, twice = (arrays(tmp_path / name, 4) for name in ("whole", "cut"))
+    assert once == twice and len(once) > 500  # parameters, velocity, statistics, step
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")

@@ -157,6 +157,15 @@ def test_no_dispatch_steps_over_an_interval(changes, expected):
     assert dispatch.steps_per_dispatch(config, start=37) == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, 5), ({"steps_per_dispatch": 10}, 5), ({"steps_per_dispatch": 8}, 2)],
+)
+def test_several_processes_take_few_steps_at_a_time(monkeypatch, changes, expected):
+    monkeypatch.setattr(dispatch.jax, "process_count", lambda: 2)
+    assert dispatch.steps_per_dispatch(small(**changes)) == expected
+
+
 def test_streamed_and_resident_batches_train_alike(whole, tmp_path):
     train.run(small(steps_per_dispatch=1), tmp_path)
     streamed = [line["loss"] for line in lines(tmp_path, "train")]

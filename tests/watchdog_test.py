@@ -14,6 +14,7 @@ from bn_jax import manifest, pace, watchdog
 from bn_jax.errors import ConfigError, DataError, PeerLostError
 
 PROMISED = 30.0  # seconds
+SECRET = "hunter2-51bd09e6"  # planted in the environment
 
 # The trainer, with a fault in the input of one process: argv is the fault, the process, the rest.
 FAULTY = """
@@ -59,7 +60,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("fault", "culprit"), CASES)
-def test_all_processes_end_and_name_the_culprit(tmp_path, fault, culprit, measured):
+def test_all_processes_end_and_name_the_culprit(tmp_path, fault, culprit, measured, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
     said, own_code, code = KINDS[fault]
     workdir, log = tmp_path / "run", tmp_path / "log"
     arguments = ["-c", FAULTY, fault, str(culprit), *TRAIN[2:], *SHORT, f"--workdir={workdir}"]
@@ -99,6 +101,8 @@ def test_all_processes_end_and_name_the_culprit(tmp_path, fault, culprit, measur
             run["ledger"]["wall"], rel=0.01
         )
         assert not (workdir / "lock").exists()
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(files) > 8 and not [p for p in files if SECRET.encode() in p.read_bytes()]
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "inf", "nan"])

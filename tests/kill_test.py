@@ -1,0 +1,164 @@
+"""SIGKILL at random instants, in the middle of saves too: the run ends with the bits of one that
+was never stopped, every start succeeds, nothing is left lying about."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import ROOT, arrays
+
+COMMON = {
+    "total_steps": 1_000_000,  # until the killing is over
+    "log_every": 1,
+    "statistics_batches": 2,
+    "record.activations": (),
+    "record.tensorboard": False,
+}
+# A save every few steps, so that many kills fall into one.
+MLP = ("mnist_bn", COMMON | {"steps_per_dispatch": 1, "checkpoint_every": 5, "eval_every": 50})
+INCEPTION = (
+    "bn_x30",
+    COMMON | {"model.width": 0.0625, "checkpoint_every": 2, "eval_every": 20, "dropout": 0.4},
+)
+
+# Imports once and forks for every start: a start is then what the trainer does, not what Python
+# does. Each line of input is a number of steps; each line of output a pid, then an exit status.
+SERVER = """
+import importlib, json, os, pathlib, sys, traceback
+from bn_jax import mesh, train
+name, settings, workdir = sys.argv[1:]
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        try:
+            config = importlib.import_module(f"configs.{name}").get_config("digits")
+            values = {k: tuple(v) if isinstance(v, list) else v
+                      for k, v in json.loads(settings).items()}
+            config.update_from_flattened_dict(values | {"total_steps": int(line)})
+            mesh.use_compilation_cache()
+            train.run(config, pathlib.Path(workdir))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+class Trainer:
+    """Starts a run in `workdir` again and again."""
+
+    def __init__(self, what, workdir: pathlib.Path, cache: pathlib.Path):
+        self.workdir, self.log = workdir, workdir.with_suffix(".log")
+        env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+        env["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER, what[0], json.dumps(what[1]), str(workdir)],
+            cwd=ROOT,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+        )
+
+    def start(self, total: int) -> int:
+        assert self.server.stdin is not None and self.server.stdout is not None
+        self.server.stdin.write(f"{total}\n")
+        self.server.stdin.flush()
+        line = next(line for line in self.server.stdout if line.strip().isdecimal())
+        return int(line)
+
+    def wait(self) -> int:
+        """The status of the child: 9 if it was killed, 0 if it has ended."""
+        assert self.server.stdout is not None
+        return int(next(line for line in self.server.stdout if line.strip().isdecimal()))
+
+    def newest(self) -> int:
+        """The newest checkpoint, 0 if there is none."""
+        names = (self.workdir / "checkpoints").glob("[0-9]*")
+        return max((int(path.name) for path in names), default=0)
+
+    def close(self) -> None:
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait(60)
+
+
+def kill_once(trainer: Trainer, rng: random.Random) -> bool:
+    """One start and one kill. Returns whether it fell into a save."""
+    before = trainer.newest()
+    pid = trainer.start(COMMON["total_steps"])
+    began = time.monotonic()
+    if rng.random() < 0.2:  # at the start: importing, compiling, restoring
+        time.sleep(rng.uniform(0, 3))
+    else:  # after one more save at least, so that the run comes forward
+        while trainer.newest() <= before:
+            assert time.monotonic() - began < 300, trainer.log.read_text()
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+    os.kill(pid, signal.SIGKILL)
+    assert trainer.wait() == signal.SIGKILL, trainer.log.read_text()  # else the start had failed
+    return bool(list((trainer.workdir / "checkpoints").glob("tmp.*")))
+
+
+def redone(workdir: pathlib.Path) -> list[int]:
+    """Steps that each restart did again."""
+    run = json.loads((workdir / "run.json").read_text())
+    lines = [json.loads(x) for x in (workdir / "timing.jsonl").read_text().splitlines()]
+    found = []
+    for number, attempt in enumerate(run["attempts"][1:]):
+        reached = max(x["step"] for x in lines if x["attempt"] <= number)
+        found.append(reached - attempt["resume_step"])
+    return found
+
+
+CASES = [
+    pytest.param(MLP, 10, id="mlp"),
+    pytest.param(INCEPTION, 1, id="inception"),
+    pytest.param(MLP, 90, id="mlp-in-full", marks=pytest.mark.faults),
+    pytest.param(INCEPTION, 10, id="inception-in-full", marks=pytest.mark.faults),
+]
+
+
+@pytest.mark.parametrize(("what", "kills"), CASES)
+def test_any_kill_leaves_the_bits_of_the_uninterrupted_run(tmp_path, what, kills, measured):
+    rng, interval = random.Random(kills), what[1]["checkpoint_every"]
+    began = time.monotonic()
+    cut = Trainer(what, tmp_path / "cut", tmp_path / "cache")
+    in_saves = sum(kill_once(cut, rng) for _ in range(kills))
+    total = cut.newest() + 2 * interval + 1  # the last one is no multiple of anything
+    cut.start(total)
+    assert cut.wait() == 0, cut.log.read_text()
+    cut.close()
+    whole = Trainer(what, tmp_path / "whole", tmp_path / "cache")
+    whole.start(total)
+    assert whole.wait() == 0, whole.log.read_text()
+    whole.close()
+
+    assert arrays(cut.workdir, total) == arrays(whole.workdir, total)
+    texts = [(t.workdir / "metrics.jsonl").read_bytes() for t in (cut, whole)]
+    assert texts[0] == texts[1] and texts[0].count(b'"train"') == total
+    # Nothing besides what the other run has; inside a step orbax may cut its files differently.
+    files = [
+        {str(p.relative_to(t.workdir)) for depth in ("*", "*/*", "*/*/*") for p in
+         t.workdir.glob(depth)} for t in (cut, whole)
+    ]  # fmt: skip
+    assert files[0] == files[1] and f"checkpoints/{total}/manifest.json" in files[0]
+    # At most one interval, and what was trained while the last save was still being written: never
+    # more than another interval, since the next save waits for it.
+    again = redone(cut.workdir)
+    assert max(again) <= 2 * interval, again
+    more = sum(steps > interval for steps in again)
+    run = json.loads((cut.workdir / "run.json").read_text())
+    assert {a["status"] for a in run["attempts"][:-1]} <= {"killed"}
+    seconds = time.monotonic() - began
+    name = f"SIGKILL of {what[0]}: {in_saves} in saves, {more} redid > 1 interval"
+    measured(name, injected=kills, detected=kills, lost=0, seconds=seconds)
