@@ -61,7 +61,7 @@ def draw_fig2(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pa
         _log_steps(axes)
         axes.grid(which="major", alpha=0.25)
     if level is not None:
-        panels[0, 1].set_ylim(bottom=max(0.0, level - ZOOM))
+        panels[0, 1].set_ylim(max(0.0, level - ZOOM), 100.5)
     run = groups[next(iter(curves))][0]
     panels[0, 0].set_ylabel(f"{run.data['split']} accuracy (%)")
     panels[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
