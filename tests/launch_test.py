@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -159,7 +160,8 @@ def curve(workdir: pathlib.Path) -> list[float]:
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
 def test_local_processes_train_to_the_curve_of_one(tmp_path, n):
     train(tmp_path / "one", 1)
     train(tmp_path / "many", n)
@@ -197,3 +199,34 @@ def test_two_processes_as_typed(tmp_path):
     assert "of 1,000 examples" in done.stdout
     mesh = json.loads((tmp_path / "two" / "run.json").read_text())["info"]["mesh"]
     assert mesh["processes"] == 2
+
+
+@pytest.mark.slow
+def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path):
+    options = "--config=mnist_bn:digits --config.batch_size=64 --config.bn.group_size=32"
+    options += (
+        " --config.steps_per_dispatch=1 --config.log_every=5 --config.record.tensorboard=False"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    process = subprocess.Popen(
+        ["launch/local.sh", "2", "--", *options.split(), f"--workdir={tmp_path / 'w'}"],
+        cwd=ROOT, env=env | {"PYTHON": sys.executable}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    metrics = tmp_path / "w" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.is_file() and '"train"' in metrics.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(timeout=120) == 75
+    assert json.loads((tmp_path / "w" / "run.json").read_text())["status"] == "preempted"
+
+
+def test_a_lost_process_ends_the_others(tmp_path):
+    """Process 1 dies at once; process 0, which would wait for ever, is ended after the grace."""
+    fake(tmp_path, "fake", '[[ $JAX_PROCESS_ID == 1 ]] && exit 9; trap "" TERM; sleep 60')
+    start = time.monotonic()
+    done = run("launch/local.sh 2 -- --config=x", PYTHON=str(tmp_path / "fake"), BN_JAX_GRACE="1")
+    # "python -m bn_jax.main" is the fake with arguments that it does not look at
+    assert done.returncode == 9 and "ended with 9; waiting for the others" in done.stderr
+    assert time.monotonic() - start < 30
