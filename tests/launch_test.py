@@ -224,7 +224,7 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path):
 
 def test_a_lost_process_ends_the_others(tmp_path):
     """Process 1 dies at once; process 0, which would wait for ever, is ended after the grace."""
-    fake(tmp_path, "fake", '[[ $JAX_PROCESS_ID == 1 ]] && exit 9; trap "" TERM; sleep 60')
+    fake(tmp_path, "fake", '[[ $JAX_PROCESS_ID == 1 ]] && exit 9; trap "" TERM; exec sleep 60')
     start = time.monotonic()
     done = run("launch/local.sh 2 -- --config=x", PYTHON=str(tmp_path / "fake"), BN_JAX_GRACE="1")
     # "python -m bn_jax.main" is the fake with arguments that it does not look at
