@@ -17,6 +17,8 @@ from bn_jax import step as steps
 from bn_jax.errors import DivergedError
 from configs import bn_x30, inception, mnist_bn
 
+# Inception compiles for a minute: in `make faults`.
+MLP, FULL = pytest.param(mnist_bn, id="mlp"), pytest.mark.faults
 TINY = {
     "total_steps": 6,
     "eval_every": 6,
@@ -66,7 +68,7 @@ def check_records(workdir, step: int) -> None:
     assert not list((workdir / "checkpoints").glob("tmp.*"))
 
 
-@pytest.mark.parametrize("root", [mnist_bn, bn_x30], ids=["mlp", "inception"])
+@pytest.mark.parametrize("root", [MLP, pytest.param(bn_x30, id="inception", marks=FULL)])
 def test_an_injected_nan_ends_the_run_in_its_step(tmp_path, monkeypatch, root, measured):
     poison(monkeypatch, at=3)
     config = tiny(root, batch_size=64, **{"bn.group_size": 32, "steps_per_dispatch": 1})
@@ -81,7 +83,7 @@ def test_an_injected_nan_ends_the_run_in_its_step(tmp_path, monkeypatch, root, m
     measured(f"NaN injected into {config.name}", injected=1, detected=1, lost=0)
 
 
-@pytest.mark.parametrize("root", [mnist_bn, inception], ids=["mlp", "inception"])
+@pytest.mark.parametrize("root", [MLP, pytest.param(inception, id="inception", marks=FULL)])
 def test_a_rate_that_overflows_ends_the_run(tmp_path, root, measured):
     # Parameters of 1e38 and more after one step; BN scales the MLP's layers to what it likes, but
     # the classifier and the L2 term have none.
