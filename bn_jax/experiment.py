@@ -62,6 +62,11 @@ def build(config: ConfigDict) -> Experiment:
     mesh = meshes.make()
     config = for_devices(config, mesh.size)
     validate.check(config)  # the batch may have changed
+    if config.reproducible and mesh.size & (mesh.size - 1):
+        raise ConfigError(
+            f"reproducible=True on {mesh.size} devices: the number must be a power of two; use "
+            "fewer devices"
+        )
     meshes.check_batch(config.batch_size, mesh.size)
     data = pipeline.open_data(config)
     check_data(config, data)

@@ -30,8 +30,9 @@ def test_smoke_run(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_smoke_run_of_the_start_up(tmp_path):
-    assert "plain Flax, warm" in smoke("startup", tmp_path)
+@pytest.mark.parametrize("name", ["startup", "reproducible", "memory", "scale"])
+def test_longer_smoke_run(name, tmp_path):
+    assert smoke(name, tmp_path)
 
 
 def test_sides_take_turns():
