@@ -42,8 +42,28 @@ class Peer:
         return f"process {self.process} (host {self.host}, pid {self.pid})"
 
 
+class Dispatches:
+    """How long the last 20 dispatches took. The first one allocates and connects: it counts only
+    until there is another."""
+
+    def __init__(self) -> None:
+        self._count, self._total = 0, 0.0
+        self._lengths: collections.deque[float] = collections.deque(maxlen=20)
+
+    def through(self, total: float) -> None:
+        """One more is through; `total`: seconds of all so far, evaluations and saves left out."""
+        if self._count == 1:
+            self._lengths.clear()
+        self._lengths.append(total - self._total)
+        self._count, self._total = self._count + 1, total
+
+    def slowest(self) -> float | None:
+        """Seconds of the longest; None before the first is through. From any thread."""
+        return max(list(self._lengths), default=None)
+
+
 class Pace:
-    """Measures dispatches, and finds what takes far longer than they do.
+    """Finds what takes far longer than it should.
 
     Args:
       floor: seconds in one place of the loop that are always allowed.
@@ -52,17 +72,15 @@ class Pace:
     def __init__(self, floor: float = STUCK):
         self.floor = floor
         self.peers: dict[int, Peer] = {}
-        self._lengths: collections.deque[float] = collections.deque(maxlen=20)
-        self._finished, self._busy = -1, 0.0  # the last step through, time in the loop since
-        self._last = 0.0  # when `measure` was last called
+        self.slowest: float | None = None  # of the last dispatches; see Dispatches
 
     def limit(self, part: str) -> float:
         """Seconds that a process may stay in one place."""
         if part not in _LOOP:
             return max(ASIDE, self.floor)
-        if not self._lengths:
+        if self.slowest is None:
             return max(FIRST, self.floor)
-        return max(self.floor, FACTOR * max(self._lengths))
+        return max(self.floor, FACTOR * self.slowest)
 
     def seen(self, process: int, about: Mapping[str, Any], now: float) -> None:
         """A sign of life: host, pid, step, part and ended of a process."""
@@ -72,24 +90,11 @@ class Pace:
         if (peer.step, peer.part) != (about["step"], about["part"]):
             peer.step, peer.part, peer.since = int(about["step"]), str(about["part"]), now
 
-    def measure(self, finished: int, part: str, now: float) -> None:
-        """Times this process's own dispatches, evaluations and saves left out.
-
-        finished: the last step that is known to be through, -1 before the first one.
-        """
-        if part in _LOOP:
-            self._busy += now - self._last
-        self._last = now
-        if finished != self._finished:
-            self._lengths.append(self._busy)
-            self._finished, self._busy = finished, 0.0
-
     def forgive(self, seconds: float) -> None:
         """This process itself was frozen for so long: nobody is to blame for it."""
         for peer in self.peers.values():
             peer.heard += seconds
             peer.since += seconds
-        self._last += seconds
 
     def blame(self, now: float, *, stuck: bool) -> str:
         """The process that is silent or, with `stuck`, holds up the others, in words; '' if all is

@@ -153,10 +153,10 @@ class Recorder:
         """Charges the time inside to `part`, one of ledger.PARTS; inner parts pause outer ones."""
         return self._ledger.timed(part)
 
-    @property
-    def part(self) -> str:
-        """The part that time is charged to at this moment."""
-        return self._ledger.part
+    def at(self) -> tuple[str, float]:
+        """The part that time is charged to now, and the seconds of steps and input so far."""
+        parts = self._ledger.snapshot()[1]
+        return self._ledger.part, parts["step"] + parts["input"]
 
     def sync(self) -> None:
         """Puts the lines so far on the disk itself; before a checkpoint that they must not miss."""

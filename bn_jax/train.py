@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bn_jax import activations, divergence, evaluate, experiment, fingerprint, preempt, record
+from bn_jax import activations, divergence, evaluate, experiment, fingerprint, pace, preempt, record
 from bn_jax import dispatch as dispatches
 from bn_jax import mesh as meshes
 from bn_jax import step as steps
@@ -75,7 +75,7 @@ class Loop:
         self.evaluator = evaluate.Evaluator(exp)
         self.dispatch = 1  # steps; `start` knows how many
         self.leaves: list[str] = []  # paths of the parameters, to name the one that diverged
-        self.begun = self.finished = -1  # the last step handed to the device; known to be through
+        self.begun, self.taken = -1, pace.Dispatches()  # last step begun; how long steps take
         self.scores: dict[str, Any] = {}
 
     def run(self, step: int, state: steps.TrainState, signals: preempt.Signals) -> dict[str, Any]:
@@ -88,9 +88,9 @@ class Loop:
         self.records.say(f"done: {evaluate.sentence(exp, self.scores)}; {exp.data.description}")
         return self.scores
 
-    def place(self) -> tuple[int, str, int]:
+    def place(self) -> tuple[int, str, float | None]:
         """Where the loop is, for `Watchdog.follow`."""
-        return self.begun, self.records.part, self.finished
+        return self.begun, self.records.at()[0], self.taken.slowest()
 
     def abandon(self, error: BaseException) -> None:
         """Leaves whole records, and a save under way if it is quick, when the loop is stuck."""
@@ -214,7 +214,7 @@ class Loop:
         if pending is None:
             return
         last, metrics = pending[0], jax.device_get(pending[1])
-        self.finished = last
+        self.taken.through(self.records.at()[1])
         squares = metrics.pop("gradient_square")
         metrics["gradient_norm"] = np.sqrt(np.sum(squares, axis=-1))
         for i in range(self.dispatch):

@@ -31,7 +31,7 @@ GRACE = 2.0  # seconds in which the main thread may notice a fault by itself
 LAST = 7.0  # seconds after which a process that should end is gone, whatever it does
 _REMEDY = "; the newest checkpoint is kept: start all processes again"
 
-Place = Callable[[], tuple[int, str, int]]
+Place = Callable[[], tuple[int, str, float | None]]
 
 
 class Watchdog:
@@ -48,7 +48,7 @@ class Watchdog:
         self._me, self._processes = jax.process_index(), jax.process_count()
         self._pace = Pace(step_timeout())
         self._star: Star | None = None
-        self._place: Place = lambda: (-1, "startup", -1)
+        self._place: Place = lambda: (-1, "startup", None)
         self._finish: Callable[[UserError], None] = lambda error: None
         self._owner = threading.Lock()  # of the two flags: who ends this process?
         self._leaving = False  # the main thread
@@ -82,7 +82,7 @@ class Watchdog:
 
     def follow(self, place: Place, finish: Callable[[UserError], None]) -> None:
         """From now on the training loop is at `place()`: (last step begun, part of the ledger,
-        last step that is through).
+        seconds of its slowest dispatch).
 
         finish: leaves whole records behind; called from another thread if the main thread is stuck
         when this process has to end by the fault of another.
@@ -164,11 +164,10 @@ class Watchdog:
 
     def _beat(self, now: float) -> None:
         assert self._star is not None
-        step, part, finished = self._place()
+        step, part, self._pace.slowest = self._place()
         about = {"step": step, "part": part, "ended": self._ended}
         about |= {"host": socket.gethostname(), "pid": os.getpid()}
         self._pace.seen(self._me, about, now)
-        self._pace.measure(finished, part, now)
         self._star.send(**about)
         if self._me == 0 and all(peer.ended for peer in self._pace.peers.values()):
             self._star.send(over=True)

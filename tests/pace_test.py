@@ -2,7 +2,7 @@
 
 import pytest
 
-from bn_jax.pace import ASIDE, FACTOR, FIRST, SILENCE, STUCK, Pace, Peer
+from bn_jax.pace import ASIDE, FACTOR, FIRST, SILENCE, STUCK, Dispatches, Pace, Peer
 
 
 def pace_of(count: int, now: float = 0.0) -> Pace:
@@ -14,13 +14,6 @@ def pace_of(count: int, now: float = 0.0) -> Pace:
 def seen(pace: Pace, process: int, step: int, part: str, now: float, *, ended: bool = False):
     about = {"host": "h", "pid": 10 + process, "step": step, "part": part, "ended": ended}
     pace.seen(process, about, now)
-
-
-def measured(pace: Pace, seconds: float, until: float) -> None:
-    """Dispatches of this length up to a time."""
-    pace.measure(-1, "startup", until - 3 * seconds)
-    for finished in (1, 2, 3):
-        pace.measure(finished, "step", until - (3 - finished) * seconds)
 
 
 def test_a_process_that_is_silent_is_named():
@@ -39,7 +32,7 @@ def test_a_process_that_is_silent_is_named():
 @pytest.mark.parametrize("part", ["input", "other", "save", "evaluate"])
 def test_the_last_one_is_to_blame_and_may_stay_as_long_as_its_work_takes(part):
     pace = pace_of(2)
-    measured(pace, 0.5, until=100.0)
+    pace.slowest = 0.5
     seen(pace, 0, 7, "step", 100.0)  # waits for process 1
     seen(pace, 1, 6, part, 100.0)
     limit = pace.limit(part)
@@ -55,7 +48,7 @@ def test_the_last_one_is_to_blame_and_may_stay_as_long_as_its_work_takes(part):
 
 def test_all_waiting_for_each_other_is_nobodys_fault_in_particular():
     pace = pace_of(2)
-    measured(pace, 0.5, until=100.0)
+    pace.slowest = 0.5
     for process, since in ((0, 100.0), (1, 110.0)):
         seen(pace, process, 7, "step", since)
     for now in (110.0 + STUCK, 110.1 + STUCK):
@@ -68,18 +61,22 @@ def test_all_waiting_for_each_other_is_nobodys_fault_in_particular():
 def test_slow_dispatches_are_given_time_and_the_first_one_more():
     pace = pace_of(2)
     assert pace.limit("step") == FIRST
-    measured(pace, 4.0, until=100.0)
+    pace.slowest = 4.0
     assert pace.limit("step") == pace.limit("input") == FACTOR * 4.0
     assert pace.limit("compile") == ASIDE
 
 
-def test_evaluation_and_saving_are_no_part_of_a_dispatch():
-    pace = pace_of(2)
-    pace.measure(-1, "compile", 0.0)
-    pace.measure(1, "step", 3.0)
-    pace.measure(1, "evaluate", 500.0)
-    pace.measure(2, "step", 504.0)
-    assert pace.limit("step") == FACTOR * 4.0
+def test_the_first_dispatch_counts_until_there_is_another():
+    dispatches = Dispatches()
+    assert dispatches.slowest() is None
+    for total, slowest in ((30.0, 30.0), (31.0, 1.0), (33.0, 2.0), (33.5, 2.0)):
+        dispatches.through(total)
+        assert dispatches.slowest() == slowest
+    for total in range(40, 60):
+        dispatches.through(total)
+    assert dispatches.slowest() == 6.5
+    dispatches.through(60)
+    assert dispatches.slowest() == 1.0  # the last 20
 
 
 def test_a_process_that_was_frozen_itself_blames_nobody():
