@@ -106,6 +106,19 @@ def test_slurm_requeues_what_a_restart_mends(tmp_path, code, restarts, again):
     assert ("scontrol requeue 17" in done.stdout) is again
 
 
+def test_slurm_heeds_the_task_that_failed_for_good(tmp_path):
+    """Process 0 finds a damaged shard (3), process 1 has lost it (6), the highest of the two."""
+    fake(tmp_path, "python", "exit $((SLURM_PROCID ? 6 : 3))")
+    fake(
+        tmp_path, "srun", 'shift; for i in 0 1; do SLURM_PROCID=$i "$@"; code=$?; done; exit $code'
+    )
+    fake(tmp_path, "scontrol", 'echo "scontrol $*"')
+    line = f"cd {tmp_path} && bash {LAUNCH}/slurm.sbatch --config=bn_x30:pod"
+    done = run(line, tmp_path, SLURM_JOB_ID="17")
+    assert done.returncode == 3 and "scontrol" not in done.stdout
+    assert not list(tmp_path.glob("*.final"))
+
+
 @pytest.mark.parametrize(("state", "code"), [("ACTIVE", 0), ("SUSPENDED", 1), ("FAILED", 1)])
 def test_waiting_for_a_slice(tmp_path, state, code):
     fake(tmp_path, "gcloud", f"echo {state}")
