@@ -114,8 +114,9 @@ def test_several_steps_in_one_dispatch_are_the_same_steps():
 def test_rank_of_the_label_breaks_ties_and_refuses_nan():
     logits = jnp.array([[0.0, 0.0, 0.0], [1.0, 3.0, 2.0], [jnp.nan, 1.0, 2.0], [2.0, 2.0, 9.0]])
     ranks = step.label_rank(logits, jnp.array([2, 2, 2, 1]))
-    # a constant row is not a hit; NaN ranks last; equal logits go to the lower class
-    np.testing.assert_array_equal(ranks, [2, 1, 3, 2])
+    # A constant row is no hit; equal logits go to the lower class; a row with NaN is not among the
+    # first five, of three classes either.
+    np.testing.assert_array_equal(ranks, [2, 1, 5, 2])
 
 
 def test_evaluation_sums_over_valid_rows():
