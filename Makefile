@@ -63,7 +63,7 @@ FAULTS := damage disk divergence fingerprint kill lock preempt refusal resume sa
 faults: setup  ## every fault injection, with a table of injected / detected / lost
 	$(RUN) pytest $(FAULTS:%=tests/%_test.py)
 
-docs: setup  ## the documentation as a site, in site/; a warning is an error (needs the extra docs)
+docs: setup  ## the documentation as a site, in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
 differences: setup  ## write the list of differences from the paper anew
@@ -71,7 +71,7 @@ differences: setup  ## write the list of differences from the paper anew
 
 lock:  ## write requirements.lock anew (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	  --no-emit-find-links --no-header --no-annotate --extra digits --extra test --extra dev \
+	  --no-emit-find-links --no-header --no-annotate --extra digits --extra test --extra docs --extra dev \
 	  pyproject.toml -o requirements.lock
 
 clean:  ## remove the environment and caches; runs stay
