@@ -94,7 +94,7 @@ def _normalization(config: ConfigDict) -> None:
         if config.norm == "batch_norm" and smallest < 2:
             raise _error(config, "batch_size", "BN needs at least 2 examples", "set batch_size=32")
         return
-    _integer(config, "bn.group_size", 2, hint="32 in the paper, None for the whole batch")
+    _integer(config, "bn.group_size", 2, hint="32 in the paper; batch_size for the whole batch")
     if config.norm == "none":
         return
     for field in ("batch_size", "record.activation_examples"):
