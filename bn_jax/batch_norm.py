@@ -190,15 +190,17 @@ def _promote(x):
 
 def _pool(mean, var, m, view):
     """Mean, unbiased variance and usability over all groups that have at least two values."""
-    m = jnp.where(jnp.asarray(m) < 2, 0, jnp.full_like(mean, m))
-
-    def total(v):
-        return jnp.reshape(jnp.sum(v, view.group_axis), view.stats_shape)
-
-    freedom = total(jnp.maximum(m - 1, 0))
-    share = m / jnp.maximum(jnp.sum(m, view.group_axis, keepdims=True), 1)
-    mean = total(share * mean)
-    return mean, total(m * var) / jnp.maximum(freedom, 1), freedom > 0
+    # No sum over groups waits for another: all layers' can travel between devices together.
+    full, axis = grouping.count(view.shape, None, view.axes), view.group_axis
+    m = m * jnp.ones([n if a == axis else 1 for a, n in enumerate(view.shape)], mean.dtype)
+    weight = jnp.where(m < 2, 0, m / full)
+    values = jnp.sum(weight, axis, keepdims=True)
+    freedom = jnp.sum(jnp.maximum(weight - 1 / full, 0), axis, keepdims=True)
+    if m.shape[axis] > 1:  # else the mean stays as it is, to the last digit
+        mean = jnp.sum(weight * mean, axis, keepdims=True) / jnp.where(values > 0, values, 1)
+    var = jnp.sum(weight * var, axis, keepdims=True) / jnp.where(freedom > 0, freedom, 1)
+    found = mean, var, jnp.broadcast_to(freedom > 0, var.shape)
+    return tuple(jnp.reshape(v, view.stats_shape) for v in found)
 
 
 def _update(stats, mean, var, usable, momentum):

@@ -76,9 +76,9 @@ def cluster_has_many_hosts(env) -> bool:
     in_task = "SLURM_PROCID" in env and "SLURM_NTASKS" in env
     slurm_tasks = _whole(env, "SLURM_NTASKS", 1) if in_task else 1
     mpi_size = _whole(env, "OMPI_COMM_WORLD_SIZE", 1) if "OMPI_COMM_WORLD_SIZE" in env else 1
-    return (
-        len(hosts) > 1 or slurm_tasks > 1 or mpi_size > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in env
-    )
+    # A Cloud TPU VM's environment says nothing: jax asks the metadata server (launch/tpu_host.sh).
+    named = "MEGASCALE_COORDINATOR_ADDRESS" in env or "BN_JAX_CLUSTER" in env
+    return len(hosts) > 1 or slurm_tasks > 1 or mpi_size > 1 or named
 
 
 def _whole(env, name: str, low: int) -> int:

@@ -40,6 +40,7 @@ def test_a_mesh_of_some_devices():
         ({"SLURM_NTASKS": "4"}, False),  # inside salloc, not inside srun
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"BN_JAX_CLUSTER": "1"}, True),  # a Cloud TPU VM says nothing: launch/tpu_host.sh
     ],
 )
 def test_a_job_of_several_hosts_is_recognised(env, many):

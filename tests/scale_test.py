@@ -68,7 +68,6 @@ def test_the_step_gathers_no_activation(smoke):
     assert "* holds: bytes are" in smoke.stdout and "* holds: sums are taken in f32" in smoke.stdout
 
 
-@pytest.mark.xfail(strict=True, reason="the statistics' sums wait for the mask's: one a BN layer")
 def test_the_step_has_two_all_reduces(smoke):
     assert smoke.returncode == 0 and "DOES NOT HOLD" not in smoke.stdout
 
