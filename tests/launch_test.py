@@ -29,12 +29,13 @@ def run(line: str, path: pathlib.Path | None = None, **variables: str):
 
 def make(target: str) -> str:
     """The line that `make TARGET` runs."""
-    line = f"{tool('make')} -n -o .venv/.installed {target} VENV=.venv MAKEFLAGS= MFLAGS="
+    line = f"{tool('make')} -n --no-print-directory -o .venv/.installed {target} VENV=.venv MAKEFLAGS= MFLAGS="
     return run(line).stdout.strip()
 
 
 def tool(name: str) -> str:
-    return shutil.which(name) or pytest.skip(f"{name} is not installed")
+    places = os.pathsep.join([os.environ["PATH"], str(pathlib.Path(sys.executable).parent)])
+    return shutil.which(name, path=places) or pytest.skip(f"{name} is not installed")
 
 
 def golden() -> dict[str, str]:
