@@ -29,8 +29,8 @@ def run(line: str, path: pathlib.Path | None = None, **variables: str):
 
 def make(target: str) -> str:
     """The line that `make TARGET` runs."""
-    line = f"{tool('make')} -n --no-print-directory -o .venv/.installed {target} VENV=.venv MAKEFLAGS= MFLAGS="
-    return run(line).stdout.strip()
+    plain = "--no-print-directory -o .venv/.installed VENV=.venv MAKEFLAGS= MFLAGS="
+    return run(f"{tool('make')} -n {plain} {target}").stdout.strip()
 
 
 def tool(name: str) -> str:
