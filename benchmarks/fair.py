@@ -4,14 +4,12 @@ A benchmark checks first that its sides compute the same, then times them interl
 that a busy machine slows all of them, and gives medians and paired ratios with their n.
 """
 
-import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -86,37 +84,20 @@ def cores() -> int:
 
 def machine() -> dict[str, Any]:
     """Hardware, versions, allocator, commit and load, as every record carries them."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    from bn_jax import provenance  # it imports jax, which reads what use_threads has set
+
+    source = provenance.source()
     tuned = os.environ.get("GLIBC_TUNABLES") == MALLOC
     return {
         "hardware": f"{processor()}, {os.cpu_count()} cores",
         "threads": cores(),
         "system": platform.platform(terse=True),
-        "versions": versions,
+        "versions": provenance.versions(PACKAGES),
         "allocator": f"{platform.libc_ver()[0] or 'system'} malloc" + (", warm" if tuned else ""),
-        "commit": commit(),
+        "commit": source.get("commit", "unknown")[:12] + ("+" if source.get("dirty") else ""),
         "load": round(os.getloadavg()[0], 2),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-
-
-def commit() -> str:
-    """The checkout's commit, with a + if files that are tracked differ from it."""
-
-    def git(*words: str) -> str:
-        run = ["git", "-C", str(RESULTS.parent.parent), *words]
-        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!results")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def slug(hardware: str) -> str:

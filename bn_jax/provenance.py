@@ -6,7 +6,7 @@ import pathlib
 import platform
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,10 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "gra
 _VARIABLES = ("NPROC", "XLA_FLAGS", "JAX_PLATFORMS")
 
 
-def versions() -> dict[str, str]:
-    """Python's version and those of the packages that the numbers depend on."""
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
+    """Python's version and those of packages, by default those that the numbers depend on."""
     found = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -37,7 +37,8 @@ def source() -> dict[str, Any]:
     # An environment inside some other project's checkout must not name that project's commit.
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None:
         found["commit"] = _git(here.parent, "rev-parse", "HEAD")
-        found["dirty"] = bool(_git(here.parent, "status", "--porcelain", "--untracked-files=no"))
+        changed = ("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)results")
+        found["dirty"] = bool(_git(here.parent, *changed))  # published results compute nothing
     return found
 
 
