@@ -7,10 +7,12 @@ results/bench/MACHINE.md. A row without a record says "not run".
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks import fair
+
+GROUPS = ("sides", "seconds", "step_seconds", "cases", "networks")  # names that say nothing
 
 
 class Row(NamedTuple):
@@ -93,13 +95,23 @@ def details(name: str, record: Mapping[str, Any]) -> str:
         "| side | n | median, s | fastest, s | time over ours |",
         "|---|---|---|---|---|",
     ]
-    for group in record.values():
-        if isinstance(group, dict):
-            for side, found in group.items():
-                if isinstance(found, dict) and "ratio" in found:
-                    numbers = f"{found['median']:.4g} | {found['fastest']:.4g}"
-                    lines.append(f"| {side} | {found['n']} | {numbers} | {found['ratio']:.2f}x |")
+    for side, found in sides(record):
+        numbers = f"{found['median']:.4g} | {found['fastest']:.4g}"
+        lines.append(f"| {side} | {found['n']} | {numbers} | {found['ratio']:.2f}x |")
     return "\n".join(lines)
+
+
+def sides(record: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every side of a record that was timed, at any depth, with the names above it."""
+    if isinstance(record, list):
+        for entry in (e for e in record if isinstance(e, dict)):
+            words = [f"{entry[key]}" for key in ("network", "shape", "case") if key in entry]
+            yield from sides(entry, (*place, *words))
+    elif isinstance(record, dict) and {"median", "ratio"} <= record.keys():
+        yield ", ".join(place), record
+    elif isinstance(record, dict):
+        for name, value in record.items():
+            yield from sides(value, place if name in GROUPS else (*place, name))
 
 
 def write(folder: pathlib.Path) -> pathlib.Path:
@@ -115,7 +127,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         f"# Benchmarks on {hardware}",
         said,
         table(records),
-        *(details(name, record) for name, record in records.items() if "machine" in record),
+        *(details(name, record) for name, record in records.items() if any(sides(record))),
     ]
     out = folder.with_suffix(".md")
     out.write_text("\n\n".join(parts) + "\n")

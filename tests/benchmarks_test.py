@@ -48,6 +48,14 @@ def test_ratios_are_paired_by_round():
     assert found["ours"]["ratio"] == 1.0
 
 
+def test_sides_are_found_at_any_depth():
+    timed = fair.compare({"ours": [1.0], "theirs": [2.0]}, "ours")
+    record = {"cases": [{"shape": [2, 3], "case": "alone", "seconds": timed}, 7], "machine": {}}
+    found = dict(report.sides(record))
+    assert list(found) == ["[2, 3], alone, ours", "[2, 3], alone, theirs"]
+    assert found["[2, 3], alone, theirs"]["ratio"] == 2.0
+
+
 def test_the_report_has_every_row_and_says_what_was_not_run(tmp_path, monkeypatch):
     monkeypatch.setenv("BN_JAX_BENCH_OUT", str(tmp_path))
     seconds = {"bn_jax": [1.0], "plain Flax": [1.6], "torch": [0.9]}
