@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
-from bn_jax import batch_norm
+from bn_jax import batch_norm, mixed, ops
 
 
 class BatchNorm(nn.Module):
@@ -103,7 +103,7 @@ class ConvBN(nn.Module):
     a bias. The inputs of the normalization and of the nonlinearity are sown into `activations`, as
     `pre_bn` and `input`, where that collection is mutable (but not by `init`).
 
-    `convolve` takes the arguments of `lax.conv_general_dilated` and returns W u.
+    `convolve` takes the arguments of `ops.conv` and returns W u.
     """
 
     features: int
@@ -115,12 +115,12 @@ class ConvBN(nn.Module):
     padding: Any = "SAME"
     dtype: Any = None
     feature_group_count: int = 1
-    convolve: Callable = lax.conv_general_dilated
+    convolve: Callable = ops.conv
 
     @nn.compact
     def __call__(self, x, *, train: bool, mask=None):
         """x: [N, H, W, C]; mask: bool [N]. Returns [N, H', W', features]."""
-        x = nn.Conv(
+        x = mixed.Conv(
             self.features,
             self.kernel_size,
             self.strides,
@@ -132,6 +132,7 @@ class ConvBN(nn.Module):
             conv_general_dilated=self.convolve,
             name="conv",
         )(x)
+        x = x if self.dtype is None else x.astype(self.dtype)  # a float32 bias widens it
         watched = self.is_mutable_collection("activations") and not self.is_initializing()
         if self.norm is None:
             if watched:

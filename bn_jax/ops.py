@@ -29,6 +29,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from bn_jax import mixed
+
 _plain: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)
 
 
@@ -63,8 +65,11 @@ def conv(
 
     Takes its arguments as `flax.linen.Conv` gives them (`conv_general_dilated=ops.conv`). A 1x1
     convolution of stride 1 becomes a product [N*H*W, C] x [C, features]: XLA's CPU convolution
-    computes the weight gradient of such a layer more slowly than the product.
+    computes the weight gradient of such a layer more slowly than the product. A kernel that is
+    wider than x is left to `mixed.conv`.
     """
+    if kernel.dtype != x.dtype:
+        return mixed.conv(x, kernel, strides, padding, feature_group_count, precision)
     product = (
         hand_tuned()
         and kernel.shape[:-2] == (1, 1)
@@ -95,7 +100,8 @@ def conv(
 
 def products(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
     """1x1 convolutions of one x [N, H, W, C] with kernels [1, 1, C, features], as one product."""
-    merged = jnp.concatenate(kernels, axis=-1).astype(x.dtype)
+    merged = jnp.concatenate(kernels, axis=-1)
+    merged = merged.astype(jnp.promote_types(merged.dtype, x.dtype))
     y = conv(x, merged, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     ends = itertools.accumulate(kernel.shape[-1] for kernel in kernels)
     return jnp.split(y, list(ends)[:-1], axis=-1)

@@ -47,10 +47,13 @@ def init_state(model: nn.Module, seed: int, image_shape: tuple[int, int, int]) -
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over the valid examples of -log p(label), in nats. [N, K], [N], [N] -> scalar."""
+    """Sum over the valid examples of -log p(label) in nats, by all N. [N, K], [N], [N] -> scalar.
+
+    The mean where all rows are valid; else N / (number of valid rows) makes it the mean.
+    """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     # `where`, not a product: a masked row may hold anything, infinity included.
-    return jnp.sum(jnp.where(mask, losses, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+    return jnp.mean(jnp.where(mask, losses, 0.0))
 
 
 def train_step(
@@ -100,8 +103,12 @@ def gradients(
         return loss, (main, logits, updates.get("batch_stats", {}))
 
     (loss, (main, logits, updated)), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    top1 = jnp.sum(mask & (label_rank(logits, labels) < 1)) / jnp.maximum(jnp.sum(mask), 1)
-    return grads, {"loss": loss, "cross_entropy": main, "top1": top1}, updated
+    top1 = jnp.mean(mask & (label_rank(logits, labels) < 1), dtype=jnp.float32)
+    # The number of valid rows comes in at the end, by which all is linear: devices add it up with
+    # the gradients, in float32 like these, and the backward pass need not wait for it.
+    whole = mask.size / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
+    means = {"loss": loss, "cross_entropy": main, "top1": top1}
+    return *jax.tree.map(lambda x: x * whole, (grads, means)), updated
 
 
 def update(

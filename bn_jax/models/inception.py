@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bn_jax import ops
+from bn_jax import mixed, ops
 from bn_jax.layers import ConvBN, LocalResponseNorm
 from bn_jax.models.fig5 import TABLE, VARIANTS, Row
 from bn_jax.models.init import Gaussian, PooledInit
@@ -108,13 +108,13 @@ class AuxiliaryHead(nn.Module):
         window = (min(5, x.shape[1]), min(5, x.shape[2]))  # small images have smaller maps
         x = nn.avg_pool(x, window, (3, 3), "VALID")
         x = self.conv(scaled(128, self.width), (1, 1), norm=None, name="conv_1x1")(x, train=True)
-        x = nn.Dense(
+        x = mixed.Dense(
             scaled(1024, self.width),
             kernel_init=Gaussian(),
             dtype=self.dtype,
             name="dense",
         )(x.reshape(x.shape[0], -1))
-        x = nn.Dropout(0.7, deterministic=False)(self.activation(x))
+        x = nn.Dropout(0.7, deterministic=False)(self.activation(x.astype(self.dtype)))
         return classifier(self.num_classes, self.dtype)(x).astype(jnp.float32)
 
 
@@ -204,7 +204,7 @@ class Inception(PooledInit):
             "padding": [(3, 3)] * 2 if variant.symmetric else "SAME",
         }
         if _first(self.separable_stem, variant.separable_stem):
-            x = nn.Conv(
+            x = mixed.Conv(
                 8 * x.shape[-1],
                 (7, 7),
                 **stride_2,
@@ -212,6 +212,7 @@ class Inception(PooledInit):
                 use_bias=False,
                 kernel_init=self.kernel_init,
                 dtype=self.dtype,
+                conv_general_dilated=ops.conv,
                 name="conv1_7x7_depthwise",
             )(x)
             x = conv(scaled(64, width), (1, 1), name="conv1_7x7")(x, train=train, mask=mask)
@@ -240,9 +241,9 @@ def strided_3x3(stride: int, symmetric: bool) -> dict[str, Any]:
     return {"strides": (stride, stride), "padding": [(1, 1)] * 2 if symmetric else "SAME"}
 
 
-def classifier(num_classes: int, dtype: Any) -> nn.Dense:
+def classifier(num_classes: int, dtype: Any) -> nn.Module:
     """The last layer, linear with a bias; called `classifier` in the parameters."""
-    return nn.Dense(num_classes, kernel_init=Gaussian(), dtype=dtype, name="classifier")
+    return mixed.Dense(num_classes, kernel_init=Gaussian(), dtype=dtype, name="classifier")
 
 
 def _first(override: Any, default: Any) -> Any:

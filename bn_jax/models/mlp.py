@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from bn_jax import mixed
 from bn_jax.models.init import Gaussian, PooledInit
 
 
@@ -27,13 +28,14 @@ class DenseBN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """[N, inputs] to [N, features]; mask: bool [N]."""
-        x = nn.Dense(
+        x = mixed.Dense(
             self.features,
             use_bias=self.norm is None,
             kernel_init=self.kernel_init,
             dtype=self.dtype,
             name="dense",
         )(x)
+        x = x.astype(self.dtype)  # a float32 bias widens it
         if self.norm is not None:
             self.sow("activations", "pre_bn", x)
             x = self.norm(name="bn")(x, use_running_average=not train, mask=mask)
@@ -76,7 +78,7 @@ class Mlp(PooledInit):
                 name=f"dense_{i}",
             )(x, train=train, mask=mask)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        logits = nn.Dense(
+        logits = mixed.Dense(
             self.num_classes, kernel_init=self.kernel_init, dtype=self.dtype, name="classifier"
         )(x)
         return logits.astype(jnp.promote_types(jnp.float32, self.dtype))

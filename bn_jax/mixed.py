@@ -1,0 +1,95 @@
+"""Layers that compute in bfloat16 and leave the gradients of their parameters in float32.
+
+Cast to bfloat16 before a layer, as Flax does it, a kernel gets a bfloat16 gradient: rounded after
+the sum over a device's examples, and added up between devices in bfloat16. Here a layer is given
+the float32 kernel, rounds it for the products with x, and adds up the gradient in float32. Where
+the computation is as wide as the parameters (float32, float64), all is as in Flax, bit for bit.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jax import lax
+
+
+def promote(x: jax.Array, kernel: jax.Array, bias: Any, *, dtype: Any = None, inexact: bool = True):
+    """Casts as Flax's layers do, but leaves parameters that are wider than `dtype` as they are.
+
+    For a layer's `promote_dtype`. With a bias the layer's result is then wider than `dtype`.
+    """
+    if dtype is None or jnp.promote_types(kernel.dtype, dtype) == dtype:
+        return promote_dtype(x, kernel, bias, dtype=dtype, inexact=inexact)
+    return x.astype(dtype), kernel, bias
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def conv(
+    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, groups: int, precision: Any
+) -> jax.Array:
+    """The convolution of x [N, H, W, C] with kernel [h, w, C/groups, features] in x's dtype.
+
+    The kernel is rounded to x's dtype; its gradient has its own.
+    """
+    return _convolve(x, kernel, strides, padding, groups, precision)
+
+
+def _convolve(x, kernel, strides, padding, groups, precision):
+    return lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        strides,
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+        precision=precision,
+    )
+
+
+def _forward(x, kernel, *constants):
+    return _convolve(x, kernel, *constants), (x, kernel)
+
+
+def _backward(strides, padding, groups, precision, residuals, dy):
+    """dx in x's dtype; dkernel as the convolution of x and dy, added up in the kernel's dtype."""
+    x, kernel = residuals
+    constants = (strides, padding, groups, precision)
+    (dx,) = jax.linear_transpose(lambda x: _convolve(x, kernel, *constants), x)(dy)
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    sizes = zip(x.shape[1:3], kernel.shape[:2], dy.shape[1:3], strides, padding, strict=True)
+    # Padded at the end to as many places as the kernel has, fewer than none included.
+    edges = [(low, (out - 1) * s + k - n - low) for n, k, out, s, (low, _) in sizes]
+    dkernel = lax.conv_general_dilated(
+        x,
+        dy,
+        (1, 1),
+        edges,
+        rhs_dilation=strides,
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        batch_group_count=groups,
+        precision=precision,
+        preferred_element_type=kernel.dtype,
+    )
+    return dx, dkernel
+
+
+conv.defvjp(_forward, _backward)
+
+
+def dot(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, *, precision: Any = None):
+    """`lax.dot_general` of x [N, C] and kernel [C, features], as `flax.linen.Dense` calls it.
+
+    A kernel that is wider than x is treated as in `conv`.
+    """
+    if kernel.dtype == x.dtype:
+        return lax.dot_general(x, kernel, dimension_numbers, precision=precision)
+    y = conv(x[:, None, None], kernel[None, None], (1, 1), "SAME", 1, precision)
+    return y[:, 0, 0]
+
+
+Conv = functools.partial(nn.Conv, promote_dtype=promote)  # with ops.conv for conv_general_dilated
+Dense = functools.partial(nn.Dense, promote_dtype=promote, dot_general=dot)
