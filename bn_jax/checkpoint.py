@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import pathlib
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -104,7 +105,8 @@ class Checkpoints:
     def settle(self, seconds: float) -> None:
         """Gives a save under way so long to end; raises nothing. From any thread."""
         if self._pending is not None:
-            concurrent.futures.wait([self._pending], timeout=seconds)
+            most = min(seconds, threading.TIMEOUT_MAX)
+            concurrent.futures.wait([self._pending], timeout=most)
 
     def close(self) -> None:
         """Waits and frees the thread; the object can still be used."""

@@ -20,7 +20,15 @@ SETTING = (
     "data.holdout",
 )
 # What may differ between the seeds of one experiment: it does not change what is computed.
-FREE = ("seed", "data.dir", "log_every", "checkpoint_every", "keep_last", "keep_best")
+FREE = (
+    "seed",
+    "data.dir",
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_wait",
+    "keep_last",
+    "keep_best",
+)
 
 
 class Run(NamedTuple):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from bn_jax.recorded import Run
+from bn_jax.recorded import FREE, Run
 
 BASELINE, CONTROL = "inception", "inception_best_rate"
 LEVELS = ("90%", "95%", "max")
@@ -227,7 +227,7 @@ def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 def changes(config: Mapping[str, object], parent: Mapping[str, object]) -> str:
     """The fields (flat) in which an experiment differs from its parent: 'dropout 0.0 -> 0.4'."""
-    fields = [f for f in config if f not in ("name", "seed") and config[f] != parent.get(f)]
+    fields = [f for f in config if f not in ("name", *FREE) and config[f] != parent.get(f)]
     return ", ".join(f"{f} {_short(parent.get(f))} -> {_short(config[f])}" for f in fields)
 
 

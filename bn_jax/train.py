@@ -73,7 +73,7 @@ class Loop:
         self.exp, self.taps, self.records = exp, taps, records
         self.checkpoints = checkpoints
         self.evaluator = evaluate.Evaluator(exp)
-        self.dispatch = 1  # steps; `start` knows how many
+        self.dispatch, self.saved = 1, 0.0  # steps, see `start`; seconds trained before a save
         self.leaves: list[str] = []  # paths of the parameters, to name the one that diverged
         self.begun, self.taken = -1, pace.Dispatches()  # last step begun; how long steps take
         self.scores: dict[str, Any] = {}
@@ -196,12 +196,14 @@ class Loop:
             self.record_activations(step, state)
         if last or step % config.eval_every == 0:
             self.evaluate(step, state)
-        if last or stopping or step % config.checkpoint_every == 0:
-            with self.records.timed("save"):
+        with self.records.timed("save"):
+            if last or stopping or step % config.checkpoint_every == 0:
                 self.records.sync()
                 metric = self.scores["top1"] if self.scores.get("step") == step else None
                 self.checkpoints.save(step, state, metric=metric, meta={"scores": self.scores})
-        with self.records.timed("save"):
+                # On disk before the next step, if it is quick: a kill then costs one interval.
+                before, self.saved = self.saved, self.records.at()[1]
+                self.checkpoints.settle(config.checkpoint_wait * (self.saved - before))
             self.checkpoints.wait() if stopping else self.checkpoints.check()
         if stopping and not last:
             raise Preempted(
@@ -233,11 +235,9 @@ class Loop:
         with self.records.timed("evaluate"):
             population = self.evaluator.population(state.params, state.batch_stats)
             scores = self.evaluator.scores(state.params, population)
-        line = dict(scores)
-        if state.batch_stats:
-            line["running_gap"] = evaluate.running_gap(
-                state.batch_stats, population, self.exp.config.bn.epsilon
-            )
+        line, stats, epsilon = dict(scores), state.batch_stats, self.exp.config.bn.epsilon
+        if stats:
+            line["running_gap"] = evaluate.running_gap(stats, population, epsilon)
         self.scores = {"step": step, **scores}
         self.records.write("eval", step, **line)
         self.records.say(f"step {step:,}: {evaluate.sentence(self.exp, scores)}")

@@ -19,6 +19,7 @@ MAY_CHANGE = frozenset(
         "log_every",
         "eval_every",
         "checkpoint_every",
+        "checkpoint_wait",
         "keep_last",
         "keep_best",
         "eval_batch_size",

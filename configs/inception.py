@@ -69,6 +69,7 @@ def get_config(scale: str = "imagenet") -> ConfigDict:
     config.eval_batch_size = 256  # examples
     config.statistics_batches = 256  # training batches for population statistics (Algorithm 2)
     config.checkpoint_every = 10_000  # steps
+    config.checkpoint_wait = 0.04  # share of the steps' time for which a save may hold them up
     config.keep_last = 3  # checkpoints
     config.keep_best = 1  # checkpoints, by top-1
     config.log_every = 100  # steps

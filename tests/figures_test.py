@@ -128,7 +128,8 @@ def table(path) -> dict[str, dict[str, str]]:
 def test_a_sweep_becomes_fig2_the_table_and_the_ablations(tmp_path, capsys):
     for seed in (0, 1):
         write_curve(tmp_path, inception, [0.1, 0.5, 0.7, 0.8], seed=seed)
-        write_curve(tmp_path, bn_baseline, [0.6, 0.8 + 0.02 * seed, 0.9, 0.9], seed=seed)
+        curve, free = [0.6, 0.8 + 0.02 * seed, 0.9, 0.9], {"checkpoint_wait": 0.1 * seed}
+        write_curve(tmp_path, bn_baseline, curve, seed=seed, **free)
     write_curve(tmp_path, bn_x5, [0.7], status="preempted")
     diverged = "DivergedError: diverged at step 1,234: loss nan"
     write_curve(tmp_path, inception_x5, [0.2], status="diverged", error=diverged)

@@ -69,6 +69,8 @@ WRONG = [
     ("bn_x30:digits", {"data.holdout": 1.0}, "data.holdout=1.0: not in [0, 1)"),
     ("bn_x30:digits", {"eval_every": 0}, "eval_every=0"),
     ("bn_x30:digits", {"checkpoint_every": -5}, "checkpoint_every=-5"),
+    ("bn_x30:digits", {"checkpoint_wait": -0.1}, "checkpoint_wait=-0.1: not in [0, inf)"),
+    ("bn_x30:digits", {"checkpoint_wait": float("inf")}, "checkpoint_wait=inf: not in [0, inf)"),
     ("bn_x30:digits", {"log_every": 0}, "log_every=0"),
     ("bn_x30:digits", {"eval_batch_size": 0}, "eval_batch_size=0"),
     ("bn_x30:digits", {"statistics_batches": 0}, "statistics_batches=0"),
@@ -111,6 +113,7 @@ def test_the_limits_themselves_are_accepted():
             "decay_rate": 1.0,
             "l2": 0.0,
             "total_steps": 1,
+            "checkpoint_wait": 0.0,
             "keep_best": 0,
             "bn.group_size": None,
             "bn.epsilon": 0.0,
@@ -124,4 +127,7 @@ def test_the_limits_themselves_are_accepted():
     validate.check(config)
     config.norm, config.batch_size = "none", 7  # without BN no group has to divide the batch
     config.record.activations = ()
+    validate.check(config)
+    with config.unlocked():  # a run of before there was this field can still be evaluated
+        del config.checkpoint_wait
     validate.check(config)

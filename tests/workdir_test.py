@@ -23,7 +23,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(tmp_
         assert "extra (absent there, 1 here)" in str(caught.value)
         assert "total_steps" not in str(caught.value)  # a longer run may go on
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
-    workdir.check_workdir(tmp_path, CONFIG | {"total_steps": 99})
+    workdir.check_workdir(tmp_path, CONFIG | {"total_steps": 99, "checkpoint_wait": 0.04})
 
 
 def test_a_workdir_that_cannot_be_written_is_refused_before_anything_is(tmp_path, monkeypatch):
