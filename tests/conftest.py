@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))  # `configs` is found from any working directory
 
 # Tests that train the same network share its program; not the user's cache, which hides failures.
 _CACHE = tempfile.TemporaryDirectory(prefix="bn_jax_test_cache_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name  # of the processes that tests start, too
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
