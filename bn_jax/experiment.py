@@ -15,6 +15,7 @@ from bn_jax import models, optim, step, validate
 from bn_jax.checkpoint import Checkpoints
 from bn_jax.data import pipeline
 from bn_jax.errors import CheckpointError, ConfigError
+from bn_jax.workdir import ADDED
 
 
 class Experiment(NamedTuple):
@@ -75,12 +76,17 @@ def build(config: ConfigDict) -> Experiment:
 
 def assemble(config: ConfigDict, mesh: Mesh, data: Any) -> Experiment:
     """An experiment on this data set, or on what run.json says of it (`Recorded`)."""
+    factor = optim.rate_factor(
+        config.learning_rate_scaling, config.batch_size, config.bn.group_size
+    )
     hyper = optim.Hyper(
-        learning_rate=np.float32(config.learning_rate),
+        learning_rate=np.float32(config.learning_rate * factor),
         decay_rate=np.float32(config.decay_rate),
         decay_examples=np.float32(config.decay_examples),
         l2=np.float32(config.l2),
         momentum=np.float32(config.momentum),
+        warmup_from=np.float32(1 / factor),
+        warmup_examples=np.float32(config.warmup_examples),
     )
     model = models.build(config, data.num_classes)
     return Experiment(config, mesh, data, model, hyper)
@@ -144,7 +150,13 @@ def _read_run(workdir: pathlib.Path) -> tuple[ConfigDict, dict[str, Any]]:
         raise ConfigError(f"{workdir} is no run: it has no run.json (--workdir of a trained run)")
     try:
         info = json.loads(path.read_text())
-        return ConfigDict(info["config"]).lock(), info["info"]["data"]
+        config = ConfigDict(info["config"])
+        for field, value in ADDED.items():
+            section, _, name = f".{field}".rpartition(".")
+            part = config[section[1:]] if section else config
+            if name not in part:
+                part[name] = value
+        return config.lock(), info["info"]["data"]
     except (ValueError, KeyError, TypeError, AttributeError) as damage:
         raise ConfigError(f"{path} is damaged: {damage!r}; restore it") from None
 

@@ -4,10 +4,12 @@ The rate and its decay are data, not constants of the compiled program, so that 
 differ only in numbers (BN-x5, BN-x30, "decay 6 times faster") share one program.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -17,6 +19,8 @@ class Hyper(NamedTuple):
     learning_rate: initial rate. decay_rate, decay_examples: the rate is multiplied by `decay_rate`
     every `decay_examples` training examples (continuously). l2: coefficient of the L2 loss.
     momentum: share of the velocity kept (GoogLeNet's 0.9; the paper gives none).
+    warmup_from, warmup_examples: the share of the rate that the first step has, and the examples
+    over which it grows to the whole (0: at once).
     """
 
     learning_rate: jax.typing.ArrayLike
@@ -24,6 +28,27 @@ class Hyper(NamedTuple):
     decay_examples: jax.typing.ArrayLike
     l2: jax.typing.ArrayLike
     momentum: jax.typing.ArrayLike
+    warmup_from: jax.typing.ArrayLike = np.float32(1)
+    warmup_examples: jax.typing.ArrayLike = np.float32(0)
+
+
+SCALINGS = ("none", "linear", "sqrt")
+
+
+def rate_factor(scaling: str, batch_size: int, mini_batch: int | None) -> float:
+    """What a rate for mini-batches of `mini_batch` examples is multiplied by for `batch_size`.
+
+    "linear": batch_size / mini_batch (Goyal et al. 2017, arXiv:1706.02677, section 2.1). "sqrt":
+    its square root, which keeps the variance of a step (Krizhevsky 2014, arXiv:1404.5997, section
+    5). "none": 1.
+
+    Differs from the paper: `learning_rate_scaling` and `warmup_examples`, off by default, fit a
+    rate for mini-batches of 32 to batches of many of them (arXiv:1706.02677, arXiv:1404.5997).
+    """
+    if scaling == "none" or mini_batch is None:
+        return 1.0
+    ratio = batch_size / mini_batch
+    return ratio if scaling == "linear" else math.sqrt(ratio)
 
 
 def decayed_rate(hyper: Hyper, step: jax.Array, batch_size: int) -> jax.Array:
@@ -32,10 +57,18 @@ def decayed_rate(hyper: Hyper, step: jax.Array, batch_size: int) -> jax.Array:
     GoogLeNet lowers its rate by 4% every 8 epochs; the modified networks do so 6 times faster
     (section 4.2.1). Differs from the paper: the decay is continuous, not a staircase, because the
     paper does not say which. Equal to `optax.exponential_decay`, which takes no traced numbers.
+
+    A scaled rate (`rate_factor`) can be warmed up: from the unscaled one in a line over
+    `warmup_examples` examples (Goyal et al. 2017, section 2.2, over 5 epochs).
     """
     examples = jnp.asarray(step, jnp.float32) * batch_size
     decay = jnp.power(hyper.decay_rate, examples / hyper.decay_examples)
-    return decay * hyper.learning_rate
+    warmed = jnp.where(
+        examples < hyper.warmup_examples, examples / jnp.maximum(hyper.warmup_examples, 1), 1
+    )
+    # Exactly 1 after the warm-up, and without one.
+    warmup = jnp.where(warmed < 1, hyper.warmup_from + (1 - hyper.warmup_from) * warmed, 1)
+    return decay * hyper.learning_rate * warmup
 
 
 def momentum_sgd() -> optax.GradientTransformationExtraArgs:

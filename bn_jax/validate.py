@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from bn_jax import optim
 from bn_jax.errors import ConfigError
 from bn_jax.models import ACTIVATIONS
 from bn_jax.models.fig5 import TABLE, VARIANTS
@@ -39,6 +40,23 @@ def _optimization(config: ConfigDict) -> None:
     _number(config, "decay_rate", 0, 1, low_open=True, hint="0.96 in the paper, 1 for none")
     _number(config, "decay_examples", 0, INF, low_open=True, hint="8 epochs in the paper")
     _number(config, "l2", 0, INF, hint="0.001 or 0.0002, 0 for none")
+    _choice(config, "learning_rate_scaling", optim.SCALINGS)
+    _number(config, "warmup_examples", 0, INF, hint="0 for none, 5 epochs are usual")
+    scaling = config.learning_rate_scaling
+    if scaling != "none" and config.bn.group_size is None:
+        raise _error(
+            config,
+            "learning_rate_scaling",
+            "bn.group_size=None does not say for how many examples learning_rate is",
+            "set bn.group_size=32",
+        )
+    if scaling == "none" and config.warmup_examples:
+        raise _error(
+            config,
+            "warmup_examples",
+            "goes from the unscaled rate to the scaled, and learning_rate_scaling='none'",
+            "set that to linear or sqrt",
+        )
     _integer(config, "batch_size", 1, hint="32 in the paper")
     _integer(config, "batch_per_device", 0, hint="0 to use batch_size as it stands")
     _integer(config, "total_steps", 1, hint="train for at least one step")

@@ -28,6 +28,13 @@ MAY_CHANGE = frozenset(
     )
 )
 
+# Fields that older records lack, each with the value that stands for what runs did then.
+ADDED = {
+    "reproducible": False,
+    "learning_rate_scaling": "none",
+    "warmup_examples": 0.0,
+}
+
 # Of run.json's info.data; the description may name a folder, which may change.
 SAME_DATA = (
     "name", "split", "train_examples", "eval_examples", "classes", "class_names", "image_shape",
@@ -137,7 +144,8 @@ def require_same_config(
     workdir: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> None:
     """Raises ConfigError naming the fields that differ, MAY_CHANGE apart."""
-    old, new = _flat(old), _flat(json.loads(json.dumps(new)))
+    new = _flat(json.loads(json.dumps(new)))
+    old = {field: value for field, value in ADDED.items() if field in new} | _flat(old)
     absent = "absent"
     differs = [
         f"{key} ({old.get(key, absent)} there, {new.get(key, absent)} here)"

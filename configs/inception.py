@@ -24,6 +24,8 @@ def get_config(scale: str = "imagenet") -> ConfigDict:
 
     # Optimization
     config.learning_rate = 0.0015  # initial, per step (4.2.2)
+    config.learning_rate_scaling = "none"  # none | linear | sqrt: by batch_size / bn.group_size
+    config.warmup_examples = 0.0  # training examples from the unscaled rate to the scaled; 0: none
     config.momentum = 0.9  # share of the velocity kept; not given: GoogLeNet's (sec. 6)
     config.decay_rate = 0.96  # factor of the rate every decay_examples (GoogLeNet, sec. 6)
     config.decay_examples = 8.0 * N_TRAIN  # training examples: 8 epochs of ImageNet, at every scale

@@ -25,6 +25,8 @@ def get_config(scale: str = "mnist") -> ConfigDict:
 
     # Optimization
     config.learning_rate = 0.1  # per step; not given in the paper; one rate for both networks
+    config.learning_rate_scaling = "none"  # none | linear | sqrt: by batch_size / bn.group_size
+    config.warmup_examples = 0.0  # training examples from the unscaled rate to the scaled; 0: none
     config.momentum = 0.0  # share of the velocity kept; not given: plain SGD
     config.decay_rate = 1.0  # factor of the rate every decay_examples; not given: constant
     config.decay_examples = 60_000.0  # training examples: an epoch (without effect at decay_rate 1)

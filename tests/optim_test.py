@@ -1,12 +1,17 @@
 """The optimizer against optax's own, and the decay against the paper's numbers."""
 
+import json
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
-from bn_jax import optim
+from bn_jax import experiment, optim, validate
+from configs import bn_x30
 
 EPOCHS8 = 8 * 1_281_167
 
@@ -38,6 +43,77 @@ def test_decay_is_optax_exponential_decay():
 
 def test_first_step_uses_the_initial_rate():
     assert float(optim.decayed_rate(hyper(rate=0.045), jnp.int32(0), 32)) == np.float32(0.045)
+
+
+EPOCH = 1_281_167
+
+
+@pytest.mark.parametrize(
+    ("scaling", "batch", "factor"),
+    [
+        ("none", 8192, 1),
+        ("linear", 8192, 256),
+        ("sqrt", 8192, 16),
+        ("linear", 32, 1),
+        ("sqrt", 64, 2**0.5),
+    ],
+)
+def test_rate_factor(scaling, batch, factor):
+    assert optim.rate_factor(scaling, batch, 32) == factor
+
+
+def test_warm_up_goes_from_the_unscaled_rate_to_the_scaled_in_a_line():
+    """Goyal et al. 2017: 0.1 for 256 examples, 3.2 for 8192 after 5 epochs."""
+    batch, examples = 8192, 5 * EPOCH
+    factor = optim.rate_factor("linear", batch, 256)
+    numbers = hyper(rate=0.1 * factor)._replace(
+        decay_rate=np.float32(1),
+        warmup_from=np.float32(1 / factor),
+        warmup_examples=np.float32(examples),
+    )
+    rate = jax.vmap(lambda step: optim.decayed_rate(numbers, step, batch))
+    steps = np.array([0, 1, 100, 391, 781, 782, 783, 10_000, 10**8])
+    line = 0.1 + (3.2 - 0.1) * np.minimum(1, steps * batch / examples)
+    # a few operations in float32; exactly the scaled rate once it is reached
+    np.testing.assert_allclose(rate(steps), line, rtol=1e-6)
+    assert set(np.asarray(rate(steps[-3:]))) == {np.float32(0.1 * factor)}
+    falling = numbers._replace(decay_rate=np.float32(0.96))
+    got = jax.vmap(lambda step: optim.decayed_rate(falling, step, batch))(steps)
+    decay = 0.96 ** (steps * batch / EPOCHS8)
+    np.testing.assert_allclose(got[:-1], (line * decay)[:-1], rtol=2e-5)  # as for optax's below
+
+
+def test_without_warm_up_the_rate_has_the_bits_of_the_plain_decay():
+    numbers, steps = hyper(EPOCHS8 / 6, 0.045), jnp.arange(0, 6_000_000, 9973)
+    plain = jax.jit(lambda k: jnp.power(0.96, k.astype(jnp.float32) * 32 / (EPOCHS8 / 6)) * 0.045)
+    got = jax.jit(lambda n, k: optim.decayed_rate(n, k, 32))(numbers, steps)
+    np.testing.assert_allclose(got, plain(steps), rtol=2e-5)
+    without = jax.jit(lambda n, k: jnp.power(n.decay_rate, k.astype(jnp.float32) * 32
+                      / n.decay_examples) * n.learning_rate)  # fmt: skip
+    np.testing.assert_array_equal(got, without(numbers, steps))
+
+
+def pod(devices, **changes):
+    config = bn_x30.get_config("pod")
+    config.update(changes)
+    return experiment.for_devices(config, devices)
+
+
+@pytest.mark.parametrize("devices", [8, 64])
+def test_scale_pod_scales_by_the_devices_that_it_finds(devices):
+    config = pod(devices, learning_rate_scaling="linear", warmup_examples=5.0 * EPOCH)
+    validate.check(config)
+    data = SimpleNamespace(num_classes=1000)
+    got = experiment.assemble(config, None, data).hyper
+    assert (config.batch_size, config.bn.group_size) == (32 * devices, 32)
+    assert got.learning_rate == np.float32(0.045 * devices)
+    assert got.learning_rate * got.warmup_from == pytest.approx(0.045)
+    assert got.warmup_examples == np.float32(5 * EPOCH)  # examples, not steps
+    # Written into run.json and read again (a resume) it is the same: nothing is scaled twice.
+    again = experiment.for_devices(ConfigDict(json.loads(config.to_json())).lock(), devices)
+    assert experiment.assemble(again, None, data).hyper == got
+    plain = experiment.assemble(pod(devices), None, data).hyper
+    assert plain.learning_rate == np.float32(0.045) and plain.warmup_from == 1
 
 
 def test_momentum_sgd_is_optax_sgd():

@@ -21,6 +21,18 @@ WRONG = [
     ("bn_x30:digits", {"decay_rate": 1.01}, "decay_rate=1.01"),
     ("bn_x30:digits", {"decay_examples": 0.0}, "decay_examples=0.0"),
     ("bn_x30:digits", {"decay_examples": math.inf}, "decay_examples=inf"),
+    ("bn_x30:digits", {"learning_rate_scaling": "log"}, "choose from none, linear, sqrt"),
+    (
+        "bn_x30:digits",
+        {"learning_rate_scaling": "linear", "bn.group_size": None},
+        "learning_rate_scaling='linear': bn.group_size=None",
+    ),
+    ("bn_x30:pod", {"warmup_examples": 1e6}, "warmup_examples=1000000.0: goes from the unscaled"),
+    (
+        "bn_x30:pod",
+        {"learning_rate_scaling": "sqrt", "warmup_examples": -1.0},
+        "warmup_examples=-1.0: not in [0, inf)",
+    ),
     ("bn_x30:digits", {"l2": -1e-4}, "l2=-0.0001: not in [0, inf)"),
     ("bn_x30:digits", {"l2": math.nan}, "l2=nan"),
     ("bn_x30:digits", {"batch_size": 0}, "batch_size=0: not a whole number from 1"),

@@ -1,5 +1,6 @@
 """Whose workdir it is, whether it can be written, and files that are the old or the new one."""
 
+import json
 import os
 import pathlib
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import pytest
 from small_runs import CONFIG, open_run
 
-from bn_jax import disk, provenance, workdir
+from bn_jax import disk, experiment, provenance, workdir
 from bn_jax.errors import ConfigError, DiskError
+from configs import inception
 
 
 def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(tmp_path):
@@ -24,6 +26,10 @@ def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(tmp_
         assert "total_steps" not in str(caught.value)  # a longer run may go on
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
     workdir.check_workdir(tmp_path, CONFIG | {"total_steps": 99, "checkpoint_wait": 0.04})
+    # A field that came later, at the value of what runs did before it, is no difference.
+    workdir.check_workdir(tmp_path, CONFIG | {"warmup_examples": 0.0})
+    with pytest.raises(ConfigError, match=r"warmup_examples \(0.0 there, 5.0 here\)"):
+        workdir.check_workdir(tmp_path, CONFIG | {"warmup_examples": 5.0})
 
 
 def test_a_workdir_that_cannot_be_written_is_refused_before_anything_is(tmp_path, monkeypatch):
@@ -91,3 +97,15 @@ def test_a_cpu_run_does_not_go_on_under_another_thread_pool(tmp_path, monkeypatc
     monkeypatch.setenv("BN_JAX_ANY_THREADS", "1")
     with open_run(tmp_path) as recorder:
         recorder.begin(0)
+
+
+def test_records_from_before_a_field_was_added_can_be_evaluated(tmp_path):
+    config = inception.get_config("digits").to_dict()
+    for field in workdir.ADDED:
+        *section, name = field.split(".")
+        part = config[section[0]] if section else config
+        part.pop(name, None)
+    data = {"image_shape": [28, 28, 1], "classes": 10, "class_names": [], "split": "test"}
+    info = {"data": data | {"description": "", "eval_examples": 1000}}
+    (tmp_path / "run.json").write_text(json.dumps({"config": config, "info": info}))
+    assert experiment.without_data(tmp_path).hyper.warmup_from == 1
