@@ -52,6 +52,7 @@ class WorkdirLock:
             with disk.reported(workdir, "cannot lock"):
                 os.ftruncate(self._file, 0)
                 os.pwrite(self._file, json.dumps(me).encode() + b"\n", 0)
+                os.fsync(self._file)  # in an object store others see it only from here on
         except BaseException:
             os.close(self._file)
             raise
@@ -63,6 +64,7 @@ class WorkdirLock:
         while not self._stop.wait(BEAT):
             with contextlib.suppress(OSError):
                 os.utime(self._file)
+                os.fsync(self._file)
 
     def release(self) -> None:
         """Gives the workdir back; a second call does nothing."""

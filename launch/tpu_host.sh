@@ -52,7 +52,8 @@ mount_bucket() { # bucket
   do_it sudo mkdir -p /mnt/bn_jax
   do_it sudo chown "$USER" /mnt/bn_jax
   # A flat bucket needs leave to rename folders; one with hierarchical namespace does it in one piece.
-  do_it gcsfuse --implicit-dirs --rename-dir-limit=100000 "$1" /mnt/bn_jax
+  # Cached metadata (60 s) would hide the heartbeat by which a host sees that a workdir is in use.
+  do_it gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --rename-dir-limit=100000 "$1" /mnt/bn_jax
 }
 
 start() { # options of bn_jax.main
