@@ -1,4 +1,4 @@
-"""What a run leaves behind: run.json, metrics.jsonl, timing.jsonl, TensorBoard events.
+"""What a run leaves behind: run.json, metrics.jsonl, timing.jsonl, events for TensorBoard or W&B.
 
 * run.json: config, versions, commit, hardware (also of each attempt), status, results, ledger.
 * metrics.jsonl: one JSON object a line, `step` and `kind` first. It holds nothing that depends on
@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import jax
 
-from bn_jax import disk, jsonl, lock, provenance
+from bn_jax import disk, events, jsonl, lock, provenance
 from bn_jax import workdir as workdirs
 from bn_jax.errors import DivergedError, Preempted
 from bn_jax.ledger import Ledger, account, process_started
@@ -38,12 +38,12 @@ class Recorder:
       config: plain JSON.
       info: more for run.json, plain JSON.
       total_steps: of the whole run.
-      tensorboard: also write events to WORKDIR/tensorboard.
+      tensorboard, wandb: also write events to WORKDIR/tensorboard, to Weights & Biases.
       is_main: whether this is process 0.
       started: time.monotonic() of the program's start (ledger.process_started()); default: now.
 
     Raises:
-      ConfigError (workdir of another config or not writable), LockedError, DiskError.
+      ConfigError (workdir of another config or not writable, no wandb), LockedError, DiskError.
     """
 
     def __init__(
@@ -54,17 +54,19 @@ class Recorder:
         info: Mapping[str, Any],
         total_steps: int,
         tensorboard: bool,
+        wandb: bool = False,
         is_main: bool,
         started: float | None = None,
     ):
+        events.check(wandb and is_main)
         workdirs.check_workdir(workdir, config, info, is_main=is_main)
         workdirs.require_same_threads(workdir, jax.default_backend(), provenance.cpu_threads())
         self.workdir = pathlib.Path(workdir)
         self._ledger = Ledger(time.monotonic() if started is None else started)
         self._main, self._step, self._begun = is_main, 0, False
-        self._config, self._info, self._tensorboard = config, info, tensorboard
+        self._config, self._info = config, info
+        self._asked, self._writers = {"tensorboard": tensorboard, "wandb": wandb}, []
         self._lock: lock.WorkdirLock | None = None
-        self._events: Any = None
         if is_main:
             self._progress = Progress(total_steps)
             workdirs.create(self.workdir)
@@ -105,12 +107,9 @@ class Recorder:
             self._metrics = (self.workdir / "metrics.jsonl").open("a", encoding="utf-8")
             self._timing = (self.workdir / "timing.jsonl").open("a", encoding="utf-8")
         self._mark()
-        if self._tensorboard:
-            import tensorboardX  # 0.1 s, and not needed by everyone
-
-            self._events = tensorboardX.SummaryWriter(
-                str(self.workdir / "tensorboard"), purge_step=resume_step + 1
-            )
+        self._writers = events.writers(
+            self.workdir, resume_step, self._config, self.say, **self._asked
+        )
 
     # While it runs
 
@@ -131,10 +130,9 @@ class Recorder:
         self._append(self._metrics, line)
         if kind == "train":
             self._mark()
-        if self._events is not None:
-            for name, value in line.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
+        numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
+        for writer in self._writers:
+            writer.write(step, {f"{kind}/{name}": value for name, value in numbers.items()})
 
     def progress(self, step: int, loss: Any, examples: int) -> None:
         """`examples` more are done, up to `step`; shown now and then. See Progress.update."""
@@ -189,8 +187,8 @@ class Recorder:
         with disk.reported(self.workdir, "cannot write in"):
             self._metrics.close()
             self._timing.close()
-        if self._events is not None:
-            self._events.close()
+        for writer in self._writers:
+            writer.close(status)
         self._run["attempts"][-1] |= {"status": status, "finished": workdirs.now()}
         self._run["status"] = status
         self._run["results"] = {k: jsonl.plain(v) for k, v in results.items()}
@@ -244,6 +242,7 @@ def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any], **info: Any) 
         info=info,
         total_steps=config["total_steps"],
         tensorboard=config["record"]["tensorboard"],
+        wandb=config["record"]["wandb"],
         is_main=jax.process_index() == 0,
         started=process_started(),
     )

@@ -24,6 +24,7 @@ MAY_CHANGE = frozenset(
         "keep_best",
         "eval_batch_size",
         "record.tensorboard",
+        "record.wandb",
         "data.dir",
     )
 )
@@ -33,6 +34,7 @@ ADDED = {
     "reproducible": False,
     "learning_rate_scaling": "none",
     "warmup_examples": 0.0,
+    "record.wandb": False,
 }
 
 # Of run.json's info.data; the description may name a folder, which may change.

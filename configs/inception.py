@@ -81,6 +81,7 @@ def get_config(scale: str = "imagenet") -> ConfigDict:
     config.record.activation_every = 10_000  # steps
     config.record.activation_examples = 64  # training examples of the one fixed batch
     config.record.tensorboard = True  # also write TensorBoard events
+    config.record.wandb = False  # also log to Weights & Biases (pip install wandb)
 
     SCALES[scale](config)
     return config.lock()

@@ -80,6 +80,7 @@ def get_config(scale: str = "mnist") -> ConfigDict:
     config.record.activation_every = 500  # steps
     config.record.activation_examples = 960  # training examples of the one fixed batch, 16 groups
     config.record.tensorboard = True  # also write TensorBoard events
+    config.record.wandb = False  # also log to Weights & Biases (pip install wandb)
 
     SCALES[scale](config)
     return config.lock()

@@ -1,0 +1,114 @@
+"""Where the numbers of metrics.jsonl go besides: TensorBoard, Weights & Biases. Process 0 only."""
+
+import importlib.util
+import os
+import pathlib
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from bn_jax import disk
+from bn_jax.errors import ConfigError
+
+ID = "wandb_id"  # file in the workdir
+
+
+class Writer(Protocol):
+    """Takes scalars as they are recorded."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """`scalars` ("train/loss", ...) of a step."""
+
+    def close(self, status: str) -> None:
+        """The attempt ends with this status of run.json."""
+
+
+def check(wandb: bool) -> None:
+    """Raises ConfigError if Weights & Biases is asked for and not installed."""
+    if wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "record.wandb=True needs the package wandb: pip install wandb, or set it to False"
+        )
+
+
+def writers(
+    workdir: pathlib.Path,
+    resume_step: int,
+    config: Mapping[str, Any],
+    say: Callable[[str], None],
+    *,
+    tensorboard: bool,
+    wandb: bool,
+) -> list[Writer]:
+    """The writers that are asked for, of an attempt that goes on after `resume_step`."""
+    found: list[Writer] = [TensorBoard(workdir, resume_step)] if tensorboard else []
+    return [*found, Wandb(workdir, config, say)] if wandb else found
+
+
+class TensorBoard:
+    """Events in WORKDIR/tensorboard."""
+
+    def __init__(self, workdir: pathlib.Path, resume_step: int):
+        import tensorboardX  # 0.1 s, and not needed by everyone
+
+        folder = str(workdir / "tensorboard")
+        self._events = tensorboardX.SummaryWriter(folder, purge_step=resume_step + 1)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """As `Writer` has it."""
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self, status: str) -> None:
+        """As `Writer` has it."""
+        del status
+        self._events.close()
+
+
+class Wandb:
+    """A run of Weights & Biases, the same one for all attempts: its id is in WORKDIR/wandb_id.
+
+    Its own variables (WANDB_MODE=offline, WANDB_PROJECT, WANDB_ENTITY, ...) hold. Whatever it fails
+    with, training goes on: that is said once, and nothing more is sent.
+    """
+
+    def __init__(
+        self, workdir: pathlib.Path, config: Mapping[str, Any], say: Callable[[str], None]
+    ):
+        self._say, self._run = say, None
+        path = workdir / ID
+        if not path.exists():
+            disk.write_atomic(path, f"{uuid.uuid4().hex[:8]}\n".encode())
+        self._try(self._init, workdir, config, path.read_text().strip())
+
+    def _init(self, workdir: pathlib.Path, config: Mapping[str, Any], name: str) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "bn_jax"),
+            id=name,
+            resume="allow",
+            name=str(workdir),
+            dir=str(workdir),
+            config=dict(config),
+            settings=wandb.Settings(console="off"),  # the terminal belongs to progress.py
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """As `Writer` has it."""
+        # Steps that an earlier attempt has sent are the same numbers; wandb leaves them out.
+        if self._run is not None:
+            self._try(self._run.log, dict(scalars), step=step)
+
+    def close(self, status: str) -> None:
+        """As `Writer` has it."""
+        if self._run is not None:
+            self._try(self._run.finish, exit_code=int(status != "done"))
+
+    def _try(self, call: Callable[..., Any], *args: Any, **options: Any) -> None:
+        try:
+            call(*args, **options)
+        except Exception as error:
+            self._run = None
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self._say(f"Weights & Biases failed and is left out from here on: {reason}")
