@@ -111,7 +111,7 @@ def compile_here(target: str, args: argparse.Namespace) -> dict[str, Any]:
     lowered = dispatch.compile_step(exp, 1).lower(state, batch, hyper, 0)
     # Of the machine code nothing is read: HLO, and with it collectives and memory, stays the same.
     fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    program, cut = compiled(lowered, {} if tpu else fast)
+    program, cut = (lowered.compile(), []) if tpu else compiled(lowered, fast)  # no dump of libtpu
     memory = program.memory_analysis()
 
     def size(tree: Any) -> int:
