@@ -33,8 +33,8 @@ class Ours:
         self.fed = dispatch.feed(self.exp, 0, config.steps_per_dispatch)
         rest = (self.exp.hyper, np.int32(config.seed))
         first = next(self.fed)
-        self.program = dispatch.compile_step(self.exp, config.steps_per_dispatch)
-        self.program = self.program.lower(self.state, *first, *rest).compile()
+        k = config.steps_per_dispatch
+        self.program = dispatch.compile_step(self.exp, k, self.state, *first, *rest)
         self.first, self.rest = first, rest
 
     def weights(self) -> Any:

@@ -59,8 +59,7 @@ class Side:
         self.batches = [meshes.put_batch(exp.mesh, b, config.batch_size) for b in batches]
         self.rest = meshes.put_replicated(exp.mesh, (exp.hyper, np.uint32(config.seed)))
         start = time.process_time()
-        program = dispatch.compile_step(exp, 1)
-        self.program = program.lower(self.state, self.batches[0], *self.rest).compile()
+        self.program = dispatch.compile_step(exp, 1, self.state, self.batches[0], *self.rest)
         self.compile_seconds = time.process_time() - start
 
     def step(self) -> None:

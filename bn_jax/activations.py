@@ -1,6 +1,7 @@
 """Percentiles of chosen activations on one fixed batch (Fig. 1b,c): how distributions move."""
 
 import difflib
+import json
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from flax import traverse_util
 
 from bn_jax import mesh as meshes
+from bn_jax import programs
 from bn_jax.errors import ConfigError
 from bn_jax.experiment import Experiment, abstract_state
 from bn_jax.step import TrainState
@@ -29,11 +31,7 @@ class Taps:
 
     def __init__(self, exp: Experiment):
         self.exp, self.paths = exp, tuple(exp.config.record.activations)
-        known = [
-            path
-            for path in jax.eval_shape(self._all, *self._abstract_arguments())
-            if path.endswith(("/input", "/pre_bn"))
-        ]
+        known = self._known() if self.paths else []
         for path in self.paths:
             if path not in known:
                 close = difflib.get_close_matches(path, known, n=1, cutoff=0)
@@ -44,10 +42,27 @@ class Taps:
         self._program: Any = None
         self._images: jax.Array | None = None
 
+    def _known(self) -> list[str]:
+        """Paths of all activations that the model has."""
+        arguments, config = self._abstract_arguments(), self.exp.config.to_dict()
+
+        def trace() -> bytes:
+            paths = jax.eval_shape(self._all, *arguments)
+            ends = ("/input", "/pre_bn")
+            return json.dumps([path for path in paths if path.endswith(ends)]).encode()
+
+        return json.loads(programs.kept(["activations", config, arguments[2].shape], trace))
+
     def compile(self) -> None:
         """Compiles what `record` runs; may be called from another thread."""
-        program = jax.jit(self._percentiles, out_shardings=meshes.replicated(self.exp.mesh))
-        self._program = program.lower(*self._abstract_arguments()).compile()
+        self._program = programs.compiled(
+            "percentiles",
+            self._percentiles,
+            self._abstract_arguments(),
+            self.exp.config.to_dict(),
+            made_from=[self.paths, PERCENTILES],
+            out_shardings=meshes.replicated(self.exp.mesh),
+        )
 
     def _abstract_arguments(self) -> tuple[Any, Any, Any]:
         state = abstract_state(self.exp)

@@ -1,14 +1,15 @@
 """What one call of the device does: one step on a batch that is fed, or many on resident data."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from bn_jax import mesh as meshes
-from bn_jax import reproducible
+from bn_jax import programs, reproducible
 from bn_jax import step as steps
 from bn_jax.experiment import Experiment
 
@@ -35,13 +36,9 @@ def check_devices(exp: Experiment) -> None:
         reproducible.check_devices(exp.config, exp.mesh.size)
 
 
-def compile_step(exp: Experiment, dispatch: int):
-    """The training step: (state, *fed, hyper, seed) -> (state, metrics with axis [K]).
-
-    Jitted, or one that is lowered, compiled and called like a jitted function.
-    """
-    if exp.config.reproducible:
-        return reproducible.Step(exp)
+def training_step(exp: Experiment, dispatch: int) -> tuple[Callable, dict[str, Any]]:
+    """The training step: (state, *fed, hyper, seed) -> (state, metrics with axis [K]), and its
+    shardings as `jax.jit` takes them."""
     model, everywhere = exp.model, meshes.replicated(exp.mesh)
 
     def one(state, batch, hyper, seed):
@@ -54,12 +51,23 @@ def compile_step(exp: Experiment, dispatch: int):
     batch = meshes.along_batch(exp.mesh)
     resident = (everywhere, everywhere, meshes.along_batch(exp.mesh, axis=1))
     fed = (batch,) if dispatch == 1 else resident
-    return jax.jit(
-        one if dispatch == 1 else many,
-        in_shardings=(everywhere, *fed, everywhere, everywhere),
-        out_shardings=everywhere,
-        donate_argnums=0,
-    )
+    shardings = {
+        "in_shardings": (everywhere, *fed, everywhere, everywhere),
+        "out_shardings": everywhere,
+    }
+    return one if dispatch == 1 else many, shardings
+
+
+def compile_step(exp: Experiment, dispatch: int, *arguments: Any) -> Any:
+    """The training step, compiled for these arguments; the state that it is called with is donated.
+
+    Not only jax's cache of what is compiled is used: see `programs`.
+    """
+    if exp.config.reproducible:
+        return reproducible.Step(exp).lower(*arguments).compile()
+    function, shardings = training_step(exp, dispatch)
+    config = exp.config.to_dict()
+    return programs.compiled("train", function, arguments, config, donate_argnums=(0,), **shardings)
 
 
 def feed(exp: Experiment, start: int, dispatch: int) -> Iterator[tuple]:

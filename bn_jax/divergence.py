@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from bn_jax import arrays as named
 from bn_jax import experiment
 from bn_jax.errors import DivergedError
 from bn_jax.experiment import Experiment
@@ -23,6 +24,11 @@ def forward_order(exp: Experiment) -> list[str]:
 
     jax.eval_shape(initial)
     return names
+
+
+def leaves(exp: Experiment) -> list[str]:
+    """Paths of the parameters in the order of the tree, as a step's `gradient_square` has them."""
+    return named.flatten(experiment.abstract_state(exp).params)[0]
 
 
 def error(

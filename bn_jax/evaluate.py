@@ -26,6 +26,7 @@ from bn_jax import (
     layers,
     population,
     predictions,
+    programs,
     provenance,
     recorded,
     report,
@@ -55,26 +56,24 @@ class Evaluator:
         everywhere = meshes.replicated(exp.mesh)
         state = experiment.abstract_state(exp)
         variables = (state.params, state.batch_stats)
-        score = jax.jit(functools.partial(step.eval_step, model=model), out_shardings=everywhere)
+        config = exp.config.to_dict()
+        score = functools.partial(step.eval_step, model=model)
         batch = experiment.abstract_batch(exp, self._eval_size())
-        self._eval_batch = score.lower(*variables, batch).compile()
+        self._eval_batch = programs.compiled(
+            "evaluate", score, (*variables, batch), config, out_shardings=everywhere
+        )
         if not state.batch_stats:
             return
 
-        def merge_batch(params, batch_stats, total, batch):
-            _, updates = model.apply(
-                {"params": params, "batch_stats": layers.fresh_stats(batch_stats)},
-                batch["image"],
-                train=True,
-                mask=batch["mask"],
-                rngs={"dropout": step.dropout_key(exp.config.seed, 0)},
-                mutable=["batch_stats"],
-            )
-            return layers.merge_stats(total, updates["batch_stats"])
-
-        merge = jax.jit(merge_batch, out_shardings=everywhere)
-        batch = experiment.abstract_batch(exp, exp.config.batch_size)
-        self._merge_batch = merge.lower(*variables, state.batch_stats, batch).compile()
+        batch = experiment.abstract_batch(exp, config["batch_size"])
+        self._merge_batch = programs.compiled(
+            "population",
+            functools.partial(step.statistics_step, model=model, seed=config["seed"]),
+            (*variables, state.batch_stats, batch),
+            config,
+            made_from=config["seed"],
+            out_shardings=everywhere,
+        )
 
     def _eval_size(self) -> int:
         """Examples of an evaluation batch: a multiple of the devices."""

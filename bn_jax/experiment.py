@@ -1,5 +1,6 @@
 """From a config to what a run is made of: the one place where config values cross into code."""
 
+import functools
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bn_jax import mesh as meshes
-from bn_jax import models, optim, step, validate
+from bn_jax import models, optim, programs, step, validate
 from bn_jax.checkpoint import Checkpoints
 from bn_jax.data import pipeline
 from bn_jax.errors import CheckpointError, ConfigError
@@ -164,10 +165,15 @@ def _read_run(workdir: pathlib.Path) -> tuple[ConfigDict, dict[str, Any]]:
 def abstract_state(exp: Experiment) -> step.TrainState:
     """Shapes, dtypes and shardings of the experiment's state; nothing is computed."""
     everywhere = meshes.replicated(exp.mesh)
-    shapes = jax.eval_shape(lambda: initial_state(exp))
     return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+        _shapes(exp.model, exp.data.image_shape),
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> step.TrainState:
+    return jax.eval_shape(lambda: step.init_state(model, 0, image_shape))
 
 
 def abstract_batch(exp: Experiment, size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -186,6 +192,19 @@ def abstract_batch(exp: Experiment, size: int) -> dict[str, jax.ShapeDtypeStruct
 def initial_state(exp: Experiment) -> step.TrainState:
     """The state before the first step. For `jax.jit`."""
     return step.init_state(exp.model, exp.config.seed, exp.data.image_shape)
+
+
+def create_state(exp: Experiment) -> step.TrainState:
+    """`initial_state`, on the devices."""
+    program = programs.compiled(
+        "initial",
+        functools.partial(initial_state, exp),
+        (),
+        exp.config.to_dict(),
+        made_from=[exp.config.seed, exp.data.image_shape, exp.data.num_classes],
+        out_shardings=meshes.replicated(exp.mesh),
+    )
+    return program()
 
 
 def restore(

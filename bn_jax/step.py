@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from bn_jax import optim
+from bn_jax import layers, optim
 
 AUX_WEIGHT = 0.3  # weight of each auxiliary head's loss (GoogLeNet, section 5)
 
@@ -198,3 +198,27 @@ def eval_step(
         "top5": jnp.sum(mask & (rank < 5)),
         "examples": jnp.sum(mask),
     }
+
+
+def statistics_step(
+    params: Any,
+    batch_stats: Any,
+    total: Any,
+    batch: dict[str, jax.Array],
+    *,
+    model: nn.Module,
+    seed: int,
+) -> Any:
+    """Algorithm 2, lines 9 and 10: one more training batch in `total`, the population's statistics.
+
+    Start with `layers.fresh_stats(batch_stats)`. All batches of a run have the same dropout.
+    """
+    _, updates = model.apply(
+        {"params": params, "batch_stats": layers.fresh_stats(batch_stats)},
+        batch["image"],
+        train=True,
+        mask=batch["mask"],
+        rngs={"dropout": dropout_key(seed, 0)},
+        mutable=["batch_stats"],
+    )
+    return layers.merge_stats(total, updates["batch_stats"])

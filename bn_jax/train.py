@@ -6,7 +6,6 @@ so a run that is stopped and started again ends with the same bits as one that n
 
 import concurrent.futures
 import contextvars
-import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bn_jax import activations, divergence, evaluate, experiment, fingerprint, pace, preempt, record
+from bn_jax import (
+    activations,
+    divergence,
+    evaluate,
+    experiment,
+    fingerprint,
+    pace,
+    preempt,
+    record,
+)
 from bn_jax import dispatch as dispatches
 from bn_jax import mesh as meshes
 from bn_jax import step as steps
@@ -74,7 +82,6 @@ class Loop:
         self.checkpoints = checkpoints
         self.evaluator = evaluate.Evaluator(exp)
         self.dispatch, self.saved = 1, 0.0  # steps, see `start`; seconds trained before a save
-        self.leaves: list[str] = []  # paths of the parameters, to name the one that diverged
         self.begun, self.taken = -1, pace.Dispatches()  # last step begun; how long steps take
         self.scores: dict[str, Any] = {}
 
@@ -101,12 +108,7 @@ class Loop:
         """The state to go on from: the newest good checkpoint's, or a new one."""
         exp = self.exp
         with self.records.timed("startup"):
-            like = experiment.abstract_state(exp)
-            self.leaves = [
-                jax.tree_util.keystr(path, simple=True, separator="/")
-                for path, _ in jax.tree_util.tree_leaves_with_path(like.params)
-            ]
-            found = self.checkpoints.restore(like)
+            found = self.checkpoints.restore(experiment.abstract_state(exp))
             if found is not None:
                 step, state, meta = found
                 self.resume(step, meta["scores"])
@@ -114,8 +116,7 @@ class Loop:
         self.dispatch = dispatches.steps_per_dispatch(exp.config)
         self.records.begin(0)
         with self.records.timed("compile"):
-            init = functools.partial(experiment.initial_state, exp)
-            state = jax.jit(init, out_shardings=meshes.replicated(exp.mesh))()
+            state = experiment.create_state(exp)
         return 0, state
 
     def resume(self, step: int, scores: dict[str, Any]) -> None:
@@ -147,8 +148,7 @@ class Loop:
             beside = [threads.submit(contextvars.copy_context().run, self.evaluator.compile)]
             if self.taps.paths:
                 beside.append(threads.submit(contextvars.copy_context().run, self.taps.compile))
-            program = dispatches.compile_step(exp, self.dispatch)
-            train_step = program.lower(state, *fed, hyper, seed).compile()
+            train_step = dispatches.compile_step(exp, self.dispatch, state, *fed, hyper, seed)
             for future in beside:
                 future.result()
         return train_step
@@ -223,8 +223,8 @@ class Loop:
             step = last - self.dispatch + 1 + i
             line = {name: float(values[i]) for name, values in metrics.items()}
             if not (np.isfinite(line["loss"]) and np.all(np.isfinite(squares[i]))):
-                forward = divergence.forward_order(self.exp)
-                raise divergence.error(step, line["loss"], squares[i], self.leaves, forward)
+                leaves, forward = divergence.leaves(self.exp), divergence.forward_order(self.exp)
+                raise divergence.error(step, line["loss"], squares[i], leaves, forward)
             if step % self.exp.config.log_every == 0 or step == self.exp.config.total_steps:
                 self.records.write("train", step, **line)
         examples = self.dispatch * self.exp.config.batch_size
