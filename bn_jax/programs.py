@@ -87,7 +87,7 @@ def kept(about: list, make: Callable[[], bytes]) -> bytes:
     `about` is JSON; fields of a config in it that are NOT_TRACED count as equal. Nothing is kept
     without a cache of compiled programs (`mesh.use_compilation_cache`) that can be written.
     """
-    folder = jax.config.read("jax_compilation_cache_dir")
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if not folder:
         return make()
     place = pathlib.Path(folder) / KEPT
