@@ -108,7 +108,8 @@ def compile_here(target: str, args: argparse.Namespace) -> dict[str, Any]:
     number = jax.ShapeDtypeStruct((), np.float32)
     hyper = jax.tree.map(lambda _: number, exp.hyper)
     start = time.perf_counter()
-    lowered = dispatch.compile_step(exp, 1).lower(state, batch, hyper, 0)
+    function, shardings = dispatch.training_step(exp, 1)
+    lowered = jax.jit(function, donate_argnums=0, **shardings).lower(state, batch, hyper, 0)
     # Of the machine code nothing is read: HLO, and with it collectives and memory, stays the same.
     fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     program, cut = (lowered.compile(), []) if tpu else compiled(lowered, fast)  # no dump of libtpu
