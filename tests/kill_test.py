@@ -96,11 +96,11 @@ class Trainer:
         """Whether a save is under way, or was when the process was killed."""
         return any((self.workdir / "checkpoints").glob("tmp.*"))
 
-    def until(self, what: Callable[[], bool]) -> None:
+    def until(self, what: Callable[[], bool], poll: float) -> None:
         deadline = time.monotonic() + 300
         while not what():
             assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.002)
+            time.sleep(poll)
 
     def close(self) -> None:
         assert self.server.stdin is not None
@@ -111,19 +111,20 @@ class Trainer:
 def kill_once(trainer: Trainer, rng: random.Random, early: bool) -> bool:
     """One start and one kill, perhaps before anything is trained. Whether it fell into a save."""
     before, when = trainer.newest(), rng.random()
+    at_start = early and when < 0.15  # compiling, restoring
     pid = trainer.start(COMMON["total_steps"])
-    if early and when < 0.15:  # at the start: compiling, restoring
+    if at_start:
         time.sleep(rng.uniform(0, 2))
     else:  # after one more save at least, so that the run comes forward
-        trainer.until(lambda: trainer.newest() > before)
+        trainer.until(lambda: trainer.newest() > before, poll=0.02)
         if when < 0.6:  # in the middle of a save
-            trainer.until(trainer.saving)
+            trainer.until(trainer.saving, poll=0.002)
             time.sleep(rng.uniform(0, 0.03))
         else:
             time.sleep(rng.uniform(0, 0.3))
     os.kill(pid, signal.SIGKILL)
     assert trainer.wait() == signal.SIGKILL, trainer.log.read_text()  # else the start had failed
-    return trainer.saving()
+    return trainer.saving() and not at_start  # else it may be left from the kill before
 
 
 def redone(workdir: pathlib.Path) -> list[int]:
@@ -172,7 +173,7 @@ def cut_run(what, folder: pathlib.Path, kills: int) -> tuple[int, list[int]]:
 CASES = [
     pytest.param(MLP, (10,), id="mlp"),
     pytest.param(MLP, (45, 45), id="mlp-in-full", marks=pytest.mark.faults),
-    pytest.param(INCEPTION, (5, 5), id="inception-in-full", marks=pytest.mark.faults),
+    pytest.param(INCEPTION, (3, 3), id="inception-in-full", marks=pytest.mark.faults),
 ]
 
 
