@@ -16,14 +16,15 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 
-def promote(x: jax.Array, kernel: jax.Array, bias: Any, *, dtype: Any = None, inexact: bool = True):
-    """Casts as Flax's layers do, but leaves parameters that are wider than `dtype` as they are.
+def promote(*args: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
+    """Casts (x, kernel, bias) as Flax's layers do, but leaves parameters wider than `dtype` as is.
 
     For a layer's `promote_dtype`. With a bias the layer's result is then wider than `dtype`.
     """
+    x, kernel, bias = args
     if dtype is None or jnp.promote_types(kernel.dtype, dtype) == dtype:
         return promote_dtype(x, kernel, bias, dtype=dtype, inexact=inexact)
-    return x.astype(dtype), kernel, bias
+    return [x.astype(dtype), kernel, bias]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))

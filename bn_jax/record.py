@@ -65,7 +65,8 @@ class Recorder:
         self._ledger = Ledger(time.monotonic() if started is None else started)
         self._main, self._step, self._begun = is_main, 0, False
         self._config, self._info = config, info
-        self._asked, self._writers = {"tensorboard": tensorboard, "wandb": wandb}, []
+        self._asked = {"tensorboard": tensorboard, "wandb": wandb}
+        self._writers: list[events.Writer] = []
         self._lock: lock.WorkdirLock | None = None
         if is_main:
             self._progress = Progress(total_steps)
