@@ -16,7 +16,7 @@ from bn_jax import models, optim, programs, step, validate
 from bn_jax.checkpoint import Checkpoints
 from bn_jax.data import pipeline
 from bn_jax.errors import CheckpointError, ConfigError
-from bn_jax.workdir import ADDED
+from bn_jax.workdir import completed
 
 
 class Experiment(NamedTuple):
@@ -151,13 +151,7 @@ def _read_run(workdir: pathlib.Path) -> tuple[ConfigDict, dict[str, Any]]:
         raise ConfigError(f"{workdir} is no run: it has no run.json (--workdir of a trained run)")
     try:
         info = json.loads(path.read_text())
-        config = ConfigDict(info["config"])
-        for field, value in ADDED.items():
-            section, _, name = f".{field}".rpartition(".")
-            part = config[section[1:]] if section else config
-            if name not in part:
-                part[name] = value
-        return config.lock(), info["info"]["data"]
+        return ConfigDict(completed(info["config"])).lock(), info["info"]["data"]
     except (ValueError, KeyError, TypeError, AttributeError) as damage:
         raise ConfigError(f"{path} is damaged: {damage!r}; restore it") from None
 

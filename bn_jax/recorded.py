@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from bn_jax.errors import ConfigError
+from bn_jax.workdir import completed
 
 # Runs that are compared must agree in these; what experiments change (rate, BN, ...) is not here.
 SETTING = (
@@ -64,7 +65,8 @@ def read_run(workdir: pathlib.Path) -> Run:
         error = str(info["results"].get("error", ""))
         origin = {"source": info["source"], "hardware": info["hardware"]}
         data, status = info["info"]["data"], info["status"]
-        return Run(workdir, info["config"], data, lines, status, error, origin)
+        config = completed(info["config"])
+        return Run(workdir, config, data, lines, status, error, origin)
     except (ValueError, KeyError, TypeError, AttributeError) as damage:
         raise ConfigError(
             f"the records in {workdir} are damaged: {damage!r}; move it away"

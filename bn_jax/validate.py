@@ -167,8 +167,7 @@ def _data(config: ConfigDict) -> None:
 def _records(config: ConfigDict) -> None:
     for field in ("eval_every", "checkpoint_every", "log_every", "record.activation_every"):
         _integer(config, field, 1, hint="a number of steps; total_steps for once, at the end")
-    if "checkpoint_wait" in config:  # evaluation of runs from before there was this field
-        _number(config, "checkpoint_wait", 0, INF, hint="0.04 is usual, 1e9 to wait for every save")
+    _number(config, "checkpoint_wait", 0, INF, hint="0.04 is usual, 1e9 to wait for every save")
     for field in (
         "eval_batch_size",
         "statistics_batches",

@@ -32,6 +32,7 @@ MAY_CHANGE = frozenset(
 # Fields that older records lack, each with the value that stands for what runs did then.
 ADDED = {
     "reproducible": False,
+    "checkpoint_wait": 0.0,
     "learning_rate_scaling": "none",
     "warmup_examples": 0.0,
     "record.wandb": False,
@@ -142,12 +143,23 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any] | None:
     raise ConfigError(f"{path} cannot be read as a run's record; move it away or choose another")
 
 
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded config with the fields that were ADDED since."""
+    found = dict(config)
+    for field, value in ADDED.items():
+        section, _, name = field.rpartition(".")
+        if section and name not in found.get(section, {}):
+            found[section] = {**found.get(section, {}), name: value}
+        elif not section:
+            found.setdefault(name, value)
+    return found
+
+
 def require_same_config(
     workdir: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> None:
     """Raises ConfigError naming the fields that differ, MAY_CHANGE apart."""
-    new = _flat(json.loads(json.dumps(new)))
-    old = {field: value for field, value in ADDED.items() if field in new} | _flat(old)
+    old, new = _flat(completed(old)), _flat(completed(json.loads(json.dumps(new))))
     absent = "absent"
     differs = [
         f"{key} ({old.get(key, absent)} there, {new.get(key, absent)} here)"

@@ -140,6 +140,3 @@ def test_the_limits_themselves_are_accepted():
     config.norm, config.batch_size = "none", 7  # without BN no group has to divide the batch
     config.record.activations = ()
     validate.check(config)
-    with config.unlocked():  # a run of before there was this field can still be evaluated
-        del config.checkpoint_wait
-    validate.check(config)
