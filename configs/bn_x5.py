@@ -3,7 +3,8 @@ learning rate was increased by a factor of 5, to 0.0075." (4.2.2)
 
     python -m bn_jax.main --config=configs/bn_x5.py:digits    # 2 CPU cores, minutes
 
-Expected: 72.2% after 2.1e6 steps on ImageNet, 73.0% at most (not yet run here).
+Expected: 72.2% after 2.1e6 steps on ImageNet, 73.0% at most (not run here).
+Digits: 98.0%, the mean of 3 seeds (results/digits).
 """
 
 from ml_collections import ConfigDict

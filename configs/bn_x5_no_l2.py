@@ -2,7 +2,8 @@
 
     python -m bn_jax.main --config=configs/bn_x5_no_l2.py:digits    # 2 CPU cores, minutes
 
-Expected: no better than bn_x5 (not yet run).
+Expected: no better than bn_x5.
+Digits: 98.1%, the mean of 3 seeds (results/digits).
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,8 @@
 
     python -m bn_jax.main --config=configs/bn_x5_sigmoid.py:digits    # 2 CPU cores, minutes
 
-Expected: 69.8% at most on ImageNet (4.2.2; not yet run here).
+Expected: 69.8% at most on ImageNet (4.2.2; not run here).
+Digits: 98.5%, the mean of 3 seeds (results/digits).
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,8 @@
 
     python -m bn_jax.main --config=configs/bn_x5_with_dropout.py:digits    # 2 CPU cores, minutes
 
-Expected: no number in the paper; removing it speeds up training, without overfitting (not yet run).
+Expected: no number in the paper; removing it speeds up training, without overfitting.
+Digits: 98.3%, the mean of 3 seeds (results/digits).
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,8 @@ rate of 0.0015." (4.2.2). Every field of the experiment is here; the other files
     python -m bn_jax.main --config=configs/inception.py           # ImageNet, an accelerator, weeks
     python -m bn_jax.main --config=configs/inception.py:digits    # 2 CPU cores, minutes
 
-Expected: 72.2% top-1 after 31.0e6 steps on ImageNet (Fig. 3; not yet run here); digits not yet run.
+Expected: 72.2% top-1 after 31.0e6 steps on ImageNet (Fig. 3; not run here).
+Digits: 92.7%, the mean of 3 seeds (results/digits).
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,8 @@ split (--config.data.holdout=0.2; docs/results.md has the command), digits, seed
 
     python -m bn_jax.main --config=configs/inception_best_rate.py:digits    # 2 CPU cores, minutes
 
-Expected: not yet run.
+Expected: no number in the paper.
+Digits: 96.4%, the mean of 3 seeds (results/digits).
 """
 
 from ml_collections import ConfigDict
