@@ -2,7 +2,8 @@
 
     python -m bn_jax.main --config=configs/ensemble_5.py:digits    # 2 CPU cores, minutes
 
-Expected: 20.1% top-1 and 4.9% top-5 error of all six on ImageNet (Fig. 4; not yet run).
+Expected: 20.1% top-1 and 4.9% top-5 error of all six on ImageNet (Fig. 4; not run here).
+Digits: 2.3% top-1 error, 1.2% of all six, one seed, single crop (results/digits/fig4.md).
 """
 
 from ml_collections import ConfigDict
