@@ -6,11 +6,15 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import yaml
 
+import bn_jax
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+EXPERIMENTS = (ROOT / "docs" / "experiments.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")])
 
 
@@ -91,3 +95,36 @@ def test_site_builds_without_a_warning(tmp_path):
     assert "results/digits/fig2.png" in start and (tmp_path / "results/digits/fig2.png").is_file()
     assert "Algorithm 1 (<code>train</code>)" in api  # from the docstring of batch_norm.normalize
     assert not re.search(r'(?:src|<link[^>]*href)="https?://', start)
+
+
+def test_license_and_citation():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "Version 2.0, January 2004" in text
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["license"] == project["license"] == "Apache-2.0"
+    assert str(citation["version"]) == bn_jax.__version__
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
+def test_differences_are_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import differences
+
+    assert differences.sentences(
+        '"""A. Differs from the paper: one\n    two. No.\n\n    More."""\n'
+        "# Differs from the paper: three\n# four\n"
+    ) == ["one two.", "three four."]
+    assert differences.updated(EXPERIMENTS) == EXPERIMENTS, (
+        "run: python docs/differences.py --write"
+    )
+
+
+def test_every_config_has_a_row_and_only_results_are_claimed():
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", EXPERIMENTS, re.M))
+    configs = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"}
+    assert configs <= rows.keys()
+    for name in configs:
+        # A row names an existing file under results/, or says that there is none.
+        file = re.search(r"results/[\w./-]+", rows[name])
+        assert rows[name] == "not yet run" or (file and (ROOT / file[0]).exists()), name

@@ -197,7 +197,7 @@ def typed() -> list[str]:
 
 
 def test_the_guide_and_make_say_the_same():
-    two, pod, slurm = typed()
+    two, pod, slurm = typed()[1:]  # after `activate`
     assert make("two") == f"PYTHON=.venv/bin/python {two}" and make("pod") == pod
     for line in (pod, slurm):
         done = run(line)
@@ -207,7 +207,7 @@ def test_the_guide_and_make_say_the_same():
 
 @pytest.mark.slow
 def test_two_processes_as_typed(tmp_path):
-    line = typed()[0].replace("runs/two", str(tmp_path / "two"))
+    line = typed()[1].replace("runs/two", str(tmp_path / "two"))
     done = run(line, PYTHON=sys.executable, BN_JAX_SMOKE="1")
     assert done.returncode == 0, done.stderr
     assert "of 1,000 examples" in done.stdout

@@ -4,7 +4,6 @@ Training runs are shortened by BN_JAX_SMOKE=1. What needs ImageNet or other hard
 --dry_run, set-up commands against the metadata they name.
 """
 
-import ast
 import importlib.metadata
 import os
 import pathlib
@@ -17,14 +16,11 @@ import tomllib
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
-
-import bn_jax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-EXPERIMENTS = (ROOT / "docs" / "experiments.md").read_text()
+ENVIRONMENT = ["python3", "-m", "venv", ".venv"]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
@@ -95,7 +91,8 @@ def test_demo_and_the_commands_on_its_run(place):
     for words in typed:
         if words[:2] == ["python", "-m"] and "--workdir=runs/bn_x30" in words[3:4]:
             out = succeed(words, place)
-            assert "1,000 examples" in out or ".png" in out
+            said = {"export": ".onnx: ", "predict": "digit.png", "figures": ".png"}
+            assert said.get(words[2].removeprefix("bn_jax."), "1,000 examples") in out, words
 
 
 def test_fig1(place):
@@ -105,6 +102,30 @@ def test_fig1(place):
     outs = [succeed(words, place) for words in runs]
     assert "| without BN | 500 |" in outs[-1] and "| with BN | 500 |" in outs[-1]
     assert (place / "runs/fig1_digits/figures/fig1.png").stat().st_size > 0
+
+
+def table(place, *more: str) -> list[str]:
+    """What `make table` prints, typed with more options of the sweep."""
+    assert ["make", "table"] in commands()
+    sweep, figures = recipe("table")
+    assert (sweep[2], figures[2]) == ("bn_jax.sweep", "bn_jax.figures")
+    outs = [succeed([*sweep, *more], place)]
+    return outs if more else [*outs, succeed(figures, place)]
+
+
+def test_table_starts_six_runs(place):
+    [out] = table(place, "--dry_run")
+    runs = re.findall(r"--workdir=runs/table/(\w+)/seed_0", out)
+    assert len(runs) == len(set(runs)) == 6
+
+
+@pytest.mark.slow  # six programs of Inception are compiled
+def test_table(place):
+    out = table(place)[-1]
+    names = re.findall(r"^\| (\S+).*\|", out, re.M)
+    assert len(names) >= 6, out
+    for name in ("fig2.png", "table.md"):
+        assert (place / "runs/table/figures" / name).stat().st_size > 0
 
 
 def test_list_names_every_config_and_dry_runs_parse(place):
@@ -130,13 +151,35 @@ def test_prepare_takes_the_options(place):
     assert "ILSVRC2012_img_train.tar" in done.stderr and "usage" not in done.stderr
 
 
+def test_import_takes_the_options(place):
+    """With a file: tests/weights_commands_test.py, as docs/weights.md has it."""
+    words = [w for w in commands() if w[2:3] == ["bn_jax.import_weights"]]
+    assert len(words) == 1
+    done = type_in(words[0], place)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("bn_jax: cannot read bninception.safetensors"), done.stderr
+
+
 def test_every_command_is_one_that_these_tests_know():
-    known = ("main", "evaluate", "figures", "prepare", "predict")
+    known = ("main", "evaluate", "figures", "prepare", "predict", "export", "import_weights")
     for words in commands():
         if words[0] == "python":
             assert words[1] == "-m" and words[2].removeprefix("bn_jax.") in known, words
         else:
-            assert words[0] in ("make", "pip"), words
+            assert words[0] in ("make", "pip", ".") or words == ENVIRONMENT, words
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "launch" / "README.md"])
+def test_python_is_typed_where_the_packages_are(path):
+    """The tests type with their own Python; a user's has no packages before `activate`."""
+    assert "\nVENV ?= .venv\n" in (ROOT / "Makefile").read_text()
+    typed = commands(path.read_text())
+    first = next(i for i, w in enumerate(typed) if w[0] in ("python", "pip", "launch/local.sh"))
+    assert [".", ".venv/bin/activate"] in typed[:first]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 120  # two screens
 
 
 def test_make_targets_exist():
@@ -160,8 +203,11 @@ def test_extras_exist():
 
 def test_library_examples():
     names: dict = {"__name__": "readme"}
-    for block in blocks("python"):
+    library = (ROOT / "docs" / "batch_norm.md").read_text()
+    examples = library[library.index("## Two examples") : library.index("## The swap")]
+    for block in [*blocks("python"), *blocks("python", examples)]:
         exec(block, names)
+    assert names["norm"].group_size == 32
     groups = np.asarray(names["y"], np.float64).reshape(2, -1, 16)
     # float32 sums of 2,048 values near 1: errors of about 1e-7 times a few; epsilon takes 5e-4.
     np.testing.assert_allclose(groups.mean(axis=1), 0, atol=1e-5)
@@ -175,74 +221,3 @@ def test_library_examples():
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
         assert target.startswith("https://") or (path.parent / target).exists(), target
-
-
-def test_license_and_citation():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    text = (ROOT / "LICENSE").read_text()
-    assert "Apache License" in text and "Version 2.0, January 2004" in text
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["license"] == project["license"] == "Apache-2.0"
-    assert str(citation["version"]) == bn_jax.__version__
-    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
-
-
-def test_differences_are_up_to_date(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    import differences
-
-    assert differences.sentences(
-        '"""A. Differs from the paper: one\n    two. No.\n\n    More."""\n'
-        "# Differs from the paper: three\n# four\n"
-    ) == ["one two.", "three four."]
-    assert differences.updated(EXPERIMENTS) == EXPERIMENTS, (
-        "run: python docs/differences.py --write"
-    )
-
-
-def test_every_config_has_a_row_and_only_results_are_claimed():
-    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", EXPERIMENTS, re.M))
-    configs = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"}
-    assert configs <= rows.keys()
-    for name in configs:
-        # A row names an existing file under results/, or says that there is none.
-        file = re.search(r"results/[\w./-]+", rows[name])
-        assert rows[name] == "not yet run" or (file and (ROOT / file[0]).exists()), name
-
-
-def modules() -> dict[str, pathlib.Path]:
-    files = (ROOT / "bn_jax").rglob("*.py")
-    dotted = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files}
-    return {name.removesuffix(".__init__"): f for name, f in dotted.items()}
-
-
-def imports(file: pathlib.Path, known) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bn_jax"):
-            for alias in node.names:
-                submodule = f"{node.module}.{alias.name}"
-                found.add(submodule if submodule in known else node.module)
-    return found
-
-
-def test_architecture_lists_every_file_and_imports_have_no_circle():
-    listed = set(re.findall(r"(\w+\.py)`", (ROOT / "docs" / "architecture.md").read_text()))
-    files = modules()
-    assert {f.name for f in files.values()} - {"__init__.py"} <= listed
-    graph = {name: imports(file, files) for name, file in files.items()}
-    below: dict[str, set[str]] = {}
-
-    def visit(name: str, above: tuple[str, ...] = ()) -> set[str]:
-        assert name not in above, f"a circle of imports: {(*above, name)}"
-        if name not in below:
-            below[name] = graph[name].union(*(visit(d, (*above, name)) for d in graph[name]))
-        return below[name]
-
-    for name in graph:
-        visit(name)
-    # The ground knows nothing of what stands on it; batch_norm is jax and shapes alone.
-    assert below["bn_jax.batch_norm"] <= {"bn_jax.grouping"}
-    for name in ("optim", "mesh", "batch_norm", "checkpoint", "record", "data.pipeline"):
-        above = {"main", "train", "evaluate", "experiment", "step", "models", "figures", "configs"}
-        assert not below[f"bn_jax.{name}"] & {f"bn_jax.{a}" for a in above}, name
