@@ -7,8 +7,6 @@ import re
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDERS = ("bn_jax", "configs", "tests", "benchmarks")
 SOURCES = [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")]
-    f for d in ("bn_jax", "configs", "tests", "benchmarks") for f in (ROOT / d).rglob("*.py")
-]
 FILE, FUNCTION = 250, 80  # lines, at most
 
 
