@@ -9,8 +9,9 @@ SIZES = (8, 64, 256, 512)
 
 
 class Machine(NamedTuple):
-    """Published figures of an accelerator: bfloat16 TFLOP/s, GB/s into a ring, largest network.
+    """Figures of an accelerator: bfloat16 TFLOP/s, GB/s into a ring, largest network.
 
+    Which of them were checked, says `explanation`.
     A TPU's port carries 50 GB/s each way (v5e: 1600 Gbps over 4 ports, v4: 2400 over 6), and a ring
     along one axis uses two ports. An H100 in the usual server has a 400 Gbps adapter of its own,
     which is slower than NVLink inside the server: the ring goes as fast as its slowest part.
@@ -53,7 +54,9 @@ def explanation() -> str:
     """What the table rests on."""
     return (
         "Time of one flat ring all-reduce of those bytes, and the share of a step that computes if"
-        " communication overlaps with nothing. Bandwidths and peaks are published; that a device"
+        " communication overlaps with nothing. The peaks of v5e and v4 and v5e's links are Google's"
+        " published figures (checked); v4's links and the H100's figures were found second-hand"
+        " only. That a device"
         f" computes at {UTILIZATION:.0%} of its peak and a message takes {1e6 * HOP:.0f} us are"
         " assumptions. Nothing here was measured on an accelerator; input is not in it."
     )

@@ -82,6 +82,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def hardware() -> str:
+    """This machine in a few words."""
+    return f"{processor()}, {os.cpu_count()} cores"
+
+
 def machine() -> dict[str, Any]:
     """Hardware, versions, allocator, commit and load, as every record carries them."""
     from bn_jax import provenance  # it imports jax, which reads what use_threads has set
@@ -89,7 +94,7 @@ def machine() -> dict[str, Any]:
     source = provenance.source()
     tuned = os.environ.get("GLIBC_TUNABLES") == MALLOC
     return {
-        "hardware": f"{processor()}, {os.cpu_count()} cores",
+        "hardware": hardware(),
         "threads": cores(),
         "system": platform.platform(terse=True),
         "versions": provenance.versions(PACKAGES),
@@ -105,17 +110,22 @@ def slug(hardware: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
 
 
-def write(name: str, record: Mapping[str, Any], *, smoke: bool) -> None:
-    """Prints the record and keeps it as results/bench/MACHINE/NAME.json; a smoke run keeps none.
+def record_path(name: str) -> pathlib.Path:
+    """Where this machine's record is kept: results/bench/MACHINE/NAME.json.
 
     $BN_JAX_BENCH_OUT is another folder than results/bench.
     """
+    out = pathlib.Path(os.environ.get("BN_JAX_BENCH_OUT", RESULTS))
+    return out / slug(hardware()) / f"{name}.json"
+
+
+def write(name: str, record: Mapping[str, Any], *, smoke: bool) -> None:
+    """Prints the record and keeps it in `record_path`; a smoke run keeps none."""
     record = {"benchmark": name, "machine": machine(), **record}
     print(json.dumps(record, indent=1))
     if smoke:
         return
-    out = pathlib.Path(os.environ.get("BN_JAX_BENCH_OUT", RESULTS))
-    folder = out / slug(record["machine"]["hardware"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {folder / name}.json")
+    path = record_path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written: {path}")

@@ -1,10 +1,13 @@
-"""Reproduces where other batch norms go wrong: python -m benchmarks.peers_bn
+"""Reproduces where other batch norms go wrong: python -m benchmarks.peers_bn [--smoke]
 
 Prints one JSON object a measurement: peer, what was asked, what is right, what came out; keeps them
 with the peers' versions as results/bench/MACHINE/batch_norm_peers.json. Flax is always there;
-Haiku, Equinox, Keras (on JAX) and PyTorch are skipped where not installed. A minute on 2 cores.
+Haiku, Equinox, Keras (on JAX) and PyTorch are skipped where not installed; a record that has one
+which is not installed now is not overwritten: the command then ends with 1 before it measures.
+--smoke takes 64 examples and keeps nothing. A minute on 2 cores.
 """
 
+import argparse
 import importlib
 import importlib.metadata
 import json
@@ -89,34 +92,62 @@ def show(peer, question, right, got):
     print(json.dumps(measurements[-1]), flush=True)
 
 
-def main():
-    """All measurements."""
-    rng = np.random.default_rng(0)
+OTHERS = {
+    "haiku": ("dm-haiku", haiku),
+    "equinox": ("equinox", equinox),
+    "keras": ("keras", keras),
+    "torch": ("torch", torch),
+}
+
+
+def found_peers():
+    """What is measured by name, and the version of each that is a package."""
     peers = {"bn_jax": ours, "flax": flax}
     installed = {"flax": "flax", "jax": "jax"}
-    for name, (package, run) in {
-        "haiku": ("dm-haiku", haiku),
-        "equinox": ("equinox", equinox),
-        "keras": ("keras", keras),
-        "torch": ("torch", torch),
-    }.items():
-        os.environ.setdefault("KERAS_BACKEND", "jax")
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    for name, (package, run) in OTHERS.items():
         try:
             importlib.import_module(name)
             peers[name], installed[name] = run, package
         except ImportError:
             print(json.dumps({"peer": name, "skipped": "not installed"}))
-    peer_versions = {n: importlib.metadata.version(p) for n, p in installed.items()}
+    return peers, {n: importlib.metadata.version(p) for n, p in installed.items()}
+
+
+def require_no_loss(versions):
+    """Ends the command if the record on disk has a peer that is not installed now."""
+    path = fair.record_path("batch_norm_peers")
+    if path.is_file():
+        lost = json.loads(path.read_text())["peer_versions"].keys() - versions.keys()
+        if lost:
+            packages = " ".join(sorted(OTHERS[name][0] for name in lost))
+            raise SystemExit(
+                f"{path} has peers that are not installed here and would be lost: pip install "
+                f"{packages}; or --smoke, which keeps nothing"
+            )
+
+
+def main():
+    """All measurements."""
+    parser = argparse.ArgumentParser("python -m benchmarks.peers_bn", description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="64 examples; writes nothing")
+    args = parser.parse_args()
+    rng = np.random.default_rng(0)
+    measurements.clear()
+    peers, peer_versions = found_peers()
+    if not args.smoke:
+        require_no_loss(peer_versions)
+    few, many = (64, 64) if args.smoke else (512, 4096)
     for name, run in peers.items():
-        x = jnp.float32(rng.normal(5, 2, (512, 1)))
+        x = jnp.float32(rng.normal(5, 2, (few, 1)))
         show(name, "std in inference after 1 step on N(5, 2)", 1.0, float(np.std(run(x)[2])))
         for ratio in (1e3, 1e4):
-            x = np.float32(rng.normal(ratio, 1, (4096, 1)))
+            x = np.float32(rng.normal(ratio, 1, (many, 1)))
             y = np.float64(run(jnp.asarray(x))[0])
             right = float(1 / np.sqrt(np.float64(x).var()))
             slope = float(np.polyfit(np.float64(x[:, 0]) - ratio, y[:, 0], 1)[0])
             show(name, f"1/std as applied in training, mean/std {ratio:.0e}", right, slope)
-        y = run(jnp.full((4096, 1), 1e4 + 0.1, jnp.float32))[0]
+        y = run(jnp.full((many, 1), 1e4 + 0.1, jnp.float32))[0]
         show(name, "largest |y| of a constant 10000.1", 0.0, float(np.max(np.abs(y))))
     for name, run in (("bn_jax", ours), ("flax", flax)):
         try:
@@ -132,7 +163,7 @@ def main():
         show(name, "gradient is finite beside a masked NaN", True, bool(np.isfinite(grad).all()))
     devices_of_unequal_counts()
     record = {"peer_versions": peer_versions, "measurements": measurements}
-    fair.write("batch_norm_peers", record, smoke=False)
+    fair.write("batch_norm_peers", record, smoke=args.smoke)
 
 
 def devices_of_unequal_counts():

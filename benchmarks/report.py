@@ -119,7 +119,8 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     hardware = next(iter(records.values()))["machine"]["hardware"]
     said = (
-        "`make bench`; every figure is read from the JSON files in the folder of the same name. "
+        "Written by `python -m benchmarks.report` (the last step of `make bench`) from the JSON "
+        "files in the folder of the same name. "
         "Ratios are medians over rounds in which the sides took turns; above 1x bn_jax is faster "
         "(memory: below 1x it needs less)."
     )

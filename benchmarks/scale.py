@@ -9,8 +9,8 @@
       --out=results/bench/scale_tpu.md
 
 The step is compiled, not run: 32 examples and one statistic group a device. Read from the compiled
-program: collectives by kind, their bytes, and memory a device; from the program as it is cut for
-the devices: the dtypes of sums. A cost model (ring all-reduce) turns bytes into weak scaling.
+program: collectives by kind, their bytes, dtypes (for CPUs those of the program as it is cut for
+the devices, too) and memory a device. A cost model (ring all-reduce) turns bytes into weak scaling.
 Writes results/bench/scale.md, but for --smoke, and ends with 1 if a claim does not hold. Each
 program takes minutes to compile.
 """
@@ -186,6 +186,17 @@ def table(reports: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def origin_of_dtypes(reports: list[dict[str, Any]]) -> str:
+    """Which program the dtypes of sums were read from: it depends on the target."""
+    on_tpu = [r["target"].startswith("TPU") for r in reports]
+    cpu = (
+        "XLA for CPUs keeps more in memory than XLA for accelerators, and widens bfloat16 to"
+        " float32: the dtypes of sums are those of the program as it is cut for the devices, before that."
+    )
+    tpu = "For TPUs the dtypes of sums are those of the program that their own compiler leaves."
+    return " ".join([cpu] * (not all(on_tpu)) + [tpu] * any(on_tpu))
+
+
 def document(reports: list[dict[str, Any]], args: argparse.Namespace) -> str:
     """results/bench/scale.md."""
     network = f"BN-x30 (width {args.width:g}) at {args.image_size} px in bfloat16"
@@ -193,9 +204,8 @@ def document(reports: list[dict[str, Any]], args: argparse.Namespace) -> str:
     intro = (
         f"Written by `python -m benchmarks.scale`. Compiled, not run: {network}, {EXAMPLES}"
         f" examples and one statistic group a device; {reports[0]['versions']}. State is parameters"
-        " and statistics; it, arguments and temporary memory are MB (1e6 bytes) a device. XLA for"
-        " CPUs keeps more in memory than XLA for accelerators, and widens bfloat16 to float32: the"
-        " dtypes of sums are those of the program as it is cut for the devices, before that."
+        " and statistics; it, arguments and temporary memory are MB (1e6 bytes) a device."
+        f" {origin_of_dtypes(reports)}"
     )
     parts = ["# What a step sends between devices", intro, table(reports)]
     for r in reports:

@@ -21,8 +21,10 @@ from bn_jax.errors import ConfigError
 def initialize() -> None:
     """Joins the other processes of this run, if there are any.
 
-    A cluster is recognised by jax itself (Cloud TPU, SLURM, Open MPI, GKE) or named by the
-    variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    Recognised are SLURM, Open MPI, GKE's TPUs and Cloud TPU multislice by their own variables; any
+    processes are named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A Cloud TPU
+    slice of several hosts shows nothing in the environment: only where BN_JAX_CLUSTER is set (by
+    launch/tpu_host.sh to 1; any value) are they joined, by jax, which asks the metadata server.
     """
     if jax.distributed.is_initialized():
         return

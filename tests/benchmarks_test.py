@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import fair, report
+from benchmarks import fair, peers_bn, report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -30,9 +30,25 @@ def test_smoke_run(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["startup", "reproducible", "memory", "scale"])
+@pytest.mark.parametrize("name", ["startup", "reproducible", "memory", "scale", "peers_bn"])
 def test_longer_smoke_run(name, tmp_path):
     assert smoke(name, tmp_path)
+
+
+def test_a_record_with_a_peer_that_is_not_here_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("BN_JAX_BENCH_OUT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["peers_bn"])
+    monkeypatch.setattr(peers_bn, "OTHERS", {"no_such_peer": ("no-such-peer", None)})
+    path = fair.record_path("batch_norm_peers")
+    path.parent.mkdir()
+    path.write_text('{"peer_versions": {"jax": "1", "no_such_peer": "1"}}')
+    with pytest.raises(SystemExit, match="pip install no-such-peer; or --smoke"):
+        peers_bn.main()
+    assert "no_such_peer" in path.read_text() and peers_bn.measurements == []
+    monkeypatch.setattr(sys, "argv", ["peers_bn", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        peers_bn.main()
+    peers_bn.require_no_loss({"jax": "1", "no_such_peer": "2"})  # nothing would be lost
 
 
 def test_sides_take_turns():

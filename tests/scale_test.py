@@ -48,6 +48,20 @@ def test_claims_fail_where_they_should():
     assert failing(good, good, dtypes=["bf16", "f32"]) == ["sums"]  # widened later
 
 
+def test_the_page_says_where_dtypes_were_read():
+    cpu, tpu = {"target": "virtual CPU"}, {"target": "TPU v5e:2x4"}
+    assert "as it is cut" in scale.origin_of_dtypes([cpu])
+    assert "TPU" not in scale.origin_of_dtypes([cpu])
+    assert "as it is cut" not in scale.origin_of_dtypes([tpu])
+    assert scale.origin_of_dtypes([cpu, tpu]).count("dtypes of sums") == 2
+    for page, target in (("scale.md", cpu), ("scale_tpu.md", tpu)):
+        text = (ROOT / "results" / "bench" / page).read_text()
+        assert f"a device. {scale.origin_of_dtypes([target])}\n" in text, page
+    explained = (ROOT / "results" / "bench" / "scale.md").read_text()
+    assert cost_model.explanation() in explained
+    assert cost_model.table(45_195_000, 32).splitlines()[2] in explained  # 45.195 MB, as recorded
+
+
 def test_cost_model():
     machine = cost_model.Machine("x", tflops=100, ring=10, most=64, source="")
     # 1 GB between two devices: each sends half twice, 1e9 bytes at 10 GB/s, and two hops.
