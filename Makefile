@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo fig1 table two pod test check lint slow bench faults docs differences lock clean
+.PHONY: help setup demo fig1 table two pod test check lint slow oracle bench faults docs differences lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -54,6 +54,10 @@ check: lint test  ## all that CI runs
 
 slow: setup  ## the tests that take minutes
 	$(RUN) pytest -m "slow"
+
+oracle: setup  ## torch and pretrainedmodels into .venv (about 2 GB), and imported weights beside them
+	$(RUN) pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[oracle]'
+	$(RUN) pytest tests/import_weights_test.py
 
 bench: setup  ## benchmarks on this machine, under 20 minutes; PyTorch takes part if installed
 	for name in step mnist startup evaluate batch_norm; do $(RUN) benchmarks.$$name || exit 1; done

@@ -187,11 +187,11 @@ def table(reports: list[dict[str, Any]]) -> str:
 
 
 def origin_of_dtypes(reports: list[dict[str, Any]]) -> str:
-    """Which program the dtypes of sums were read from: it depends on the target."""
+    """Which program the dtypes of sums were read from."""
     on_tpu = [r["target"].startswith("TPU") for r in reports]
     cpu = (
         "XLA for CPUs keeps more in memory than XLA for accelerators, and widens bfloat16 to"
-        " float32: the dtypes of sums are those of the program as it is cut for the devices, before that."
+        " float32: the dtypes of sums are those of the program before that, as it is first cut."
     )
     tpu = "For TPUs the dtypes of sums are those of the program that their own compiler leaves."
     return " ".join([cpu] * (not all(on_tpu)) + [tpu] * any(on_tpu))

@@ -22,7 +22,7 @@ def initialize() -> None:
     """Joins the other processes of this run, if there are any.
 
     Recognised are SLURM, Open MPI, GKE's TPUs and Cloud TPU multislice by their own variables; any
-    processes are named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A Cloud TPU
+    processes are named by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID. A Cloud TPU
     slice of several hosts shows nothing in the environment: only where BN_JAX_CLUSTER is set (by
     launch/tpu_host.sh to 1; any value) are they joined, by jax, which asks the metadata server.
     """

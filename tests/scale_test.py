@@ -50,9 +50,9 @@ def test_claims_fail_where_they_should():
 
 def test_the_page_says_where_dtypes_were_read():
     cpu, tpu = {"target": "virtual CPU"}, {"target": "TPU v5e:2x4"}
-    assert "as it is cut" in scale.origin_of_dtypes([cpu])
+    assert "first cut" in scale.origin_of_dtypes([cpu])
     assert "TPU" not in scale.origin_of_dtypes([cpu])
-    assert "as it is cut" not in scale.origin_of_dtypes([tpu])
+    assert "first cut" not in scale.origin_of_dtypes([tpu])
     assert scale.origin_of_dtypes([cpu, tpu]).count("dtypes of sums") == 2
     for page, target in (("scale.md", cpu), ("scale_tpu.md", tpu)):
         text = (ROOT / "results" / "bench" / page).read_text()

@@ -166,6 +166,8 @@ def test_refusals_come_before_anything_is_written(here, net):
     without = {k: v for k, v in flat.items() if k not in (first, last)}
     extra = {"params/dense_9/bias": np.zeros(3), "optimizer/step": np.zeros(())}
     refused(f"2 missing: {last}, {first}$", without)
+    many = {f"other/{k:03}": np.zeros(1) for k in range(100)}
+    refused("100 extra: " + ", ".join(many) + "$", flat | many)  # every one is named
     refused("2 extra: optimizer/step, params/dense_9/bias$", flat | extra)
     refused(r"missing: .*; 2 extra: .*; 1 wrong", without | extra | negative)
     shape = rf"1 wrong: {last} has shape \[100, 9\], not \[100, 10\]"

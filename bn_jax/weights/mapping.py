@@ -18,7 +18,6 @@ from flax import traverse_util
 from bn_jax.errors import ConfigError
 from bn_jax.models.fig5 import TABLE
 
-SHOWN = 30  # names in a message; a file of another network has hundreds that do not fit
 EPSILON = {"caffe": 1e-5, "slim": 1e-3}  # of BN in the published networks
 SLIM = "InceptionV2"
 SLIM_LOGITS = f"{SLIM}/Logits/Conv2d_1c_1x1"
@@ -91,13 +90,8 @@ class Source:
         extra = sorted(n for n in self.tensors if n not in self._used and not ignored(n))
         found = [("missing", self._missing), ("extra", extra), ("wrong", self._wrong)]
         if any(names for _, names in found):
-            parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in found if names]
+            parts = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in found if names]
             raise ConfigError(f"tensors do not fit the network: {'; '.join(parts)}")
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def num_classes(tensors: Mapping[str, np.ndarray], name: str, otherwise: int) -> int:
