@@ -42,8 +42,8 @@ class Recorder:
       is_main: whether this is process 0.
       started: time.monotonic() of the program's start (ledger.process_started()); default: now.
 
-    Raises:
-      ConfigError (workdir of another config or not writable, no wandb), LockedError, DiskError.
+    Raises ConfigError (workdir of another config or not writable; no wandb), LockedError,
+    DiskError.
     """
 
     def __init__(

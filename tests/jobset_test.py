@@ -1,5 +1,6 @@
-"""The JobSets in launch/ by the fields of their API; exit codes that all launchers agree on."""
+"""The JobSets in launch/ by a schema of their API; exit codes that all launchers agree on."""
 
+import functools
 import json
 import pathlib
 import re
@@ -12,71 +13,46 @@ LAUNCH = ROOT / "launch"
 README = (LAUNCH / "README.md").read_text()
 JOBSETS = [LAUNCH / "jobset.yaml", LAUNCH / "jobset_gpu.yaml"]
 
-# The fields that are used, by the API references of JobSet v1alpha2 and Kubernetes' batch/v1 and
-# core/v1: a key that is not here is a misspelling. A list stands for items, a set for choices.
-VOLUME = {"name": str, "persistentVolumeClaim": {"claimName": str, "readOnly": bool}}
-CONTAINER = {
-    "name": str,
-    "image": str,
-    "args": [str],
-    "env": [{"name": str, "value": str, "valueFrom": {"fieldRef": {"fieldPath": str}}}],
-    "resources": {"limits": {"google.com/tpu": int, "nvidia.com/gpu": int}},
-    "volumeMounts": [{"name": str, "mountPath": str, "readOnly": bool}],
-}
-POD = {
-    "restartPolicy": {"Never"},
-    "terminationGracePeriodSeconds": int,
-    "nodeSelector": {
-        f"cloud.google.com/gke-{k}": str for k in ("tpu-accelerator", "tpu-topology", "accelerator")
-    },
-    "tolerations": [{"key": str, "operator": {"Exists"}, "effect": {"NoSchedule"}}],
-    "securityContext": {"runAsNonRoot": bool, "runAsUser": int, "fsGroup": int},
-    "containers": [CONTAINER],
-    "volumes": [VOLUME],
-}
-EXIT_CODES = {"containerName": str, "operator": {"In", "NotIn"}, "values": [int]}
-JOB = {
-    "parallelism": int,
-    "completions": int,
-    "backoffLimit": int,
-    "completionMode": {"Indexed"},
-    "podFailurePolicy": {"rules": [{"action": {"FailJob"}, "onExitCodes": EXIT_CODES}]},
-    "template": {"spec": POD},
-}
-RULE = {"name": str, "action": {"FailJobSet"}, "onJobFailureReasons": [{"PodFailurePolicy"}]}
-EXCLUSIVE = "alpha.jobset.sigs.k8s.io/exclusive-topology"
-JOBSET = {
-    "apiVersion": {"jobset.x-k8s.io/v1alpha2"},
-    "kind": {"JobSet"},
-    "metadata": {"name": str, "annotations": {EXCLUSIVE: str}},
-    "spec": {
-        "failurePolicy": {"maxRestarts": int, "rules": [RULE]},
-        "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": JOB}}],
-    },
-}
+SCHEMA = ROOT / "tests" / "jobset.schema.json"
 
 
-def misfits(value, schema, place="") -> list[str]:
-    """Where a document departs from a schema of the form above."""
-    if isinstance(schema, dict):
-        if not isinstance(value, dict):
-            return [f"{place}: no mapping"]
-        unknown = [f"{place}.{key}: unknown" for key in value.keys() - schema.keys()]
-        known = value.keys() & schema.keys()
-        return unknown + [m for k in known for m in misfits(value[k], schema[k], f"{place}.{k}")]
-    if isinstance(schema, list):
-        if not isinstance(value, list):
-            return [f"{place}: no list"]
-        return [m for i, x in enumerate(value) for m in misfits(x, schema[0], f"{place}[{i}]")]
-    if isinstance(schema, set):
-        return [] if value in schema else [f"{place}: {value!r} is none of {schema}"]
-    return [] if type(value) is schema else [f"{place}: {value!r} is no {schema.__name__}"]
+@functools.cache
+def validator():
+    jsonschema = pytest.importorskip("jsonschema", reason="needs the extra [test]")
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def misfits(jobset) -> list[str]:
+    """Where a JobSet departs from the schema: its place and what the validator says."""
+    found = validator().iter_errors(jobset)
+    return sorted(f"{error.json_path}: {error.message}" for error in found)
+
+
+def keys(value) -> int:
+    """How many keys a document has, at all depths."""
+    inside = value.values() if isinstance(value, dict) else value
+    below = sum(map(keys, inside)) if isinstance(value, dict | list) else 0
+    return below + (len(value) if isinstance(value, dict) else 0)
+
+
+def with_misspelt_key(value, number: int):
+    """The document with an x behind its key of that number, counted in order of reading."""
+    place = iter(range(10**6))
+
+    def copy(value):
+        if isinstance(value, dict):
+            return {k + "x" * (next(place) == number): copy(v) for k, v in value.items()}
+        return [copy(v) for v in value] if isinstance(value, list) else value
+
+    return copy(value)
 
 
 @pytest.mark.parametrize("path", JOBSETS, ids=lambda p: p.name)
 def test_jobsets(path):
     jobset = yaml.safe_load(path.read_text())
-    assert misfits(jobset, JOBSET) == []
+    assert misfits(jobset) == []
     [job] = jobset["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     [container] = spec["template"]["spec"]["containers"]
@@ -90,8 +66,33 @@ def test_jobsets(path):
         assert env["JAX_COORDINATOR_ADDRESS"] == f"{name}-{job['name']}-0-0.{name}:8476"
         assert env["JAX_NUM_PROCESSES"] == str(spec["parallelism"])
         assert "JAX_PROCESS_ID" in env
-    misspelt = json.loads(json.dumps(jobset).replace("maxRestarts", "maxRestart"))
-    assert misfits(misspelt, JOBSET) == [".spec.failurePolicy.maxRestart: unknown"]
+
+
+@pytest.mark.parametrize("path", JOBSETS, ids=lambda p: p.name)
+def test_every_misspelt_key_is_found(path):
+    jobset = yaml.safe_load(path.read_text())
+    count = keys(jobset)
+    assert count > 50
+    for number in range(count):
+        assert misfits(with_misspelt_key(jobset, number)), number
+
+
+@pytest.mark.parametrize(
+    "old, new, match",
+    [
+        ("maxRestarts: 50", "maxRestarts: '50'", r"maxRestarts: '50' is not of type 'integer'"),
+        ("backoffLimit: 0", "", "'backoffLimit' is a required property"),
+        ("FailJobSet", "FailJobset", r"rules\[0\].action: 'FailJobset' is not one of"),
+        ("values: [2,", "values: [0,", "0 is less than the minimum of 1"),  # the API's own rule
+        ("google.com/tpu: 4", "google.com/gpu: 4", "'google.com/gpu' was unexpected"),
+        ("claimName: imagenet", "", "'claimName' is a required property"),
+    ],
+)
+def test_what_is_wrong_is_named(old, new, match):
+    text = (LAUNCH / "jobset.yaml").read_text()
+    assert old in text
+    found = misfits(yaml.safe_load(text.replace(old, new)))
+    assert found and any(re.search(match, line) for line in found), found
 
 
 def test_the_same_exit_codes_everywhere():

@@ -122,9 +122,12 @@ def test_table_starts_six_runs(place):
 @pytest.mark.slow  # six programs of Inception are compiled
 def test_table(place):
     out = table(place)[-1]
-    names = re.findall(r"^\| (\S+).*\|", out, re.M)
-    assert len(names) >= 6, out
-    for name in ("fig2.png", "table.md"):
+    rows = set(re.findall(r"^\| `(\w+)` \|", out, re.M))
+    assert rows == {
+        path.name for path in (place / "runs/table").glob("*") if (path / "seed_0").is_dir()
+    }
+    assert len(rows) == 6, out
+    for name in ("fig2.png", "fig3.md"):
         assert (place / "runs/table/figures" / name).stat().st_size > 0
 
 
