@@ -55,7 +55,7 @@ check: lint test  ## all that CI runs
 slow: setup  ## the tests that take minutes
 	$(RUN) pytest -m "slow"
 
-oracle: setup  ## torch and pretrainedmodels into .venv (about 2 GB), and imported weights beside them
+oracle: setup  ## install torch (large) and pretrainedmodels, and hold imported weights to them
 	$(RUN) pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[oracle]'
 	$(RUN) pytest tests/import_weights_test.py
 
