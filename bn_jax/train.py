@@ -14,16 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bn_jax import (
-    activations,
-    divergence,
-    evaluate,
-    experiment,
-    fingerprint,
-    pace,
-    preempt,
-    record,
-)
+from bn_jax import activations, divergence, evaluate, experiment, fingerprint, pace, preempt, record
 from bn_jax import dispatch as dispatches
 from bn_jax import mesh as meshes
 from bn_jax import step as steps
@@ -172,6 +163,7 @@ class Loop:
             with records.timed("step"):
                 state, metrics = train_step(state, *fed, hyper, seed)
                 self.report(pending)  # while the next step runs
+            self.checkpoints.check()  # a disk that failed meanwhile: now, not at the next interval
             step += dispatch
             pending = (step, metrics)
             stopping = signals.stop_at(step)

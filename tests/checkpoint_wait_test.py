@@ -1,6 +1,8 @@
 """How long a save holds training up: until it is on disk, or for the share the config allows."""
 
+import errno
 import json
+import os
 import threading
 import time
 import types
@@ -11,9 +13,11 @@ import pytest
 from ml_collections import ConfigDict
 from train_test import small
 
+from bn_jax import arrays as named
 from bn_jax import evaluate, ledger, train
 from bn_jax import mesh as meshes
 from bn_jax.checkpoint import Checkpoints
+from bn_jax.errors import DiskError
 
 
 @pytest.fixture
@@ -86,6 +90,44 @@ def test_training_goes_on_while_a_slow_disk_writes(tmp_path, monkeypatch, quick,
     follow(monkeypatch, look)
     train.run(quick, tmp_path)
     assert newest[:3] == [(5, []), (10, []), (15, [])]
+
+
+def test_a_disk_that_fails_beside_training_ends_it_in_the_same_dispatch(
+    tmp_path, monkeypatch, quick, measured
+):
+    """The save of step 40 is slow, and fails while the dispatch of steps 46 to 50 is under way."""
+    fail, begun, reported = threading.Event(), [], []
+    save, report = named.save, train.Loop.report
+
+    def failing(path, arrays) -> None:
+        if path.parent.name == "tmp.40":
+            fail.wait(60)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(path, arrays)
+
+    def follow(self, pending) -> None:
+        report(self, pending)
+        begun.append(self.begun)
+        reported.append(pending and pending[0])
+        if self.begun == 50:
+            fail.set()
+            self.checkpoints.settle(60)
+
+    quick.total_steps, quick.eval_every, quick.checkpoint_every = 80, 80, 20
+    with monkeypatch.context() as broken:
+        broken.setattr(named, "save", failing)
+        broken.setattr(train.Loop, "report", follow)
+        with pytest.raises(DiskError, match="cannot save a checkpoint in .*: No space left"):
+            train.run(quick, tmp_path)
+    assert begun[-1] == 50 and max(filter(None, reported)) == 45  # no other dispatch, no report
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["status"] == "failed" and run["results"]["error"].startswith("DiskError: ")
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["20", "index.json"]
+    train.run(quick, tmp_path)  # there is space again
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["status"] == "done" and run["attempts"][1]["resume_step"] == 20
+    measured("disk full during a save of a run", injected=1, detected=1, lost=0)
 
 
 def test_a_slow_disk_holds_training_up_for_less_than_a_twentieth(tmp_path, monkeypatch, quick):
