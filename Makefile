@@ -63,9 +63,10 @@ bench: setup  ## benchmarks on this machine, under 20 minutes; PyTorch takes par
 	for name in step mnist startup evaluate batch_norm; do $(RUN) benchmarks.$$name || exit 1; done
 	$(RUN) benchmarks.report
 
-FAULTS := damage disk divergence fingerprint kill lock preempt refusal resume safety shelf watchdog
+FAULTS := checkpoint checkpoint_wait damage disk distributed divergence fingerprint kill kill_wait \
+  ledger lock object_store preempt refusal reproducible resume safety shelf watchdog
 faults: setup  ## every fault injection, with a table of injected / detected / lost
-	$(RUN) pytest $(FAULTS:%=tests/%_test.py)
+	$(RUN) pytest -m "not slow" $(FAULTS:%=tests/%_test.py)
 
 docs: setup  ## the documentation as a site, in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
