@@ -16,12 +16,15 @@ from configs import bn_x30
 
 def test_after_sigterm_and_sigkill_the_run_ends_with_the_same_bits(tmp_path, measured):
     whole, cut, log = tmp_path / "whole", tmp_path / "cut", tmp_path / "log"
+    spawned = time.time()
     (child,) = spawn([*TRAIN, f"--workdir={whole}"], log)
     assert child.wait(300) == 0, log.with_suffix(".0").read_text()
+    check_ledger(whole, spawned)
 
     command = [*TRAIN, f"--workdir={cut}"]
     for number, at, code in (
         (signal.SIGTERM, "step 250:", Preempted.exit_code),
+        (signal.SIGINT, "step 500:", Preempted.exit_code),
         (signal.SIGKILL, "step 750:", -signal.SIGKILL),
     ):
         (child,) = spawn(command, log)
@@ -29,41 +32,71 @@ def test_after_sigterm_and_sigkill_the_run_ends_with_the_same_bits(tmp_path, mea
         begin = time.monotonic()
         child.send_signal(number)
         assert child.wait(60) == code, log.with_suffix(".0").read_text()
-        # Promised: 5 s. The rest is for a machine that runs other tests at the same time.
+        # Promised: 5 s, held to below. The rest is for a machine that runs other tests beside.
         assert time.monotonic() - begin < 15
     (child,) = spawn(command, log)
     assert child.wait(300) == 0, log.with_suffix(".0").read_text()
-    measured("SIGTERM, SIGKILL of the MLP", injected=2, detected=2, lost=0)
+    measured("SIGTERM, SIGINT, SIGKILL of the MLP", injected=3, detected=3, lost=0)
 
     assert lines(cut) == lines(whole)
     assert lines(whole).count(b"\n") > 36
     assert arrays(cut, 1500) == arrays(whole, 1500)
     run = json.loads((cut / "run.json").read_text())
-    assert [a["status"] for a in run["attempts"]] == ["preempted", "killed", "done"]
+    assert [a["status"] for a in run["attempts"]] == ["preempted"] * 2 + ["killed", "done"]
     assert run["attempts"][1]["resume_step"] >= 250
-    # At most one save interval is done again.
     assert run["attempts"][2]["resume_step"] >= 500
+    # At most one save interval is done again.
+    assert run["attempts"][3]["resume_step"] >= 500
     parts = sum(run["ledger"]["parts"].values()) + run["ledger"]["lost"]
     assert parts == pytest.approx(run["ledger"]["wall"], rel=0.01)
     assert {p.name for p in cut.iterdir()} == {p.name for p in whole.iterdir()}
 
 
-@pytest.mark.slow
+def check_ledger(workdir, spawned: float) -> None:
+    """Its parts against a clock outside: from the start of the process to the end of run.json.
+
+    Not in the ledger are the fork, of which the kernel keeps the time to 0.01 s, and writing the
+    last file; after it Python takes to exit, which nobody can write down from within.
+    """
+    ledger = json.loads((workdir / "run.json").read_text())["ledger"]
+    took = (workdir / "run.json").stat().st_mtime - spawned
+    parts = sum(ledger["parts"].values()) + ledger["lost"]
+    assert abs(parts - took) < 0.01 * took + 0.25, (ledger, took)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signalled_run_has_saved_and_ended_within_5_seconds(tmp_path, number, measured):
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    (child,) = spawn([*TRAIN, f"--workdir={workdir}"], log)
+    wait_for("step 250:", log, [child])
+    begin = time.monotonic()
+    child.send_signal(number)
+    assert child.wait(60) == Preempted.exit_code, log.with_suffix(".0").read_text()
+    took = time.monotonic() - begin
+    text = log.with_suffix(".0").read_text()
+    assert f"stopped by {number.name} after step " in text
+    assert arrays(workdir, int(text.split("after step ")[1].split(",")[0]))
+    assert took < 5
+    measured(f"{number.name} of the MLP", injected=1, detected=1, lost=0, seconds=took)
+
+
+@pytest.mark.faults
 def test_two_trainers_save_the_same_step_and_one_goes_on(tmp_path, measured):
     cut, log = tmp_path / "cut", tmp_path / "log"
     # Over the loopback a step of two processes takes 0.05 to 0.15 s; they take 5 a dispatch.
     command = [*TRAIN, f"--workdir={cut}"]
     command += ["--config.eval_every=50", "--config.total_steps=100"]
-    for signalled in (1, 0):
+    for signalled, number in ((1, signal.SIGTERM), (0, signal.SIGINT)):
         children = spawn(command, log, processes=2)
         wait_for("step 50:" if signalled else "resumed", log, children)
         begin = time.monotonic()
-        children[signalled].send_signal(signal.SIGTERM)
+        children[signalled].send_signal(number)
         assert [c.wait(60) for c in children] == [Preempted.exit_code] * 2
         took = time.monotonic() - begin
-        assert took < 15  # promised: 5 s, on a machine that does nothing else
-        measured(f"SIGTERM to process {signalled} of 2", injected=1, detected=1, lost=0,
-                 seconds=took)  # fmt: skip
+        name = f"{number.name} to process {signalled} of 2"
+        measured(name, injected=1, detected=1, lost=0, seconds=took)
+        assert took < 5
         texts = [log.with_suffix(f".{i}").read_text() for i in range(2)]
         ends = {text.split("after step ")[1].split(",")[0] for text in texts}
         assert len(ends) == 1, texts
