@@ -59,14 +59,14 @@ for line in sys.stdin:
 
 
 class Trainer:
-    """Starts a run in `workdir` again and again."""
+    """Starts a run in `workdir` again and again. patch: Python, run before the first start."""
 
-    def __init__(self, what, workdir: pathlib.Path):
+    def __init__(self, what, workdir: pathlib.Path, patch: str = ""):
         self.workdir, self.log = workdir, workdir.with_suffix(".log")
         workdir.parent.mkdir(exist_ok=True)
         env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
         self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, what[0], json.dumps(what[1]), str(workdir)],
+            [sys.executable, "-c", patch + SERVER, what[0], json.dumps(what[1]), str(workdir)],
             cwd=ROOT,
             env=env,
             stdin=subprocess.PIPE,
@@ -144,6 +144,15 @@ def cut_run(what, folder: pathlib.Path, kills: int) -> tuple[int, list[int]]:
     rng, interval = random.Random(f"{folder.name} {kills}"), what[1]["checkpoint_every"]
     cut = Trainer(what, folder / "cut")
     in_saves = sum(kill_once(cut, rng, early=i > 0) for i in range(kills))
+    again = go_on(cut, what, folder)
+    assert max(again) <= interval, again
+    return in_saves, again
+
+
+def go_on(cut: Trainer, what, folder: pathlib.Path) -> list[int]:
+    """Ends a run that was killed, and compares it with one that was not: the steps that each
+    restart did again."""
+    interval = what[1]["checkpoint_every"]
     total = cut.newest() + 2 * interval + 1  # the last one is no multiple of anything
     cut.start(total)
     assert cut.wait() == 0, cut.log.read_text()
@@ -164,9 +173,7 @@ def cut_run(what, folder: pathlib.Path, kills: int) -> tuple[int, list[int]]:
     assert files[0] == files[1] and f"checkpoints/{total}/manifest.json" in files[0]
     run = json.loads((cut.workdir / "run.json").read_text())
     assert {a["status"] for a in run["attempts"][:-1]} <= {"killed"}
-    again = redone(cut.workdir)
-    assert max(again) <= interval, again
-    return in_saves, again
+    return redone(cut.workdir)
 
 
 # Kills of each of the runs that are made side by side: a start keeps one core busy, not two.
