@@ -130,6 +130,22 @@ def test_a_disk_that_fails_beside_training_ends_it_in_the_same_dispatch(
     measured("disk full during a save of a run", injected=1, detected=1, lost=0)
 
 
+@pytest.mark.faults  # by the clock of this machine, which may be busy
+def test_saves_block_for_less_than_a_twentieth_with_the_copying(tmp_path, monkeypatch, quick):
+    """15 MB after every 20 steps, which are made to last 2 s at least by a pause in each."""
+    report = train.Loop.report
+    monkeypatch.setattr(train.Loop, "report", lambda *a: (time.sleep(0.1), report(*a))[1])
+    quick.model.widths, quick.steps_per_dispatch = (1000, 1000, 100), 1
+    quick.total_steps, quick.eval_every, quick.checkpoint_every = 60, 60, 20
+    train.run(quick, tmp_path)
+    marks = [json.loads(x) for x in (tmp_path / "timing.jsonl").read_text().splitlines()]
+    parts = {mark["step"]: mark["parts"] for mark in reversed(marks)}  # the first of each step
+    blocked, trained = parts[45]["save"], parts[40]["step"] + parts[40]["input"]
+    assert trained >= 2 * 2.0 and blocked > 0  # two intervals, each with the save at its end
+    print(f"saves block for {blocked / trained:.1%} of the steps' time")
+    assert blocked <= 0.05 * trained, (blocked, trained)
+
+
 def test_a_slow_disk_holds_training_up_for_less_than_a_twentieth(tmp_path, monkeypatch, quick):
     """By a clock that stands still but for 1 s a dispatch, and for all of what each save is given:
     the share then does not depend on how busy this machine is."""
