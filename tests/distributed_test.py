@@ -167,3 +167,9 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path, cache):
     exp = experiment.from_workdir(tmp_path)
     step, state = experiment.restore(exp, tmp_path)
     assert step == int(state.step) > 0
+    shorter = ("mnist_bn", LONG | {"total_steps": step + 1})  # on one process, and to its end
+    (output,) = finish(start(tmp_path, cache, shorter, devices=1))
+    assert f"resumed from step {step:,}" in output
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["status"] == "done" and run["info"]["mesh"]["processes"] == 1
+    assert run["attempts"][1]["resume_step"] == step
