@@ -15,7 +15,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def smoke(name: str, folder: pathlib.Path) -> str:
     """Output of one benchmark's smoke run, which must leave no record."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    # Compiled sooner, to slower code: one device, few optimizations.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = os.environ | {"XLA_FLAGS": flags}
     environment["BN_JAX_BENCH_OUT"] = str(folder)
     command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
