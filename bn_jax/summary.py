@@ -3,7 +3,8 @@
 Definitions (docs/results.md has them in words). Steps are steps of 32 examples. An accuracy counts
 at the step at which it was evaluated: the first evaluation that is at least a level reaches it,
 nothing is interpolated. Levels are those of the reference's run *with the same seed*: 90% and 95%
-of its final accuracy, and its maximum. Final is the last evaluation of a run that is done.
+of its final accuracy, and its maximum; a reference at chance has none. Final is the last evaluation
+of a run that is done.
 """
 
 import math
@@ -23,6 +24,7 @@ NOT_REACHED = "not reached"
 NOT_YET = "not yet"  # the run is not done
 DIVERGED = "diverged"
 NO_REFERENCE = "no reference"  # no run of the reference with this seed that is done
+AT_CHANCE = "reference at chance"  # what any network reaches at once is no level
 
 # {experiment: the one it changes}; what the change is stands in the recorded configs.
 PARENTS = {
@@ -71,7 +73,8 @@ class Curve(NamedTuple):
     """One run: steps [T] (of 32 examples) and accuracies [T] (shares) of its evaluations.
 
     `last` and `total`: the last recorded step and the last one wanted; `stopped_at`: where it
-    diverged, if the record says so. `examples`: in the evaluated split.
+    diverged, if the record says so. `examples`: in the evaluated split. `classes`: of the
+    data, None in records from before they said so.
     """
 
     seed: int
@@ -82,6 +85,7 @@ class Curve(NamedTuple):
     total: float
     examples: int
     stopped_at: float | None = None
+    classes: int | None = None
 
     @property
     def final(self) -> float | None:
@@ -92,6 +96,14 @@ class Curve(NamedTuple):
     def maximum(self) -> float | None:
         """The best accuracy so far; None without an evaluation."""
         return float(self.top1.max()) if self.top1.size else None
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the final accuracy is within two standard errors of guessing, or below it."""
+        if self.final is None or self.classes is None:
+            return False
+        chance = 1 / self.classes
+        return self.final <= chance + 2 * standard_error(chance, self.examples)
 
 
 def curve(run: Run) -> Curve:
@@ -109,6 +121,7 @@ def curve(run: Run) -> Curve:
         total=scale * run.config["total_steps"],
         examples=run.data["eval_examples"],
         stopped_at=scale * int(where[1].replace(",", "")) if where else None,
+        classes=run.data.get("classes"),
     )
 
 
@@ -118,9 +131,9 @@ def standard_error(share: float, examples: int) -> float:
 
 
 def levels(reference: Curve) -> dict[str, float] | None:
-    """The accuracies to be reached, by LEVELS; None unless the reference is done."""
+    """The accuracies to be reached, by LEVELS; None unless the reference is done and learnt."""
     final, maximum = reference.final, reference.maximum
-    if final is None or maximum is None:
+    if final is None or maximum is None or reference.at_chance:
         return None
     return {"90%": 0.9 * final, "95%": 0.95 * final, "max": maximum}
 
@@ -170,9 +183,10 @@ def row(label: str, curves: Sequence[Curve], reference: Sequence[Curve]) -> Row:
         theirs, wanted = by_seed.get(mine.seed, (None, None))
         for name in LEVELS:
             if theirs is None or wanted is None:
-                steps[name].append(NO_REFERENCE)
-                around[name].append((NO_REFERENCE, NO_REFERENCE))
-                speed_up[name].append(NO_REFERENCE)
+                why = AT_CHANCE if theirs is not None and theirs.at_chance else NO_REFERENCE
+                steps[name].append(why)
+                around[name].append((why, why))
+                speed_up[name].append(why)
                 continue
             level = wanted[name]
             error = standard_error(level, theirs.examples)

@@ -87,7 +87,11 @@ def _levels(reference: str, curves: Mapping[str, list[Curve]]) -> str:
     for c in curves[reference]:
         found = summary.levels(c)
         if found is None:
-            said.append(f"seed {c.seed}: none, {notes([c])}")
+            why = notes([c])
+            if c.at_chance and c.final is not None:
+                final = f"{100 * c.final:.1f}%"
+                why = f"at chance ({final} of {c.classes} classes) after all its steps"
+            said.append(f"seed {c.seed}: none, {why}")
             continue
         accuracies = (
             f"{name} {100 * v:.1f} +- {100 * summary.standard_error(v, c.examples):.1f}%"

@@ -106,6 +106,7 @@ def write_curve(folder, root, top1, *, seed=0, status="done", error="", **change
     workdir = folder / config.name / f"seed_{seed}"
     workdir.mkdir(parents=True)
     data = {"name": "digits", "split": "test", "description": "hand-made", "eval_examples": 1000}
+    data["classes"] = 10
     run = {"config": config.to_dict(), "info": {"data": data}, "status": status}
     run |= {"results": {"error": error}, "source": {"commit": "0123456789abcdef"}}
     run["hardware"] = {"devices": 1, "device_kind": "cpu"}
@@ -164,6 +165,16 @@ def test_without_a_baseline_the_columns_say_so(tmp_path):
     assert shown["bn_x5"]["final accuracy"] == "90.0%"
     text = (tmp_path / "out" / "fig3.md").read_text()
     assert "seed 0: none, seed 0 partial: step 250 of 5,000" in text
+
+
+def test_a_baseline_at_chance_is_said_and_sets_no_level(tmp_path):
+    write_curve(tmp_path, bn_x5, [0.7, 0.9])
+    write_curve(tmp_path, inception, [0.1, 0.11])
+    figures.draw(tmp_path, tmp_path / "out")
+    shown = table(tmp_path / "out" / "fig3.md")
+    assert shown["bn_x5"]["speed-up to 95%"] == "reference at chance"
+    text = (tmp_path / "out" / "fig3.md").read_text()
+    assert "seed 0: none, at chance (11.0% of 10 classes) after all its steps" in text
 
 
 @pytest.mark.parametrize(

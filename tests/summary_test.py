@@ -7,7 +7,15 @@ import pytest
 from configs_test import DELTAS
 
 from bn_jax import summary, tables
-from bn_jax.summary import DIVERGED, NO_REFERENCE, NOT_REACHED, NOT_YET, PARENTS, Curve
+from bn_jax.summary import (
+    AT_CHANCE,
+    DIVERGED,
+    NO_REFERENCE,
+    NOT_REACHED,
+    NOT_YET,
+    PARENTS,
+    Curve,
+)
 
 
 def hand_made(top1, seed=0, status="done", every=100, examples=1000) -> Curve:
@@ -57,6 +65,17 @@ def test_what_is_not_reached_is_said(status, word):
 def test_without_a_finished_reference_nothing_is_claimed(reference):
     found = summary.row("x", [hand_made([0.99])], reference)
     assert all(v == [NO_REFERENCE] for v in (*found.steps.values(), *found.speed_up.values()))
+
+
+def test_a_reference_at_chance_sets_no_level():
+    """Of 1,000 examples in 10 classes guessing gets 10%, +- 0.95: two errors are 11.9%."""
+    guessing = hand_made([0.1, 0.13, 0.118])._replace(classes=10)
+    learnt = hand_made([0.1, 0.13, 0.12])._replace(classes=10)
+    assert guessing.at_chance and summary.levels(guessing) is None
+    assert not learnt.at_chance and summary.levels(learnt) is not None
+    assert not guessing._replace(status="preempted").at_chance  # it has no final accuracy yet
+    found = summary.row("x", [hand_made([0.99])], [guessing])
+    assert all(v == [AT_CHANCE] for v in (*found.steps.values(), *found.speed_up.values()))
 
 
 def test_a_run_without_an_evaluation_has_no_accuracy():
