@@ -208,7 +208,9 @@ def restore(
     checkpoints = Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=0, read_only=True)
     found = checkpoints.restore(abstract_state(exp), at_step)
     if found is None:
-        raise CheckpointError(f"{workdir} has no checkpoint yet: let the run reach its first one")
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints.directory}: train on until the first is saved"
+        )
     return found[0], found[1]
 
 

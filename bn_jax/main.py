@@ -59,6 +59,10 @@ def parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(listing.resolve(argv))
     except SystemExit:  # --help has been printed; absl ends with 1
         raise SystemExit(0) from None
+    except SyntaxError as error:  # of a --config that is no Python
+        command.fail(f"--config: {error}", ConfigError.exit_code)
+    except flags.UnrecognizedFlagError as error:
+        command.fail(f"{str(error).rstrip(' ?')}; --help names the options", ConfigError.exit_code)
     except (flags.Error, ConfigError, ValueError, TypeError, LookupError, AttributeError) as error:
         command.fail(command.reason(error), ConfigError.exit_code)
 

@@ -35,7 +35,9 @@ MISTAKES = [
     (["--config=configs/bn_x30.py", "--config.learning_rate=nan"], "learning_rate=nan"),
     (["--config=configs/bn_x30.py", "--config.total_steps=0"], "total_steps=0"),
     (["--config=configs/bn_x30.py:digits", "--config.batch_size=48"], "group_size"),
-    (["--confg=configs/bn_x30.py"], "confg"),
+    (["--confg=configs/bn_x30.py"], "Did you mean: config; --help names the options"),
+    (["--config=LICENSE"], "(LICENSE, line "),  # no Python
+    (["--config=configs/__init__.py"], "has no attribute 'get_config'"),
     (["configs/bn_x30.py"], "unexpected argument 'configs/bn_x30.py'"),
 ]
 
