@@ -69,7 +69,7 @@ def build(config: ConfigDict) -> Experiment:
             f"reproducible=True on {mesh.size} devices: the number must be a power of two; use "
             "fewer devices"
         )
-    meshes.check_batch(config.batch_size, mesh.size)
+    meshes.check_batch(config.batch_size, mesh.size, config.bn.group_size)
     data = pipeline.open_data(config)
     check_data(config, data)
     return assemble(config, mesh, data)
