@@ -98,14 +98,14 @@ def compile_here(target: str, args: argparse.Namespace) -> dict[str, Any]:
     versions = [f"jax {jax.__version__}", f"commit {fair.commit()}"]
     versions += [f"libtpu {importlib.metadata.version('libtpu')}"] if tpu else []
     devices = jax.devices()
-    if tpu:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=target).devices
+    if tpu:  # v4 and v5p: the two cores of a chip are one device, as on Cloud TPU
+        chip = {"chip_config_name": "megacore"} if target.startswith(("v4", "v5p")) else {}
+        devices = topologies.get_topology_desc(target, "tpu", **chip).devices
     config = step_config(len(devices), args)
     exp = experiment.build(config)._replace(mesh=mesh.make(list(devices)))
     state = experiment.abstract_state(exp)
     batch = experiment.abstract_batch(exp, config.batch_size)
-    number = jax.ShapeDtypeStruct((), np.float32)
-    hyper = jax.tree.map(lambda _: number, exp.hyper)
+    hyper = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), np.float32), exp.hyper)
     start = time.perf_counter()
     function, shardings = dispatch.training_step(exp, 1)
     lowered = jax.jit(function, donate_argnums=0, **shardings).lower(state, batch, hyper, 0)
