@@ -39,6 +39,9 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{listing.run_name(config)}")
     if _DRY_RUN.value:
         print(f"{config}\nworkdir: {workdir}")
+        if config.batch_per_device:
+            each = config.batch_per_device
+            print(f"on N devices batch_size is {each} x N, and there are fewer steps by as much")
         return
     from bn_jax import figures, mesh, train
     from bn_jax.watchdog import Watchdog
