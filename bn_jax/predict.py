@@ -115,7 +115,7 @@ def main() -> None:
         "--statistics",
         choices=("population", "running"),
         default="population",
-        help="of BN: those that bn_jax.evaluate has kept, or the moving average (population)",
+        help="statistics of BN: Algorithm 2 over fixed training batches, or the moving average",
     )
     args = parser.parse_args()
     views.check_crops(args.crops)
