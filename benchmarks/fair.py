@@ -91,7 +91,6 @@ def machine() -> dict[str, Any]:
     """Hardware, versions, allocator, commit and load, as every record carries them."""
     from bn_jax import provenance  # it imports jax, which reads what use_threads has set
 
-    source = provenance.source()
     tuned = os.environ.get("GLIBC_TUNABLES") == MALLOC
     return {
         "hardware": hardware(),
@@ -99,10 +98,18 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(terse=True),
         "versions": provenance.versions(PACKAGES),
         "allocator": f"{platform.libc_ver()[0] or 'system'} malloc" + (", warm" if tuned else ""),
-        "commit": source.get("commit", "unknown")[:12] + ("+" if source.get("dirty") else ""),
+        "commit": commit(),
         "load": round(os.getloadavg()[0], 2),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def commit() -> str:
+    """The checkout's commit, with a + where files were changed after it."""
+    from bn_jax import provenance
+
+    source = provenance.source()
+    return source.get("commit", "unknown")[:12] + ("+" if source.get("dirty") else "")
 
 
 def slug(hardware: str) -> str:

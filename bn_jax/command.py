@@ -52,11 +52,12 @@ def fail(message: str, code: int) -> NoReturn:
 def reason(error: Exception) -> str:
     """Why a command line was refused: an unknown field by name, a config's error without a stack.
 
-    ml_collections reports an unknown field as an AttributeError around a quoted KeyError.
+    ml_collections reports an unknown field as an AttributeError around a quoted KeyError; a module
+    without an attribute, such as a file without `get_config`, is said as Python says it.
     """
     text = str(error)
     field = re.search(r"'(\w+)\\?'", text)
-    if isinstance(error, (AttributeError, KeyError)) and field:
+    if isinstance(error, (AttributeError, KeyError)) and field and not text.startswith("module"):
         close = re.search(r'Did you mean "(\w+)"', text)
         hint = f"did you mean {close[1]!r}?" if close else "--dry_run prints them all"
         return f"the config has no field {field[1]!r}: {hint}"

@@ -69,7 +69,7 @@ def build(config: ConfigDict) -> Experiment:
             f"reproducible=True on {mesh.size} devices: the number must be a power of two; use "
             "fewer devices"
         )
-    meshes.check_batch(config.batch_size, mesh.size)
+    meshes.check_batch(config.batch_size, mesh.size, config.bn.group_size)
     data = pipeline.open_data(config)
     check_data(config, data)
     return assemble(config, mesh, data)
@@ -208,7 +208,9 @@ def restore(
     checkpoints = Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=0, read_only=True)
     found = checkpoints.restore(abstract_state(exp), at_step)
     if found is None:
-        raise CheckpointError(f"{workdir} has no checkpoint yet: let the run reach its first one")
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints.directory}: train on until the first is saved"
+        )
     return found[0], found[1]
 
 

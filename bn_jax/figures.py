@@ -132,7 +132,12 @@ def main() -> None:
     )
     parser.add_argument("--out", type=pathlib.Path, help="where pictures go (WORKDIR/figures)")
     args = parser.parse_args()
-    for path in draw(args.workdir, args.out or args.workdir / "figures"):
+    out = args.out or args.workdir / "figures"
+    if args.out and not disk.existing_parent(out).is_dir():
+        raise ConfigError(f"--out={out} is in a file's place; choose another folder")
+    with disk.reported(out, "cannot write pictures in"):
+        paths = draw(args.workdir, out)
+    for path in paths:
         print(path)
 
 

@@ -39,6 +39,9 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{listing.run_name(config)}")
     if _DRY_RUN.value:
         print(f"{config}\nworkdir: {workdir}")
+        if config.batch_per_device:
+            each = config.batch_per_device
+            print(f"on N devices batch_size is {each} x N, and there are fewer steps by as much")
         return
     from bn_jax import figures, mesh, train
     from bn_jax.watchdog import Watchdog
@@ -59,6 +62,10 @@ def parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(listing.resolve(argv))
     except SystemExit:  # --help has been printed; absl ends with 1
         raise SystemExit(0) from None
+    except SyntaxError as error:  # of a --config that is no Python
+        command.fail(f"--config: {error}", ConfigError.exit_code)
+    except flags.UnrecognizedFlagError as error:
+        command.fail(f"{str(error).rstrip(' ?')}; --help names the options", ConfigError.exit_code)
     except (flags.Error, ConfigError, ValueError, TypeError, LookupError, AttributeError) as error:
         command.fail(command.reason(error), ConfigError.exit_code)
 

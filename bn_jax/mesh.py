@@ -6,6 +6,7 @@ not depend on the number of devices (statistic groups are keyed to an example's 
 """
 
 import contextlib
+import math
 import os
 import pathlib
 import re
@@ -108,18 +109,22 @@ def along_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
-def check_batch(batch_size: int, devices: int, name: str = "batch_size") -> None:
-    """Raises ConfigError unless every device gets the same number of examples, at least one."""
+def check_batch(batch_size: int, devices: int, group_size: int | None) -> None:
+    """Raises ConfigError unless every device gets the same number of examples, at least one.
+
+    What it proposes holds whole statistic groups of `group_size` examples, too.
+    """
     if batch_size < devices:
         raise ConfigError(
-            f"{name}={batch_size} is smaller than the {devices} devices: use the scale `:pod` "
-            "(32 examples a device) or fewer devices"
+            f"batch_size={batch_size} is smaller than the {devices} devices: use the scale `:pod` "
+            "(ImageNet, 32 examples a device), a larger batch or fewer devices"
         )
     if batch_size % devices:
-        near = max(devices, batch_size // devices * devices)
+        step = math.lcm(devices, group_size or 1)
+        near = max(step, batch_size // step * step)
         raise ConfigError(
-            f"{name}={batch_size} is not divisible by the {devices} devices: "
-            f"use a multiple of {devices}, such as {near}"
+            f"batch_size={batch_size} is not divisible by the {devices} devices: "
+            f"use a multiple of {step}, such as {near}, or fewer devices"
         )
 
 

@@ -111,7 +111,12 @@ def main() -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG, BMP or WebP files")
     parser.add_argument("--json", action="store_true", help="one JSON object a picture")
     parser.add_argument("--crops", type=int, default=1, help="1, 10 or 144 crops, averaged (1)")
-    parser.add_argument("--statistics", choices=("population", "running"), default="population")
+    parser.add_argument(
+        "--statistics",
+        choices=("population", "running"),
+        default="population",
+        help="statistics of BN: Algorithm 2 over fixed training batches, or the moving average",
+    )
     args = parser.parse_args()
     views.check_crops(args.crops)
     meshes.use_compilation_cache()

@@ -210,8 +210,8 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser("python -m bn_jax.sweep", description=__doc__)
     add = parser.add_argument
-    add("--configs", required=True, help="names of experiments, with commas: inception,bn_x5")
-    add("--scale", default="", help="imagenet, digits, ... (default: each experiment's own)")
+    add("--configs", required=True, help="of bn_jax.main --list, with commas: inception,bn_x5")
+    add("--scale", default="", help="digits, imagenet, ... (default: each experiment's own)")
     add("--seeds", type=int, default=1, help="number of seeds: 0, 1, ... (default: 1)")
     add("--workdir", required=True, type=pathlib.Path, help="folder of the sweep")
     add("--jobs", type=int, help="members side by side (default: one a GPU, or for 2 CPU cores)")
@@ -225,8 +225,10 @@ def main() -> None:
             raise ConfigError(f"--{option}={text}: write FIELD=VALUE")
         if text.startswith(("seed=", "name=")):
             raise ConfigError(f"--{option}={text}: the sweep sets it; --seeds=N, --configs=...")
-    if args.seeds < 1 or not configs or len(set(configs)) < len(configs):
-        raise ConfigError("--seeds must be at least 1 and --configs name each experiment once")
+    if not configs or len(set(configs)) < len(configs):
+        raise ConfigError(f"--configs={args.configs}: must name experiments, each of them once")
+    if args.seeds < 1:
+        raise ConfigError(f"--seeds={args.seeds} must be at least 1")
     if args.jobs is not None and args.jobs < 1:
         raise ConfigError(f"--jobs={args.jobs} must be at least 1")
     grid = {text.partition("=")[0]: text.partition("=")[2].split(",") for text in args.grid}

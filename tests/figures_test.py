@@ -2,13 +2,14 @@
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
 from train_test import small
 
 from bn_jax import drift, figures, recorded, tables, train
-from bn_jax.errors import ConfigError
+from bn_jax.errors import ConfigError, DiskError
 from configs import bn_baseline, bn_x5, inception, inception_x5, mnist, mnist_bn
 
 
@@ -73,6 +74,15 @@ def test_fig1_numbers_and_pictures(tmp_path, capsys):
 def test_a_folder_without_records_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no recorded run"):
         recorded.read_run(tmp_path)
+
+
+def test_a_place_for_pictures_that_is_none_is_one_line(tmp_path, monkeypatch):
+    write_curve(tmp_path, inception, [0.5, 0.6])
+    (tmp_path / "file").touch()
+    for out, error in ((tmp_path / "file" / "x", ConfigError), ("/proc/x", DiskError)):
+        monkeypatch.setattr(sys, "argv", ["figures", f"--workdir={tmp_path}", f"--out={out}"])
+        with pytest.raises(error, match=f"{out}.*(another folder|writable)"):
+            figures.main()
 
 
 @pytest.mark.parametrize("seed", [0])

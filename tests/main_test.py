@@ -35,7 +35,9 @@ MISTAKES = [
     (["--config=configs/bn_x30.py", "--config.learning_rate=nan"], "learning_rate=nan"),
     (["--config=configs/bn_x30.py", "--config.total_steps=0"], "total_steps=0"),
     (["--config=configs/bn_x30.py:digits", "--config.batch_size=48"], "group_size"),
-    (["--confg=configs/bn_x30.py"], "confg"),
+    (["--confg=configs/bn_x30.py"], "Did you mean: config; --help names the options"),
+    (["--config=LICENSE"], "(LICENSE, line "),  # no Python
+    (["--config=configs/__init__.py"], "has no attribute 'get_config'"),
     (["configs/bn_x30.py"], "unexpected argument 'configs/bn_x30.py'"),
 ]
 
@@ -91,10 +93,11 @@ def test_help_names_the_flags_and_succeeds():
 
 
 def test_dry_run_prints_the_config_and_writes_nothing(tmp_path):
-    done = run("--config=bn_x30:digits", "--dry_run", "--config.seed=7", cwd=tmp_path)
+    done = run("--config=bn_x30:pod", "--dry_run", "--config.seed=7", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "learning_rate: 0.045" in done.stdout and "seed: 7" in done.stdout
-    assert "workdir: runs/bn_x30_digits" in done.stdout and not list(tmp_path.iterdir())
+    assert "workdir: runs/bn_x30_pod" in done.stdout and not list(tmp_path.iterdir())
+    assert "on N devices batch_size is 32 x N" in done.stdout
 
 
 def test_a_short_run_shows_progress_accuracy_and_pictures(tmp_path):

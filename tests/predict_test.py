@@ -89,7 +89,7 @@ def test_folders_without_a_checkpoint_are_one_line(run, digits, tmp_path):
     with pytest.raises(ConfigError, match="is no run"):
         predict.load(tmp_path, "population")
     shutil.copy(run / "run.json", tmp_path / "run.json")
-    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+    with pytest.raises(CheckpointError, match="no checkpoint in .*: train on"):
         predict.load(tmp_path, "population")
     (tmp_path / "run.json").write_text('{"config": ')
     with pytest.raises(ConfigError, match=r"run\.json is damaged"):
