@@ -130,7 +130,8 @@ def test_a_disk_that_fails_beside_training_ends_it_in_the_same_dispatch(
     measured("disk full during a save of a run", injected=1, detected=1, lost=0)
 
 
-@pytest.mark.faults  # by the clock of this machine, which may be busy
+@pytest.mark.faults
+@pytest.mark.clock
 def test_saves_block_for_less_than_a_twentieth_with_the_copying(tmp_path, monkeypatch, quick):
     """15 MB after every 20 steps, which are made to last 2 s at least by a pause in each."""
     report = train.Loop.report

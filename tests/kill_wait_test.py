@@ -65,23 +65,23 @@ def reached(trainer: Trainer) -> int:
 @pytest.mark.faults
 def test_at_most_an_interval_and_what_was_trained_beside_a_late_save_is_redone(tmp_path, measured):
     rng, beside = random.Random(0), []
-    cut = Trainer(MLP, tmp_path / "cut", SLOW)
-    for number in range(6):
-        before = cut.newest()
-        pid = cut.start(COMMON["total_steps"])
-        cut.until(lambda: cut.newest() > before, poll=0.02)  # noqa: B023
-        if number % 2:
-            cut.until(lambda: late(cut) > cut.newest(), poll=0.01)  # the next one
-            cut.until(lambda: reached(cut) > late(cut), poll=0.01)
-            time.sleep(rng.uniform(0, 0.3))
-        else:
-            time.sleep(rng.uniform(0, 1.5))
-        os.kill(pid, signal.SIGKILL)
-        assert cut.wait() == signal.SIGKILL, cut.log.read_text()  # else the start had failed
-        beside.append(reached(cut) - late(cut) if late(cut) else 0)
-        with cut.workdir.with_suffix(".saves").open("a") as saves:
-            saves.write("there 0\n")  # that save is no more
-    again = go_on(cut, MLP, tmp_path)
+    with Trainer(MLP, tmp_path / "cut", SLOW) as cut:
+        for number in range(6):
+            before = cut.newest()
+            pid = cut.start(COMMON["total_steps"])
+            cut.until(lambda: cut.newest() > before, poll=0.02)  # noqa: B023
+            if number % 2:
+                cut.until(lambda: late(cut) > cut.newest(), poll=0.01)  # the next one
+                cut.until(lambda: reached(cut) > late(cut), poll=0.01)
+                time.sleep(rng.uniform(0, 0.3))
+            else:
+                time.sleep(rng.uniform(0, 1.5))
+            os.kill(pid, signal.SIGKILL)
+            assert cut.wait() == signal.SIGKILL, cut.log.read_text()  # else the start had failed
+            beside.append(reached(cut) - late(cut) if late(cut) else 0)
+            with cut.workdir.with_suffix(".saves").open("a") as saves:
+                saves.write("there 0\n")  # that save is no more
+        again = go_on(cut, MLP, tmp_path)
     # A save waits for the one before it, so that it cannot be later than an interval.
     assert max(beside) <= INTERVAL < max(again)
     bounds = [INTERVAL + steps for steps in beside]

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.faults
 REAL = 6  # one in so many is a process of its own, for the time that it takes
 
 # What most of that time goes into is imported once; then each line of input, the words of a command
-# line, is the command in a fork. Each line of output: exit code and stderr.
+# line, is the command in a fork, but for what Python does to exit. Each line of output: exit code
+# and stderr.
 FORKS = """
 import json, os, runpy, sys, tempfile
 from bn_jax import smoke, validate
@@ -26,7 +27,11 @@ for line in sys.stdin:
         if not pid:
             os.dup2(text.fileno(), 2)
             sys.argv = ["bn_jax.main", *json.loads(line)]
-            runpy.run_module("bn_jax.main", run_name="__main__", alter_sys=True)
+            try:
+                runpy.run_module("bn_jax.main", run_name="__main__", alter_sys=True)
+            except SystemExit as end:
+                sys.stderr.flush()
+                os._exit(end.code)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         text.seek(0)
