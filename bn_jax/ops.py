@@ -83,6 +83,7 @@ def conv(
             preferred_element_type=preferred_element_type,
         )
         return y.reshape(*x.shape[:3], -1)
+    simple = simple and preferred_element_type is None
     if simple and kernel_gradient.pays(x, kernel, strides, padding):
         return kernel_gradient.conv(x, kernel, strides, padding, precision)
     return lax.conv_general_dilated(
