@@ -3,6 +3,7 @@
     operation              plain form                        hand-tuned form
     max_pool               reduce_window, select-and-scatter  keeps the maxima's places as uint8
     conv, 1x1 of stride 1  convolution                        matrix product
+    conv, larger kernels   gradient by YNNPACK                gradient by Eigen (kernel_gradient.py)
     products               one convolution each               one product (models/inception.py)
     average pool           before its projection              after it (models/inception.py)
 
@@ -11,7 +12,8 @@
 
 `python -m benchmarks.step` times them, with BN, beside plain Flax; results/bench/ has the figures.
 Tried and left out, because no gain was seen: the input gradient of a 3x3 as a convolution with the
-flipped kernel, and early 3x3 weight gradients as shifted products, which took more memory besides.
+flipped kernel (it is that in XLA). Weight gradients as shifted products gain too, but less than
+Eigen's convolutions, and take more memory.
 
 Parameters do not depend on the form. The choice is made while tracing, from the default backend;
 `with plain():` forces the plain forms, for comparisons and when compiling for another target.
@@ -29,7 +31,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from bn_jax import mixed
+from bn_jax import kernel_gradient, mixed
 
 _plain: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)
 
@@ -65,18 +67,14 @@ def conv(
 
     Takes its arguments as `flax.linen.Conv` gives them (`conv_general_dilated=ops.conv`). A 1x1
     convolution of stride 1 becomes a product [N*H*W, C] x [C, features]: XLA's CPU convolution
-    computes the weight gradient of such a layer more slowly than the product. A kernel that is
-    wider than x is left to `mixed.conv`.
+    computes the weight gradient of such a layer more slowly than the product. Larger kernels get
+    the gradient of `kernel_gradient.conv`. A kernel that is wider than x is left to `mixed.conv`.
     """
     if kernel.dtype != x.dtype:
         return mixed.conv(x, kernel, strides, padding, feature_group_count, precision)
-    product = (
-        hand_tuned()
-        and kernel.shape[:-2] == (1, 1)
-        and feature_group_count == 1
-        and {*strides, *(lhs_dilation or (1,))} == {1}
-    )
-    if product:
+    dilations = {*(lhs_dilation or (1,)), *(options.get("rhs_dilation") or (1,))}
+    simple = hand_tuned() and feature_group_count == 1 and dilations == {1}
+    if simple and kernel.shape[:-2] == (1, 1) and {*strides} == {1}:
         y = lax.dot_general(
             x.reshape(-1, x.shape[-1]),
             kernel[0, 0],
@@ -85,6 +83,9 @@ def conv(
             preferred_element_type=preferred_element_type,
         )
         return y.reshape(*x.shape[:3], -1)
+    simple = simple and preferred_element_type is None
+    if simple and kernel_gradient.pays(x, kernel, strides, padding):
+        return kernel_gradient.conv(x, kernel, strides, padding, precision)
     return lax.conv_general_dilated(
         x,
         kernel,
