@@ -78,7 +78,7 @@ def test_max_pool_residual_is_a_byte_a_value():
     ("kernel", "options"),
     [
         ((1, 1, 6, 5), {}),  # becomes a product
-        ((3, 3, 6, 5), {}),  # its kernel's gradient by another convolution
+        ((3, 3, 6, 5), {}),
         ((3, 2, 6, 5), {"padding": "VALID"}),
         ((3, 3, 6, 5), {"kernel_dilation": 2}),
         ((1, 1, 6, 5), {"strides": (2, 2)}),
@@ -145,7 +145,6 @@ def test_kernel_gradient_is_left_to_a_library(size, channels, kernel, stride):
     shapes = [(4, size, size, channels), (kernel, kernel, channels, 32)]
     x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
     strides, padding = (stride, stride), ((kernel // 2,) * 2,) * 2
-    assert kernel_gradient.pays(x, w, strides, padding)
 
     def total(w, x):
         return jnp.sum(kernel_gradient.conv(x, w, strides, padding, None))
@@ -239,6 +238,27 @@ def test_only_the_1x1_of_stride_1_is_a_product():
     assert "conv_general_dilated" in text(wide, (1, 1))
     with ops.plain():
         assert "conv_general_dilated" in text(pointwise, (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("size", "strides", "options", "used"),
+    [
+        (28, (1, 1), {}, True),
+        (7, (1, 1), {}, False),  # small
+        (28, (2, 2), {}, False),  # 4x4 in blocks of 2
+        (28, (1, 1), {"rhs_dilation": (2, 2)}, False),
+    ],
+)
+def test_which_kernels_have_a_gradient_of_their_own(size, strides, options, used):
+    x, kernel = (jnp.ones(s, jnp.float32) for s in ((4, size, size, 16), (3, 3, 16, 64)))
+    numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), **options}
+
+    def text():
+        return str(jax.make_jaxpr(lambda k: ops.conv(x, k, strides, "SAME", **numbers))(kernel))
+
+    assert ("custom_vjp" in text()) == used
+    with ops.plain():
+        assert "custom_vjp" not in text()
 
 
 def test_other_backends_use_the_plain_forms(monkeypatch):
