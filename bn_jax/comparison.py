@@ -28,7 +28,8 @@ ZOOM = 12.0  # points below the baseline's maximum at which the right panel begi
 
 
 def draw_fig2(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pathlib.Path]:
-    """Accuracy against steps of 32 examples, on a logarithmic axis; on the right its upper part.
+    """Accuracy against steps of 32 examples, on a logarithmic axis; on the right its upper part,
+    where the baseline's maximum leaves room below it.
 
     Lines and bands are mean and range over the seeds that are done; the others are thin lines that
     end in a cross (diverged) or an arrow (partial). A diamond stands where a network reaches the
@@ -45,7 +46,9 @@ def draw_fig2(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pa
     baseline = curves.get(summary.BASELINE, [])
     tops = [goals["max"] for c in baseline if (goals := summary.levels(c)) is not None]
     level = 100 * float(np.mean(tops)) if tops else None
-    figure, panels = plt.subplots(1, 1 if level is None else 2, figsize=(12, 5), squeeze=False)
+    zoomed = level is not None and level > ZOOM
+    size = (12 if zoomed else 8, 5)
+    figure, panels = plt.subplots(1, 2 if zoomed else 1, figsize=size, squeeze=False)
     for axes in panels[0]:
         if level is not None:
             text = f"inception's maximum, {level:.1f}%"
@@ -60,8 +63,9 @@ def draw_fig2(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pa
                 axes.plot([np.mean(at)], [level], "D", color=style[0], **diamond)
         _log_steps(axes)
         axes.grid(which="major", alpha=0.25)
-    if level is not None:
-        panels[0, 1].set_ylim(max(0.0, level - ZOOM), 100.5)
+    if level is not None and zoomed:
+        highest = 100 * max(float(c.top1.max()) for found in curves.values() for c in found)
+        panels[0, 1].set_ylim(level - ZOOM, min(100.5, highest + ZOOM / 4))
     run = groups[next(iter(curves))][0]
     panels[0, 0].set_ylabel(f"{run.data['split']} accuracy (%)")
     panels[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
