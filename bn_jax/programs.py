@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import optax
+from absl import logging
 from jax import export
 
 from bn_jax import ops, optim, step
@@ -63,6 +64,8 @@ def compiled(
       config: the experiment's, as a dict.
       made_from: what else the program is made from; JSON.
       shardings: jit's `in_shardings` and `out_shardings`.
+
+    Where jax cannot export the program, it is compiled as it is, and nothing is kept.
     """
     jitted, leaves = jax.jit(function, **shardings), jax.tree.leaves(arguments)
     shapes = [
@@ -70,7 +73,14 @@ def compiled(
     ]
     tree, devices = str(jax.tree.structure(arguments)), [jax.default_backend(), jax.device_count()]
     about = [name, config, made_from, shapes, tree, devices, str(shardings)]
-    text = kept(about, lambda: bytes(export.export(jitted)(*arguments).serialize()))
+    try:
+        text = kept(about, lambda: bytes(export.export(jitted)(*arguments).serialize()))
+    except (ValueError, NotImplementedError) as refusal:
+        # An operation of this backend that jax exports no program with; any other mistake in
+        # `function` is raised again here.
+        logging.info("the trace of %s cannot be kept: %s", name, refusal)
+        jitted = jax.jit(function, donate_argnums=donate_argnums, **shardings)
+        return jitted.lower(*arguments).compile()
     call = export.deserialize(bytearray(text)).call
 
     def program(*arguments):

@@ -103,6 +103,22 @@ def test_a_folder_that_cannot_be_written_costs_time_only(cache):
     np.testing.assert_array_equal(double({}, x)(x), [2, 2])
 
 
+def test_what_jax_cannot_export_is_compiled_all_the_same(cache, monkeypatch):
+    def refuse(_):
+        raise ValueError("Cannot serialize code with custom calls")
+
+    monkeypatch.setattr(export, "export", refuse)
+    x = np.ones(2, np.float32)
+    np.testing.assert_array_equal(double({}, x)(x), [2, 2])
+    assert not cache.exists()
+    with pytest.raises(ValueError, match="mine"):
+        programs.compiled("bad", mistaken, (x,), {})
+
+
+def mistaken(x):
+    raise ValueError("mine")
+
+
 def test_the_oldest_go_first(cache, monkeypatch):
     monkeypatch.setattr(programs, "KEEP", 3)
     for i in range(6):
