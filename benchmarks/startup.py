@@ -1,6 +1,6 @@
 """From the start of the process to the first trained step of bn_x30:digits, beside plain Flax.
 
-    python -m benchmarks.startup [--smoke] [--rounds=5]
+    python -m benchmarks.startup [--smoke] [--rounds=3]
 
 Four sides in turn, each a process of its own: bn_jax.main and benchmarks/plain_flax.py, with an
 empty and with a filled compilation cache. bn_jax's clock stops when the record of step 1 is in
@@ -68,7 +68,7 @@ def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="one round: no figures")
-    parser.add_argument("--rounds", type=int, default=5, help="processes of each side")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
     args = parser.parse_args()
     rounds = 1 if args.smoke else args.rounds
     with tempfile.TemporaryDirectory(prefix="bn_jax_startup_") as temporary:
