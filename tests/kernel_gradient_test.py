@@ -4,18 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ops_test import float64, random  # noqa: F401 (a fixture of every test)
 
 from bn_jax import kernel_gradient, ops
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def random(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
 def _run(function, arguments):
