@@ -104,7 +104,7 @@ def compile_here(target: str, args: argparse.Namespace) -> dict[str, Any]:
     config = step_config(len(devices), args)
     exp = experiment.build(config)._replace(mesh=mesh.make(list(devices)))
     state = experiment.abstract_state(exp)
-    batch = experiment.abstract_batch(exp, config.batch_size)
+    batch = experiment.abstract_batch(exp, config.batch_size, train=False)
     hyper = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), np.float32), exp.hyper)
     start = time.perf_counter()
     function, shardings = dispatch.training_step(exp, 1)

@@ -54,7 +54,9 @@ class Taps:
         return json.loads(programs.kept(["activations", config, arguments[2].shape], trace))
 
     def compile(self) -> None:
-        """Compiles what `record` runs; may be called from another thread."""
+        """Compiles what `record` runs, if anything; may be called from another thread."""
+        if not self.paths:
+            return
         self._program = programs.compiled(
             "percentiles",
             self._percentiles,

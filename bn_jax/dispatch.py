@@ -1,7 +1,9 @@
 """What one call of the device does: one step on a batch that is fed, or many on resident data."""
 
+import contextvars
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ from ml_collections import ConfigDict
 from bn_jax import mesh as meshes
 from bn_jax import programs, reproducible
 from bn_jax import step as steps
-from bn_jax.experiment import Experiment
+from bn_jax.experiment import Experiment, abstract_state
 
 FEW = 5  # steps in a program of several processes: over a slow network 0.16 s each
 
@@ -68,6 +70,34 @@ def compile_step(exp: Experiment, dispatch: int, *arguments: Any) -> Any:
     function, shardings = training_step(exp, dispatch)
     config = exp.config.to_dict()
     return programs.compiled("train", function, arguments, config, donate_argnums=(0,), **shardings)
+
+
+class Prepared:
+    """What the first dispatch of a run from step `start` on needs, begun in other threads.
+
+    rest: the dispatch's last arguments, hyper-parameters and seed. beside: also called in a thread.
+    """
+
+    def __init__(self, exp: Experiment, start: int, dispatch: int, beside: Callable[[], None]):
+        self._feed = feed(exp, start, dispatch)
+        self._first = next(self._feed)
+        rest = (exp.hyper, np.uint32(exp.config.seed))
+        self.rest = tuple(meshes.put_replicated(exp.mesh, tree) for tree in rest)
+        arguments = (exp, dispatch, abstract_state(exp), *self._first, *self.rest)
+        threads, copy = ThreadPoolExecutor(2), contextvars.copy_context  # for what ops.plain sets
+        self._program = threads.submit(copy().run, compile_step, *arguments)
+        self._beside = threads.submit(copy().run, beside)
+        threads.shutdown(wait=False)
+
+    def program(self) -> Any:
+        """The compiled training step, when all that was begun is ready; or the error it met."""
+        self._beside.result()
+        return self._program.result()
+
+    def batches(self) -> Iterator[tuple]:
+        """As `feed` gives them."""
+        yield self._first
+        yield from self._feed
 
 
 def feed(exp: Experiment, start: int, dispatch: int) -> Iterator[tuple]:

@@ -60,7 +60,7 @@ class Networks:
             functools.partial(probabilities, model=member.exp.model),
             out_shardings=meshes.replicated(self.mesh),
         )
-        batch = experiment.abstract_batch(member.exp, self.size)
+        batch = experiment.abstract_batch(member.exp, self.size, train=False)
         return forward.lower(member.params, member.batch_stats, batch["image"]).compile()
 
     def average(

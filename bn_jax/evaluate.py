@@ -7,15 +7,11 @@ are an ensemble: the mean of their class probabilities. Each evaluation is recor
 """
 
 import argparse
-import functools
 import json
-import math
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
-
-import jax
 
 from bn_jax import (
     command,
@@ -23,112 +19,21 @@ from bn_jax import (
     evaluations,
     experiment,
     jsonl,
-    layers,
     population,
     predictions,
-    programs,
     provenance,
     recorded,
     report,
-    step,
 )
 from bn_jax import mesh as meshes
 from bn_jax.data import views
 from bn_jax.data.build import Progress
 from bn_jax.ensemble import Member
-from bn_jax.errors import ConfigError, DataError
+from bn_jax.errors import ConfigError
+from bn_jax.evaluator import Evaluator
 from bn_jax.experiment import Experiment
 from bn_jax.population import running_gap
 from bn_jax.predictions import Predictions
-
-
-class Evaluator:
-    """Scores states of one experiment; its programs are compiled by `compile` or when needed."""
-
-    def __init__(self, exp: Experiment):
-        self.exp = exp
-        self._eval_batch: Any = None
-        self._merge_batch: Any = None
-
-    def compile(self) -> None:
-        """Compiles what `scores` and `population` run; may be called from another thread."""
-        exp, model = self.exp, self.exp.model
-        everywhere = meshes.replicated(exp.mesh)
-        state = experiment.abstract_state(exp)
-        variables = (state.params, state.batch_stats)
-        config = exp.config.to_dict()
-        score = functools.partial(step.eval_step, model=model)
-        batch = experiment.abstract_batch(exp, self._eval_size())
-        self._eval_batch = programs.compiled(
-            "evaluate", score, (*variables, batch), config, out_shardings=everywhere
-        )
-        if not state.batch_stats:
-            return
-
-        batch = experiment.abstract_batch(exp, config["batch_size"])
-        self._merge_batch = programs.compiled(
-            "population",
-            functools.partial(step.statistics_step, model=model, seed=config["seed"]),
-            (*variables, state.batch_stats, batch),
-            config,
-            made_from=config["seed"],
-            out_shardings=everywhere,
-        )
-
-    def _eval_size(self) -> int:
-        """Examples of an evaluation batch: a multiple of the devices."""
-        devices = self.exp.mesh.size
-        return math.ceil(self.exp.config.eval_batch_size / devices) * devices
-
-    def population(self, params: Any, batch_stats: Any) -> Any:
-        """Population statistics of the training-mode network (Algorithm 2, lines 9 to 11).
-
-        From the same `statistics_batches` fixed training batches at every call, one streamed pass.
-        Without BN there is nothing to estimate and `batch_stats` comes back as it is.
-
-        Differs from the paper: used for every evaluation, those during training included, where the
-        paper follows accuracy with moving averages (section 3.1).
-        """
-        if not batch_stats:
-            return batch_stats
-        if self._merge_batch is None:
-            self.compile()
-        config, mesh = self.exp.config, self.exp.mesh
-        n, size = config.statistics_batches, config.batch_size
-        rows = meshes.rows(mesh, size)
-        total = meshes.put_replicated(mesh, jax.device_get(layers.fresh_stats(batch_stats)))
-        for batch in self.exp.data.statistics(n, size, rows, seed=config.seed):
-            fed = meshes.put_batch(mesh, batch, size)
-            total = self._merge_batch(params, batch_stats, total, fed)
-        return total
-
-    def scores(self, params: Any, batch_stats: Any) -> dict[str, Any]:
-        """Accuracy over the whole evaluation split with the given statistics.
-
-        Returns `top1`, `top5` (shares), `cross_entropy` (nats, mean), `examples`. Raises DataError
-        if not every example was counted exactly once.
-        """
-        if self._eval_batch is None:
-            self.compile()
-        mesh, data, size = self.exp.mesh, self.exp.data, self._eval_size()
-        sums = []
-        for batch in data.evaluation(size, meshes.rows(mesh, size)):
-            sums.append(self._eval_batch(params, batch_stats, meshes.put_batch(mesh, batch, size)))
-        total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
-        examples = int(total.pop("examples"))
-        if examples != data.num_eval:
-            raise DataError(f"evaluated {examples} examples, but the split holds {data.num_eval}")
-        return {name: value / examples for name, value in total.items()} | {"examples": examples}
-
-
-def sentence(exp: Experiment, scores: dict[str, Any]) -> str:
-    """Accuracy with the count it rests on and its standard error, in words."""
-    n, top1 = scores["examples"], scores["top1"]
-    error = 100 * math.sqrt(top1 * (1 - top1) / n)
-    return (
-        f"{exp.data.split} accuracy {100 * top1:.2f}% +- {error:.2f} "
-        f"({round(top1 * n):,} of {n:,} examples), top-5 {100 * scores['top5']:.2f}%"
-    )
 
 
 def load(

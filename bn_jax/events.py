@@ -49,20 +49,23 @@ class TensorBoard:
     """Events in WORKDIR/tensorboard."""
 
     def __init__(self, workdir: pathlib.Path, resume_step: int):
-        import tensorboardX  # 0.1 s, and not needed by everyone
-
-        folder = str(workdir / "tensorboard")
-        self._events = tensorboardX.SummaryWriter(folder, purge_step=resume_step + 1)
+        self._place = {"logdir": str(workdir / "tensorboard"), "purge_step": resume_step + 1}
+        self._events: Any = None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """As `Writer` has it."""
+        if self._events is None:
+            import tensorboardX  # which imports torch where that is: 2 s, not before the first step
+
+            self._events = tensorboardX.SummaryWriter(**self._place)
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
 
     def close(self, status: str) -> None:
         """As `Writer` has it."""
         del status
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
 class Wandb:

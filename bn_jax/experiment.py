@@ -170,9 +170,10 @@ def _shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> step.TrainSt
     return jax.eval_shape(lambda: step.init_state(model, 0, image_shape))
 
 
-def abstract_batch(exp: Experiment, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(exp: Experiment, size: int, *, train: bool) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a global batch of `size` examples."""
     rows = meshes.along_batch(exp.mesh)
+    masked = not train or exp.data.masked
     return {
         name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=rows)
         for name, shape, dtype in (
@@ -180,6 +181,7 @@ def abstract_batch(exp: Experiment, size: int) -> dict[str, jax.ShapeDtypeStruct
             ("label", (), np.int32),
             ("mask", (), np.bool_),
         )
+        if name != "mask" or masked
     }
 
 

@@ -43,10 +43,12 @@ def main(argv: list[str]) -> None:
             each = config.batch_per_device
             print(f"on N devices batch_size is {each} x N, and there are fewer steps by as much")
         return
-    from bn_jax import figures, mesh, train
+    from bn_jax import mesh, train
     from bn_jax.watchdog import Watchdog
 
     def draw(folder: pathlib.Path) -> None:
+        from bn_jax import figures  # with matplotlib: at the end, not before the first step
+
         for path in figures.draw_run(folder, folder / "figures"):
             print(path)
 

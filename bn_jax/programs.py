@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import platform
+import threading
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
@@ -40,6 +41,10 @@ SETTINGS = (
     *("jax_numpy_rank_promotion", "jax_debug_nans", "jax_default_prng_impl"),
     "jax_threefry_partitionable",
 )
+
+# Traced one after the other: side by side they take turns at Python's own lock, and the training
+# step, which is begun first and takes XLA longest, would be through last.
+_TRACING = threading.Lock()
 
 for _type in (step.TrainState, optim.Hyper, optax.TraceState):
     export.register_namedtuple_serialization(
@@ -74,7 +79,8 @@ def compiled(
     tree, devices = str(jax.tree.structure(arguments)), [jax.default_backend(), jax.device_count()]
     about = [name, config, made_from, shapes, tree, devices, str(shardings)]
     try:
-        text = kept(about, lambda: bytes(export.export(jitted)(*arguments).serialize()))
+        with _TRACING:
+            text = kept(about, lambda: bytes(export.export(jitted)(*arguments).serialize()))
     except (ValueError, NotImplementedError) as refusal:
         # An operation of this backend that jax exports no program with; any other mistake in
         # `function` is raised again here.

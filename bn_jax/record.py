@@ -132,7 +132,7 @@ class Recorder:
         if kind == "train":
             self._mark()
         numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
-        for writer in self._writers:
+        for writer in self._writers if numbers else ():
             writer.write(step, {f"{kind}/{name}": value for name, value in numbers.items()})
 
     def progress(self, step: int, loss: Any, examples: int) -> None:

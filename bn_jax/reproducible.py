@@ -182,7 +182,7 @@ class Step:
             grads, means, updated = steps.gradients(
                 params, batch_stats, batch, key, model=self.model
             )
-        n = jnp.sum(batch["mask"], dtype=jnp.float32)
+        n = jnp.sum(batch.get("mask", jnp.ones(self.size, bool)), dtype=jnp.float32)
         layers = {}
         for path, values in positions.items():
             mean, var = (_at(updated, path)[name] for name in ("mean", "var"))

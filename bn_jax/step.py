@@ -46,14 +46,14 @@ def init_state(model: nn.Module, seed: int, image_shape: tuple[int, int, int]) -
     )
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Sum over the valid examples of -log p(label) in nats, by all N. [N, K], [N], [N] -> scalar.
 
-    The mean where all rows are valid; else N / (number of valid rows) makes it the mean.
+    The mean where all rows are valid (mask: None); else N / (number of valid rows) makes it that.
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     # `where`, not a product: a masked row may hold anything, infinity included.
-    return jnp.mean(jnp.where(mask, losses, 0.0))
+    return jnp.mean(losses if mask is None else jnp.where(mask, losses, 0.0))
 
 
 def train_step(
@@ -68,8 +68,9 @@ def train_step(
 
     Differs from the paper: updates are synchronous; the paper's workers update asynchronously.
 
-    batch: image [N, H, W, C] in 0..255, label int32 [N], mask bool [N] (False: the row takes part
-    in nothing). seed: the run's, an integer. Returns the next state and metrics: `loss` (with the
+    batch: image [N, H, W, C] in 0..255, label int32 [N], and where rows may be missing mask bool
+    [N] (False: the row takes part in nothing). seed: the run's, an integer. Returns the next state
+    and metrics: `loss` (with the
     L2 and auxiliary terms) and `cross_entropy` in nats, `top1` (share of the batch),
     `learning_rate`, `gradient_square` [leaves of params] (their sum is the squared norm).
     """
@@ -86,7 +87,7 @@ def gradients(
     batch: as for `train_step`. dropout: the key of its dropout. Metrics: `loss` (with the auxiliary
     terms, without L2), `cross_entropy`, `top1`.
     """
-    labels, mask = batch["label"], batch["mask"]
+    labels, mask = batch["label"], batch.get("mask")
 
     def objective(params):
         outputs, updates = model.apply(
@@ -103,11 +104,14 @@ def gradients(
         return loss, (main, logits, updates.get("batch_stats", {}))
 
     (loss, (main, logits, updated)), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    top1 = jnp.mean(mask & (label_rank(logits, labels) < 1), dtype=jnp.float32)
+    right = label_rank(logits, labels) < 1
+    top1 = jnp.mean(right if mask is None else mask & right, dtype=jnp.float32)
+    means = {"loss": loss, "cross_entropy": main, "top1": top1}
+    if mask is None:
+        return grads, means, updated
     # The number of valid rows comes in at the end, by which all is linear: devices add it up with
     # the gradients, in float32 like these, and the backward pass need not wait for it.
     whole = mask.size / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
-    means = {"loss": loss, "cross_entropy": main, "top1": top1}
     return *jax.tree.map(lambda x: x * whole, (grads, means)), updated
 
 
@@ -159,7 +163,7 @@ def train_steps(
     """
 
     def body(state, index):
-        batch = {"image": images[index], "label": labels[index], "mask": index >= 0}
+        batch = {"image": images[index], "label": labels[index]}
         return train_step(state, batch, hyper, seed, model=model)
 
     return jax.lax.scan(body, state, indices)
@@ -217,7 +221,7 @@ def statistics_step(
         {"params": params, "batch_stats": layers.fresh_stats(batch_stats)},
         batch["image"],
         train=True,
-        mask=batch["mask"],
+        mask=batch.get("mask"),
         rngs={"dropout": dropout_key(seed, 0)},
         mutable=["batch_stats"],
     )

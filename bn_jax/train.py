@@ -4,8 +4,6 @@ The state after step k is a function of (config, k): what a step sees depends on
 so a run that is stopped and started again ends with the same bits as one that never stopped.
 """
 
-import concurrent.futures
-import contextvars
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +12,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bn_jax import activations, divergence, evaluate, experiment, fingerprint, pace, preempt, record
 from bn_jax import dispatch as dispatches
-from bn_jax import mesh as meshes
+from bn_jax import divergence, evaluator, experiment, fingerprint, pace, preempt, record
 from bn_jax import step as steps
+from bn_jax.activations import Taps
 from bn_jax.checkpoint import Checkpoints
 from bn_jax.errors import ConfigError, Preempted
 from bn_jax.experiment import Experiment
+from bn_jax.population import running_gap
 from bn_jax.watchdog import Watchdog
 from bn_jax.workdir import read_run
 
@@ -40,7 +39,7 @@ def run(
     """
     exp = experiment.build(config)
     dispatches.check_devices(exp)
-    config, taps = exp.config, activations.Taps(exp)
+    config, taps = exp.config, Taps(exp)
     watch = watch or Watchdog()  # not entered, it does nothing
     info = experiment.describe(exp)
     info["data"]["digest"] = fingerprint.digest(exp.data)
@@ -65,15 +64,16 @@ class Loop:
     def __init__(
         self,
         exp: Experiment,
-        taps: activations.Taps,
+        taps: Taps,
         records: record.Recorder,
         checkpoints: Checkpoints,
     ):
         self.exp, self.taps, self.records = exp, taps, records
         self.checkpoints = checkpoints
-        self.evaluator = evaluate.Evaluator(exp)
+        self.evaluator = evaluator.Evaluator(exp)
         self.dispatch, self.saved = 1, 0.0  # steps, see `start`; seconds trained before a save
         self.begun, self.taken = -1, pace.Dispatches()  # last step begun; how long steps take
+        self.prepared: dispatches.Prepared  # see `prepare`
         self.scores: dict[str, Any] = {}
 
     def run(self, step: int, state: steps.TrainState, signals: preempt.Signals) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Loop:
             self.train(step, state, signals)
         with records.timed("save"):
             self.checkpoints.wait()
-        self.records.say(f"done: {evaluate.sentence(exp, self.scores)}; {exp.data.description}")
+        self.records.say(f"done: {evaluator.sentence(exp, self.scores)}; {exp.data.description}")
         return self.scores
 
     def place(self) -> tuple[int, str, float | None]:
@@ -106,6 +106,7 @@ class Loop:
                 return step, state
         self.dispatch = dispatches.steps_per_dispatch(exp.config)
         self.records.begin(0)
+        self.prepare(0)
         with self.records.timed("compile"):
             state = experiment.create_state(exp)
         return 0, state
@@ -125,45 +126,41 @@ class Loop:
             return  # nothing to add: the record stays as it is
         self.records.begin(step)
         self.records.say(f"resumed from step {step:,}")
+        if step < total:
+            self.prepare(step)
 
-    def compile(self, state: steps.TrainState, fed: tuple, hyper: Any, seed: Any) -> Any:
-        """The compiled training step; evaluation and activations are compiled beside it."""
-        exp, records = self.exp, self.records
-        data, size = exp.data, sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        records.say(
+    def prepare(self, step: int) -> None:
+        """Begins to compile what the dispatch after `step` needs, beside what comes before it."""
+        exp, data = self.exp, self.exp.data
+        size = sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_state(exp).params))
+        self.records.say(
             f"{exp.config.name}: {size:,} parameters, {data.num_train:,} training examples, "
             f"{exp.mesh.size} x {exp.mesh.devices.flat[0].device_kind}; compiling ..."
         )
-        with records.timed("compile"), concurrent.futures.ThreadPoolExecutor(2) as threads:
-            # A copied context each, for what `ops.plain` sets.
-            beside = [threads.submit(contextvars.copy_context().run, self.evaluator.compile)]
-            if self.taps.paths:
-                beside.append(threads.submit(contextvars.copy_context().run, self.taps.compile))
-            train_step = dispatches.compile_step(exp, self.dispatch, state, *fed, hyper, seed)
-            for future in beside:
-                future.result()
-        return train_step
+        with self.records.timed("input"):
+            self.prepared = dispatches.Prepared(exp, step, self.dispatch, self.taps.compile)
 
     def train(self, step: int, state: steps.TrainState, signals: preempt.Signals) -> None:
         """Takes the steps from `step` to the last one."""
         exp, records = self.exp, self.records
         total, dispatch = exp.config.total_steps, self.dispatch
-        hyper = meshes.put_replicated(exp.mesh, exp.hyper)
-        seed = meshes.put_replicated(exp.mesh, np.uint32(exp.config.seed))
-        train_step, pending = None, None
-        batches = dispatches.feed(exp, step, dispatch)
+        with records.timed("compile"):
+            train_step, pending = self.prepared.program(), None
+        if step == 0:
+            self.record_activations(0, state)
+        with records.timed("compile"):
+            self.evaluator.begin()
+        batches = self.prepared.batches()
         while step < total:
             with records.timed("input"):
                 fed = next(batches)
-            if train_step is None:
-                train_step = self.compile(state, fed, hyper, seed)
-                if step == 0:
-                    self.record_activations(0, state)
             self.begun = step + dispatch
             with records.timed("step"):
-                state, metrics = train_step(state, *fed, hyper, seed)
+                state, metrics = train_step(state, *fed, *self.prepared.rest)
                 self.report(pending)  # while the next step runs
-            self.checkpoints.check()  # a disk that failed meanwhile: now, not at the next interval
+            # What failed meanwhile, a disk or a compilation: now, not at the next interval.
+            self.checkpoints.check()
+            self.evaluator.check()
             step += dispatch
             pending = (step, metrics)
             stopping = signals.stop_at(step)
@@ -224,15 +221,17 @@ class Loop:
 
     def evaluate(self, step: int, state: steps.TrainState) -> None:
         """Scores the state with population statistics, and says so."""
+        with self.records.timed("compile"):
+            self.evaluator.check(wait=True)
         with self.records.timed("evaluate"):
             population = self.evaluator.population(state.params, state.batch_stats)
             scores = self.evaluator.scores(state.params, population)
         line, stats, epsilon = dict(scores), state.batch_stats, self.exp.config.bn.epsilon
         if stats:
-            line["running_gap"] = evaluate.running_gap(stats, population, epsilon)
+            line["running_gap"] = running_gap(stats, population, epsilon)
         self.scores = {"step": step, **scores}
         self.records.write("eval", step, **line)
-        self.records.say(f"step {step:,}: {evaluate.sentence(self.exp, scores)}")
+        self.records.say(f"step {step:,}: {evaluator.sentence(self.exp, scores)}")
 
     def record_activations(self, step: int, state: steps.TrainState) -> None:
         """Writes the percentiles of the chosen activations."""

@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 from train_test import small
 
 from bn_jax import arrays as named
-from bn_jax import evaluate, ledger, train
+from bn_jax import evaluator, ledger, train
 from bn_jax import mesh as meshes
 from bn_jax.checkpoint import Checkpoints
 from bn_jax.errors import DiskError
+from bn_jax.evaluator import Evaluator
 
 
 @pytest.fixture
@@ -64,9 +65,9 @@ def quick(monkeypatch) -> ConfigDict:
     """A run of 40 steps in dispatches of 5 on one device that evaluates nothing: compiles fast."""
     make = meshes.make
     monkeypatch.setattr(meshes, "make", lambda: make(jax.devices()[:1]))
-    monkeypatch.setattr(evaluate.Evaluator, "compile", lambda self: None)
+    monkeypatch.setattr(Evaluator, "compile", lambda self: None)
     monkeypatch.setattr(train.Loop, "evaluate", lambda self, step, state: None)
-    monkeypatch.setattr(evaluate, "sentence", lambda *_: "not evaluated")
+    monkeypatch.setattr(evaluator, "sentence", lambda *_: "not evaluated")
     return small(**{"record.activations": ()})
 
 

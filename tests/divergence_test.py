@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from bn_jax import dispatch, divergence, evaluate, experiment, train
+from bn_jax import dispatch, divergence, experiment, train
 from bn_jax import mesh as meshes
 from bn_jax.errors import DivergedError
+from bn_jax.evaluator import Evaluator
 from configs import bn_x30, inception, mnist_bn
 
 # Inception compiles for a minute: in `make faults`.
@@ -45,7 +46,7 @@ def tiny(root, **changes) -> ConfigDict:
 def compiled_quickly(monkeypatch, unoptimized):
     """One device, in a third of the time; no evaluation, before which all runs here have ended."""
     real = meshes.make
-    monkeypatch.setattr(evaluate.Evaluator, "compile", lambda self: None)
+    monkeypatch.setattr(Evaluator, "compile", lambda self: None)
     monkeypatch.setattr(meshes, "make", lambda: real(jax.devices()[:1]))
 
 

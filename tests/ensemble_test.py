@@ -13,6 +13,7 @@ from bn_jax import ensemble, evaluate, experiment, predictions
 from bn_jax import mesh as meshes
 from bn_jax.data import crops, views
 from bn_jax.errors import ConfigError, DataError
+from bn_jax.evaluator import Evaluator
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_multicrop_is_a_plain_loop_over_views(members, ten):
 def test_one_crop_counts_what_the_trainer_counts(members):
     found = ensemble.predict(ensemble.Networks(members, 256), 1)
     for member, mine in zip(members, found, strict=True):
-        theirs = evaluate.Evaluator(member.exp).scores(member.params, member.batch_stats)
+        theirs = Evaluator(member.exp).scores(member.params, member.batch_stats)
         scores = predictions.scores(mine)
         assert all(scores[key] == theirs[key] for key in ("top1", "top5", "examples"))
         # a float32 softmax's logarithm against the exact one

@@ -5,15 +5,16 @@ import numpy as np
 import pytest
 from train_test import small
 
-from bn_jax import evaluate, experiment
+from bn_jax import experiment
 from bn_jax.errors import DataError
+from bn_jax.evaluator import Evaluator
 
 
 @pytest.fixture(scope="module")
 def trained():
     """An experiment with its initial state and evaluator."""
     exp = experiment.build(small())
-    return exp, experiment.initial_state(exp), evaluate.Evaluator(exp)
+    return exp, experiment.initial_state(exp), Evaluator(exp)
 
 
 def test_the_scores_do_not_depend_on_the_batch_size(trained):
@@ -22,7 +23,7 @@ def test_the_scores_do_not_depend_on_the_batch_size(trained):
     scores = evaluator.scores(state.params, population)
     assert scores["examples"] == 1000
     other = experiment.build(small(eval_batch_size=333))  # rounded up to the 8 devices: 336
-    again = evaluate.Evaluator(other).scores(state.params, population)
+    again = Evaluator(other).scores(state.params, population)
     assert (again["top1"], again["top5"]) == (scores["top1"], scores["top5"])
     np.testing.assert_allclose(again["cross_entropy"], scores["cross_entropy"], rtol=1e-6)
 

@@ -1,6 +1,7 @@
 """The training loop never waits for the device: what it fetches is a step old."""
 
 import threading
+import time
 
 import jax
 import pytest
@@ -8,9 +9,11 @@ from jax._src.array import ArrayImpl
 from train_test import small
 
 from bn_jax import dispatch, train
+from bn_jax.evaluator import Evaluator
 from configs import bn_baseline
 
 TINY = {"model.width": 0.0625, "batch_size": 32, "bn.group_size": 4, "steps_per_dispatch": 1}
+ONE = {"steps_per_dispatch": 1}
 QUIET = {"total_steps": 12, "eval_every": 12, "checkpoint_every": 12, "log_every": 1}
 
 
@@ -58,7 +61,7 @@ def between_steps(events, last):
     "root", ["mlp", pytest.param("inception", marks=pytest.mark.slow)], ids=["mlp", "inception"]
 )
 def test_metrics_are_fetched_a_step_late_and_nothing_else_is(tmp_path, watched, root):
-    extra = {"steps_per_dispatch": 1} if root == "mlp" else TINY
+    extra = ONE if root == "mlp" else TINY
     what = {} if root == "mlp" else {"root": bn_baseline}
     train.run(small(**what, **QUIET, **extra, **{"record.activation_every": 12}), tmp_path)
     assert between_steps(watched, 12) == {k: {k - 1} for k in range(2, 12)}
@@ -72,6 +75,31 @@ def test_the_watch_sees_a_fetch(tmp_path, watched, monkeypatch):
 
     watched_state = [jax.numpy.ones(())]
     monkeypatch.setattr(train.Loop, "due", hasty)
-    settings = {**QUIET, "steps_per_dispatch": 1, "record.activation_every": 12}
+    settings = {**QUIET, **ONE, "record.activation_every": 12}
     train.run(small(**settings), tmp_path)
     assert None in between_steps(watched, 12)[5]
+
+
+def test_evaluation_is_compiled_beside_the_first_steps(tmp_path, watched, monkeypatch):
+    real, compiled_after = Evaluator.compile, []
+
+    def compile_late(self):
+        while ("step", 3) not in watched:  # which never comes if the loop waits for this
+            assert threading.current_thread() is not threading.main_thread()
+            time.sleep(0.01)
+        compiled_after.append(sum(kind == "step" for kind, _ in watched))
+        real(self)
+
+    monkeypatch.setattr(Evaluator, "compile", compile_late)
+    scores = train.run(small(**QUIET, **ONE, **{"record.activation_every": 12}), tmp_path)
+    assert compiled_after[0] >= 3 and scores["examples"] == 1000
+
+
+def test_what_evaluation_cannot_compile_ends_the_run_before_the_evaluation(tmp_path, monkeypatch):
+    def refuse(self):
+        raise NotImplementedError("an operation this device has not")
+
+    monkeypatch.setattr(Evaluator, "compile", refuse)
+    monkeypatch.setattr(train.Loop, "evaluate", lambda *_: pytest.fail("evaluated"))
+    with pytest.raises(NotImplementedError, match="this device has not"):
+        train.run(small(**QUIET, **ONE, **{"record.activation_every": 12}), tmp_path)

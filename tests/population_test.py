@@ -9,6 +9,7 @@ from small_members import save_member
 
 from bn_jax import disk, evaluate, experiment, manifest, population
 from bn_jax.errors import DiskError
+from bn_jax.evaluator import Evaluator
 
 LIKE = {"a": {"bn": {"mean": np.zeros(300, np.float32), "count": np.float32(0)}}}
 CONFIG = {"statistics_batches": 2, "total_steps": 10, "bn": {"epsilon": 0.001}}
@@ -44,7 +45,7 @@ def test_once_a_checkpoint_end_to_end(tmp_path, monkeypatch, capsys):
     run = save_member(tmp_path / "run", seed=0)
     files = {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()}
     first = evaluate.load(run, None, "population", experiment.from_workdir(run))
-    monkeypatch.setattr(evaluate.Evaluator, "population", None)  # a second time would fail
+    monkeypatch.setattr(Evaluator, "population", None)  # a second time would fail
     second = evaluate.load(run, None, "population", experiment.from_workdir(run))
     assert bits(first.batch_stats) == bits(second.batch_stats)
     assert jax.tree.structure(first.batch_stats) == jax.tree.structure(second.batch_stats)

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from jax import export
 
-from bn_jax import activations, dispatch, evaluate, experiment, ops, programs
+from bn_jax import activations, dispatch, experiment, ops, programs
 from bn_jax import mesh as meshes
+from bn_jax.evaluator import Evaluator
 from configs import mnist_bn
 
 
@@ -35,7 +36,7 @@ def texts(config):
         state = experiment.abstract_state(exp)
         fed = next(dispatch.feed(exp, 0, 1))
         dispatch.compile_step(exp, 1, state, *fed, exp.hyper, np.uint32(config.seed))
-        evaluate.Evaluator(exp).compile()
+        Evaluator(exp).compile()
         activations.Taps(exp).compile()
     return found
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bn_jax import optim, step
+from bn_jax import layers, optim, step
 from bn_jax.layers import BatchNorm
 from bn_jax.models.mlp import Mlp
 
@@ -75,6 +75,24 @@ def test_a_masked_row_changes_nothing_whatever_it_holds(junk):
     c, metrics_c = train_step(state, seven, HYPER, SEED, model=net)
     np.testing.assert_allclose(metrics_a["loss"], metrics_c["loss"], rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a.params, c.params)
+
+
+def test_without_a_mask_all_rows_count():
+    net, data = model(dropout=0.4), batch()
+    state = step.init_state(net, 0, (4, 4, 1))
+    bare = {k: v for k, v in data.items() if k != "mask"}
+    stats = layers.fresh_stats(state.batch_stats)
+
+    def results(data):
+        total = step.statistics_step(
+            state.params, state.batch_stats, stats, data, model=net, seed=0
+        )
+        return train_step(state, data, HYPER, SEED, model=net), total
+
+    # float32, another order of sums
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *map(results, (data, bare))
+    )
 
 
 def test_dropout_depends_on_step_and_key_only():

@@ -1,8 +1,9 @@
 """Batches for training and evaluation: config -> `open_data` -> `Data`.
 
 A batch is a dict: image uint8 [n, H, W, C] in 0..255, label int32 [n], mask bool [n] (False: this
-row holds no example), n being the rows of the global batch that this process holds. What step k
-holds is a pure function of (seed, k), so nothing is saved but the step.
+row holds no example), n being the rows of the global batch that this process holds. Training
+batches of a set in memory, in which no record can be bad, have no mask. What step k holds is a pure
+function of (seed, k), so nothing is saved but the step.
 """
 
 import os
@@ -67,7 +68,8 @@ class Data:
 
     Attributes: num_classes, image_shape (H, W, C), num_train, num_eval (examples), description (a
     line that states the set's limits), split (what the evaluated examples are called), held (those
-    examples), view (what training does to an image), class_names.
+    examples), view (what training does to an image), class_names, masked (whether training batches
+    have a mask).
     """
 
     def __init__(self, source: sources.Source, view: View, *, shuffle: str, holdout: float = 0.0):
@@ -76,6 +78,9 @@ class Data:
         if holdout:
             source = hold_out(source, holdout)
         self._train, self.held = source.train, source.evaluation
+        # Random images have a mask: they stand for a set whose records can be bad.
+        in_memory = isinstance(source.train, sources.Arrays)
+        self.masked = not in_memory or isinstance(source.train, memory.Random)
         self._shards, self._shuffle, self.view = source.shards, shuffle, view
         self.num_classes = source.num_classes
         self.class_names = source.class_names or tuple(map(str, range(source.num_classes)))
@@ -163,8 +168,8 @@ class Data:
     def _load(
         self, split: sources.Arrays | sources.Records, indices: np.ndarray, draws: np.ndarray | None
     ) -> Batch:
-        """The examples of these indices; without draws undistorted. Indices past the end are
-        padding."""
+        """The examples of these indices; without draws undistorted, of evaluation. Indices past
+        the end are padding."""
         if isinstance(split, sources.Arrays):
             mask = indices < len(split)
             images, labels = split.take(np.where(mask, indices, 0))
@@ -173,6 +178,8 @@ class Data:
                 if self.view.mirror:
                     images = distort.mirror(images, draws)
                 images = self._distort(images, draws)
+            if draws is not None and not self.masked:
+                return {"image": images, "label": labels}
         elif draws is None:
             images, labels, mask = load.evaluation_rows(
                 split, indices, size=self.view.image_size, num_classes=self.num_classes
