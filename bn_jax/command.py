@@ -56,10 +56,11 @@ def reason(error: Exception) -> str:
     without an attribute, such as a file without `get_config`, is said as Python says it.
     """
     text = str(error)
-    field = re.search(r"'(\w+)\\?'", text)
+    # Set in a config file, where the other fields follow in quotes, or on the command line.
+    field = re.search(r'Key "(\w+)" does not exist', text) or re.search(r"'(\w+)\\?'", text)
     if isinstance(error, (AttributeError, KeyError)) and field and not text.startswith("module"):
         close = re.search(r'Did you mean "(\w+)"', text)
         hint = f"did you mean {close[1]!r}?" if close else "--dry_run prints them all"
         return f"the config has no field {field[1]!r}: {hint}"
     stack = text.rpartition("Traceback (most recent call last):")[2]
-    return text if stack == text else stack.strip().splitlines()[-1].partition("Error: ")[2]
+    return text if stack == text else stack.rpartition("Error: ")[2] or text

@@ -2,8 +2,11 @@
 
 import ast
 import difflib
+import importlib.util
 import pathlib
 import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -44,6 +47,41 @@ def run_name(config: ConfigDict) -> str:
     """Folder name of a run: the experiment's, with the scale unless it is the default one."""
     default = {"inception": "imagenet", "mlp": "mnist"}[config.model.name]
     return config.name if config.scale == default else f"{config.name}_{config.scale}"
+
+
+def check_fields(config: Any) -> None:
+    """Raises ConfigError for a config of somebody's own that is not like the root experiments':
+    a field is missing, or of another type."""
+    remedy = "begin with a config of this package, as configs/bn_x5.py does, and change its fields"
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"get_config() gives a {type(config).__name__}, no ConfigDict: {remedy}")
+    own = dict(_fields(config))
+    root = "mnist" if own.get("model.name") == "mlp" else "inception"
+    spec = importlib.util.spec_from_file_location(root, folder() / f"{root}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    wanted = dict(_fields(module.get_config()))
+    if missing := [field for field in wanted if field not in own]:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ConfigError(f"the config has no {', '.join(missing[:4])}{more}: {remedy}")
+    for field, value in wanted.items():
+        kinds: tuple[type, ...] = {
+            float: (float, int),
+            tuple: (tuple, list),
+            int: (int, type(None)) if field == "bn.group_size" else (int,),
+        }.get(type(value), (type(value),))
+        found = own[field]
+        if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
+            raise ConfigError(f"{field}={found!r}: not of type {kinds[0].__name__}; correct it")
+
+
+def _fields(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, (Mapping, ConfigDict)):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def resolve(argv: list[str]) -> list[str]:

@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     if config is None:
         raise ConfigError("--config=configs/NAME.py[:SCALE] is needed; --list names them")
+    listing.check_fields(config)
     from bn_jax import smoke, validate  # later imports take seconds: are they needed?
 
     validate.check(config)

@@ -6,6 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from ml_collections import ConfigDict
+
+from bn_jax import listing
+from bn_jax.errors import ConfigError
+from configs import bn_x30
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -49,6 +54,39 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, words, said):
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())  # nothing compiled, nothing written
+
+
+OWN = [  # bodies of a config file of a user's own, and what the line says
+    ("c = ConfigDict({'learning_rate': 0.1})", "the config has no activation, batch_per_device, "),
+    (
+        "c = bn_x30.get_config('digits').unlock(); del c.bn.momentum",
+        "the config has no bn.momentum:",
+    ),
+    ("c = bn_x30.get_config('digits'); c.lerning_rate = 1.0", "did you mean 'learning_rate'?"),
+    (
+        "c = bn_x30.get_config('digits').unlock(); c.seed = ConfigDict()",
+        "Could not override field 'seed'",
+    ),
+    ("c = {}", "get_config() gives a dict, no ConfigDict: begin with a config of this package"),
+]
+
+
+@pytest.mark.parametrize(("body", "said"), OWN, ids=lambda v: str(v)[:40])
+def test_a_config_of_ones_own_is_held_to_the_fields_of_ours(tmp_path, body, said):
+    file = tmp_path / "own.py"
+    imports = "from ml_collections import ConfigDict\nfrom configs import bn_x30\n"
+    file.write_text(f"{imports}\ndef get_config(scale=''):\n    {body}\n    return c\n")
+    done = run(f"--config={file}", "--dry_run", cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", ["fast", 0.5, True, None])
+def test_a_field_of_another_type_is_refused(value):
+    config = bn_x30.get_config("digits").to_dict()
+    with pytest.raises(ConfigError, match="^total_steps=.*: not of type int"):
+        listing.check_fields(ConfigDict({**config, "total_steps": value}))
+    listing.check_fields(ConfigDict({**config, "momentum": 0}))  # a whole number will do
 
 
 def test_without_imagenet_it_says_how_to_get_it(tmp_path):
