@@ -84,7 +84,7 @@ def assemble(config: ConfigDict, mesh: Mesh, data: Any) -> Experiment:
         learning_rate=np.float32(config.learning_rate * factor),
         decay_rate=np.float32(config.decay_rate),
         decay_examples=np.float32(config.decay_examples),
-        l2=np.float32(config.l2),
+        l2=np.float32(config.l2) if config.l2 else None,
         momentum=np.float32(config.momentum),
         warmup_from=np.float32(1 / factor),
         warmup_examples=np.float32(config.warmup_examples),

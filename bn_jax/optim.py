@@ -17,8 +17,9 @@ class Hyper(NamedTuple):
     """The numbers of an experiment that enter the compiled step as data (float32 scalars).
 
     learning_rate: initial rate. decay_rate, decay_examples: the rate is multiplied by `decay_rate`
-    every `decay_examples` training examples (continuously). l2: coefficient of the L2 loss.
-    momentum: share of the velocity kept (GoogLeNet's 0.9; the paper gives none).
+    every `decay_examples` training examples (continuously). l2: coefficient of the L2 loss, or None
+    for none, without its passes over the weights. momentum: share of the velocity kept (GoogLeNet's
+    0.9; the paper gives none).
     warmup_from, warmup_examples: the share of the rate that the first step has, and the examples
     over which it grows to the whole (0: at once).
     """
@@ -26,7 +27,7 @@ class Hyper(NamedTuple):
     learning_rate: jax.typing.ArrayLike
     decay_rate: jax.typing.ArrayLike
     decay_examples: jax.typing.ArrayLike
-    l2: jax.typing.ArrayLike
+    l2: jax.typing.ArrayLike | None
     momentum: jax.typing.ArrayLike
     warmup_from: jax.typing.ArrayLike = np.float32(1)
     warmup_examples: jax.typing.ArrayLike = np.float32(0)

@@ -124,15 +124,16 @@ def update(
     batch_size: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The next state and `train_step`'s metrics, from what `gradients` gives; L2 is added here."""
-    penalty, decay = jax.value_and_grad(optim.l2_penalty)(state.params)
-    grads = jax.tree.map(lambda g, w: g + hyper.l2 * w, grads, decay)
+    if hyper.l2 is not None:
+        penalty, decay = jax.value_and_grad(optim.l2_penalty)(state.params)
+        grads = jax.tree.map(lambda g, w: g + hyper.l2 * w, grads, decay)
+        means = {**means, "loss": means["loss"] + hyper.l2 * penalty}
     rate = optim.decayed_rate(hyper, state.step, batch_size)
     steps, opt_state = optim.momentum_sgd().update(
         grads, state.opt_state, state.params, learning_rate=rate, momentum=hyper.momentum
     )
     metrics = {
         **means,
-        "loss": means["loss"] + hyper.l2 * penalty,
         "learning_rate": rate,
         "gradient_square": jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]),
     }

@@ -37,7 +37,7 @@ def tiny(root, **changes) -> ConfigDict:
     if config.model.name == "inception":  # bn_x30 as in kill_test: one program for both
         own = {"model.width": 0.0625, "dropout": 0.4}
     else:
-        own = {"batch_size": 64, "bn.group_size": 32, "steps_per_dispatch": 1}
+        own = {"batch_size": 64, "bn.group_size": 32, "steps_per_dispatch": 1, "l2": 1e-4}
     config.update_from_flattened_dict(TINY | own | changes)
     return config
 

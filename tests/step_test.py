@@ -95,6 +95,15 @@ def test_without_a_mask_all_rows_count():
     )
 
 
+def test_no_l2_is_l2_of_0():
+    net, data = model(), batch()
+    state = step.init_state(net, 0, (4, 4, 1))
+    none, zero = (
+        train_step(state, data, HYPER._replace(l2=l2), SEED, model=net) for l2 in (None, 0.0)
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), none, zero)
+
+
 def test_dropout_depends_on_step_and_key_only():
     net, data = model(dropout=0.5), batch()
     state = step.init_state(net, 0, (4, 4, 1))
