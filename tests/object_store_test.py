@@ -100,8 +100,8 @@ def test_a_commit_that_is_cut_off_anywhere_falls_back_to_the_step_before(store, 
         shutil.rmtree(saved)
         shutil.copytree(good, saved)
         checkpoints = open_checkpoints(saved)
+        store.kill_after(cut)  # of what is written in another thread, from the first of it on
         checkpoints.save(40, state_at(40), meta={"step": 40})
-        store.kill_after(cut)
         try:
             checkpoints.wait()
         except Killed:
@@ -117,8 +117,9 @@ def test_a_commit_that_is_cut_off_anywhere_falls_back_to_the_step_before(store, 
         assert not any(name.startswith("tmp.") for name in names)
         assert ("40" in names) is (found[-1] == 40)
         cut += 1
-    # 40 is there once its last file is; before that, 30 is, and nothing else at any time.
-    assert set(found) == {30, 40} and found == sorted(found)
+    # 40 is there once its last file is; before that, 30 is, and nothing else at any time. (Not
+    # always after as many operations: orbax writes from several threads.)
+    assert set(found) == {30, 40} and (found[0], found[-1]) == (30, 40)
     assert len(found) > 10
     measured("commits cut off in an object store", injected=cut, detected=cut, lost=0)
 
@@ -135,16 +136,25 @@ def test_a_quarantine_that_is_cut_off_is_done_again(store, cut):
     assert not (saved / "30").exists() and (saved / "quarantine").is_dir()
 
 
-def test_a_removal_that_is_cut_off_hides_no_good_step(store):
+def test_a_removal_that_is_cut_off_hides_no_good_step(store, tmp_path):
     saved = save_three(store.folder / "checkpoints")
-    checkpoints = open_checkpoints(saved)  # keeps three: 10 goes when 40 comes
-    step_files = sum(p.is_file() for p in (saved / "30").rglob("*"))
-    checkpoints.save(40, state_at(40), meta={"step": 40})
-    store.kill_after(2 * step_files + 2 + 3)  # the commit, the index, a part of the removal
-    with pytest.raises(Killed):
-        checkpoints.wait()
-    store.kill_after(-1)
-    checkpoints.close()
-    assert (saved / "10").exists() and (saved / "tmp.delete.10").exists()
+    good = store.mount(tmp_path / "good") / "checkpoints"
+    files = sum(p.is_file() for p in (saved / "30").rglob("*"))
+    # orbax writes from several threads, and not always in as many operations: after how many a part
+    # of step 10 is gone, which goes when 40 comes, is found by trying.
+    for cut in range(2 * files, 5 * files):
+        shutil.rmtree(saved)
+        shutil.copytree(good, saved)
+        checkpoints = open_checkpoints(saved)  # keeps three
+        store.kill_after(cut)
+        checkpoints.save(40, state_at(40), meta={"step": 40})
+        with pytest.raises(Killed):
+            checkpoints.wait()
+        store.kill_after(-1)
+        checkpoints.close()
+        if (saved / "10").exists() and (saved / "tmp.delete.10").exists():
+            break
+    else:
+        pytest.fail("no removal was cut off")
     assert restored(saved) == 40
     assert restored(saved) == 40

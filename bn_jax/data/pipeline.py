@@ -1,9 +1,9 @@
 """Batches for training and evaluation: config -> `open_data` -> `Data`.
 
 A batch is a dict: image uint8 [n, H, W, C] in 0..255, label int32 [n], mask bool [n] (False: this
-row holds no example), n being the rows of the global batch that this process holds. Training
-batches of a set in memory, in which no record can be bad, have no mask. What step k holds is a pure
-function of (seed, k), so nothing is saved but the step.
+row holds no example; not in training batches of a set in memory, whose records cannot be bad), n
+being the rows of the global batch that this process holds. What step k holds is a pure function of
+(seed, k), so nothing is saved but the step.
 """
 
 import os
@@ -35,8 +35,7 @@ class View:
 
 
 def open_data(config) -> "Data":
-    """The data set of a config. Raises ConfigError if it is not there or does not fit the
-    config."""
+    """The data set of a config. Raises ConfigError if it is not there or does not fit it."""
     source = open_source(config.data.name, config.data.dir, config.image_size)
     view = View(
         image_size=config.image_size,
@@ -68,8 +67,7 @@ class Data:
 
     Attributes: num_classes, image_shape (H, W, C), num_train, num_eval (examples), description (a
     line that states the set's limits), split (what the evaluated examples are called), held (those
-    examples), view (what training does to an image), class_names, masked (whether training batches
-    have a mask).
+    examples), view (what training does to an image), class_names, masked (so are training batches).
     """
 
     def __init__(self, source: sources.Source, view: View, *, shuffle: str, holdout: float = 0.0):
@@ -78,9 +76,9 @@ class Data:
         if holdout:
             source = hold_out(source, holdout)
         self._train, self.held = source.train, source.evaluation
-        # Random images have a mask: they stand for a set whose records can be bad.
-        in_memory = isinstance(source.train, sources.Arrays)
-        self.masked = not in_memory or isinstance(source.train, memory.Random)
+        # Random images stand for a set whose records can be bad.
+        whole = isinstance(source.train, sources.Arrays)
+        self.masked = not whole or isinstance(source.train, memory.Random)
         self._shards, self._shuffle, self.view = source.shards, shuffle, view
         self.num_classes = source.num_classes
         self.class_names = source.class_names or tuple(map(str, range(source.num_classes)))
@@ -130,8 +128,7 @@ class Data:
         )
 
     def evaluation(self, batch_size: int, rows: slice) -> Batches:
-        """The evaluation split in its stored order, every example once; the last batch is padded
-        with rows of mask False."""
+        """The evaluation split as stored, every example once; at the end padded (mask False)."""
         steps = -(-self.num_eval // batch_size)
 
         def batch(step: int) -> Batch:
@@ -155,9 +152,9 @@ class Data:
         """(images uint8 [N, H, W, C], labels int32 [N]) of the `train` or `evaluation` split,
         undistorted. Raises ConfigError if the set is not held in memory."""
         arrays = {"train": self._train, "evaluation": self.held}[split]
-        if not isinstance(arrays, sources.Arrays):
-            raise ConfigError(f"this set is not held in memory: {self.description}")
-        return arrays.materialize()
+        if isinstance(arrays, sources.Arrays):
+            return arrays.materialize()
+        raise ConfigError(f"this set is not held in memory: {self.description}")
 
     def _batch(self, step: int, batch_size: int, rows: slice, seed: int, mode: str) -> Batch:
         indices = order.batch_indices(
@@ -168,8 +165,8 @@ class Data:
     def _load(
         self, split: sources.Arrays | sources.Records, indices: np.ndarray, draws: np.ndarray | None
     ) -> Batch:
-        """The examples of these indices; without draws undistorted, of evaluation. Indices past
-        the end are padding."""
+        """The examples of these indices; without draws, of evaluation. Those past the end are
+        padding."""
         if isinstance(split, sources.Arrays):
             mask = indices < len(split)
             images, labels = split.take(np.where(mask, indices, 0))
@@ -206,8 +203,7 @@ class Data:
         return distort.photometric(images, draws, self.view.distortion, mask)
 
     def _ahead(self, steps: range, batch: Callable[[int], Batch], rows: slice) -> Batches:
-        """Prepares batches in threads, a bounded number ahead. In-memory sets need one thread
-        only."""
+        """Prepares batches in threads, a bounded number ahead; of sets in memory in one."""
         size = (rows.stop - rows.start) * int(np.prod(self.image_shape))
         ahead = max(2, min(64, PREFETCH_BYTES // size))
         threads = 1 if isinstance(self._train, sources.Arrays) else min(os.cpu_count() or 1, ahead)
@@ -217,8 +213,7 @@ class Data:
 def _check(
     split: sources.Arrays | sources.Records, shape: tuple[int, ...], view: View, description: str
 ) -> None:
-    """Raises ConfigError for an empty split, and for views that images held in memory do not
-    have."""
+    """Raises ConfigError for an empty split, and for views that images in memory do not have."""
     if not len(split):
         raise ConfigError(f"a split of the data set is empty: {description}")
     if not isinstance(split, sources.Arrays):
