@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -20,6 +21,8 @@ def run(main: Callable[[], None]) -> None:
         require_paths(sys.argv[1:])
         main()
     except UserError as error:
+        # What a thread still compiles is waited for: a second Ctrl-C ends that without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         fail("interrupted", 130)

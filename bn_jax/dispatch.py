@@ -80,14 +80,17 @@ class Prepared:
 
     def __init__(self, exp: Experiment, start: int, dispatch: int, beside: Callable[[], None]):
         self._feed = feed(exp, start, dispatch)
-        self._first = next(self._feed)
+        self._first: Any = next(self._feed)
         rest = (exp.hyper, np.uint32(exp.config.seed))
         self.rest = tuple(meshes.put_replicated(exp.mesh, tree) for tree in rest)
         arguments = (exp, dispatch, abstract_state(exp), *self._first, *self.rest)
-        threads, copy = ThreadPoolExecutor(2), contextvars.copy_context  # for what ops.plain sets
+        workers = 1 if jax.default_backend() == "gpu" else 2
+        threads, copy = ThreadPoolExecutor(workers), contextvars.copy_context  # for ops.plain
         self._program = threads.submit(copy().run, compile_step, *arguments)
         self._beside = threads.submit(copy().run, beside)
         threads.shutdown(wait=False)
+        if jax.default_backend() == "gpu":  # there XLA times kernels as it compiles: beside nothing
+            self._program.result()
 
     def program(self) -> Any:
         """The compiled training step, when all that was begun is ready; or the error it met."""
@@ -96,7 +99,8 @@ class Prepared:
 
     def batches(self) -> Iterator[tuple]:
         """As `feed` gives them."""
-        yield self._first
+        first, self._first = self._first, None
+        yield first
         yield from self._feed
 
 

@@ -26,6 +26,7 @@ class Evaluator:
         self._eval_batch: Any = None
         self._merge_batch: Any = None
         self._begun: concurrent.futures.Future | None = None
+        self._cancelled = False
 
     def begin(self) -> None:
         """Compiles in another thread, beside the first steps; `check` tells how it went."""
@@ -35,6 +36,10 @@ class Evaluator:
         threads = concurrent.futures.ThreadPoolExecutor(1)
         self._begun = threads.submit(with_context, self.compile)
         threads.shutdown(wait=False)
+
+    def cancel(self) -> None:
+        """Begins with no further program; the one that is being compiled is compiled to its end."""
+        self._cancelled = True
 
     def check(self, *, wait: bool = False) -> None:
         """Raises what `begin` met, if it has ended, or `wait` until it has."""
@@ -54,7 +59,7 @@ class Evaluator:
         self._eval_batch = programs.compiled(
             "evaluate", score, (*variables, batch), config, out_shardings=everywhere
         )
-        if not state.batch_stats:
+        if not state.batch_stats or self._cancelled:
             return
 
         batch = experiment.abstract_batch(exp, config["batch_size"], train=True)

@@ -1,8 +1,10 @@
 """Where the numbers of metrics.jsonl go besides: TensorBoard, Weights & Biases. Process 0 only."""
 
+import concurrent.futures
 import importlib.util
 import os
 import pathlib
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -46,24 +48,41 @@ def writers(
 
 
 class TensorBoard:
-    """Events in WORKDIR/tensorboard."""
+    """Events in WORKDIR/tensorboard.
+
+    tensorboardX imports torch where that is installed, for seconds: it is imported in another
+    thread from the first numbers on, and they wait for it.
+    """
 
     def __init__(self, workdir: pathlib.Path, resume_step: int):
         self._place = {"logdir": str(workdir / "tensorboard"), "purge_step": resume_step + 1}
+        self._waiting: list[tuple[str, float, int, float]] = []  # add_scalar's arguments
+        self._package: concurrent.futures.Future | None = None
         self._events: Any = None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """As `Writer` has it."""
-        if self._events is None:
-            import tensorboardX  # which imports torch where that is: 2 s, not before the first step
+        if self._package is None:
+            threads = concurrent.futures.ThreadPoolExecutor(1)
+            self._package = threads.submit(importlib.import_module, "tensorboardX")
+            threads.shutdown(wait=False)
+        self._waiting += [(name, value, step, time.time()) for name, value in scalars.items()]
+        if self._package.done():
+            self._flush()
 
-            self._events = tensorboardX.SummaryWriter(**self._place)
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+    def _flush(self) -> None:
+        if self._package is None:
+            return
+        if self._events is None:
+            self._events = self._package.result().SummaryWriter(**self._place)
+        for scalar in self._waiting:
+            self._events.add_scalar(*scalar)
+        self._waiting.clear()
 
     def close(self, status: str) -> None:
         """As `Writer` has it."""
         del status
+        self._flush()
         if self._events is not None:
             self._events.close()
 

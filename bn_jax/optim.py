@@ -1,7 +1,8 @@
 """Momentum SGD, exponential decay by examples seen, and L2 (paper section 4.2).
 
 The rate and its decay are data, not constants of the compiled program, so that networks which
-differ only in numbers (BN-x5, BN-x30, "decay 6 times faster") share one program.
+differ only in numbers (BN-x5, BN-x30, "decay 6 times faster") share one program. No L2 at all is
+another one.
 """
 
 import math

@@ -28,7 +28,8 @@ KEEP = 400  # files; the least recently used go first
 KEPT = "traced"  # folder within jax's cache of compiled programs
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # Fields of a config that no program is made from: what varies there is data, a shape or a loop's
-# length. Any other field, also one that is not thought of yet, makes another program.
+# length (or, where l2 is 0, an argument that is not there, which its key sees). Any other field,
+# also one that is not thought of yet, makes another program.
 NOT_TRACED = {
     *("name", "scale", "seed", "data", "record", "batch_size", "batch_per_device"),
     *("learning_rate", "decay_rate", "decay_examples", "l2", "momentum"),
@@ -43,7 +44,7 @@ SETTINGS = (
 )
 
 # Traced one after the other: side by side they take turns at Python's own lock, and the training
-# step, which is begun first and takes XLA longest, would be through last.
+# step, which is begun first as a rule and takes XLA longest, would be through last.
 _TRACING = threading.Lock()
 
 for _type in (step.TrainState, optim.Hyper, optax.TraceState):

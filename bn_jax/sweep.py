@@ -91,6 +91,7 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
         config = holder.value
     except (flags.Error, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ConfigError(command.reason(error)) from error
+    listing.check_fields(config)
     validate.check(config)
     with contextlib.redirect_stdout(io.StringIO()):  # each member says that it is shortened
         return smoke.shorten(config)

@@ -33,6 +33,8 @@ def run(
     """Trains `config` in `workdir`, or goes on where an earlier run of it stopped.
 
     watch: over the other processes, entered. draw: called with `workdir` at the end, on process 0.
+    Threads compile: jax's context managers around this call (`jax.enable_x64(True)`, ...) do not
+    reach them, jax.config and the environment do.
 
     Returns the last evaluation's scores. Raises ConfigError before anything is compiled or written,
     DivergedError, Preempted and the other errors of `bn_jax.errors` as they come.
@@ -50,7 +52,10 @@ def run(
         watch.follow(loop.place, loop.abandon)
         step, state = loop.start()
         with preempt.Signals(loop.dispatch) as signals:
-            scores = loop.run(step, state, signals)
+            try:
+                scores = loop.run(step, state, signals)
+            finally:
+                loop.evaluator.cancel()
         if draw is not None and jax.process_index() == 0:
             with records.timed("figures"):
                 draw(workdir)
@@ -130,7 +135,7 @@ class Loop:
             self.prepare(step)
 
     def prepare(self, step: int) -> None:
-        """Begins to compile what the dispatch after `step` needs, beside what comes before it."""
+        """Begins to compile what the dispatch after `step` needs; a new state is made meanwhile."""
         exp, data = self.exp, self.exp.data
         size = sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_state(exp).params))
         self.records.say(

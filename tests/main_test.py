@@ -67,6 +67,10 @@ OWN = [  # bodies of a config file of a user's own, and what the line says
         "c = bn_x30.get_config('digits').unlock(); c.seed = ConfigDict()",
         "Could not override field 'seed'",
     ),
+    (
+        "c = bn_x30.get_config('digits').unlock(); c.lerning_rate = 1.0",
+        "there is no field 'lerning_rate': did you mean 'learning_rate'?",
+    ),
     ("c = {}", "get_config() gives a dict, no ConfigDict: begin with a config of this package"),
 ]
 
@@ -87,6 +91,14 @@ def test_a_field_of_another_type_is_refused(value):
     with pytest.raises(ConfigError, match="^total_steps=.*: not of type int"):
         listing.check_fields(ConfigDict({**config, "total_steps": value}))
     listing.check_fields(ConfigDict({**config, "momentum": 0}))  # a whole number will do
+
+
+def test_elements_of_another_type_are_refused_and_an_unknown_model_is_left_to_validate():
+    config = bn_x30.get_config("digits")
+    record = {**config.record.to_dict(), "activations": (1,)}
+    with pytest.raises(ConfigError, match="^record.activations=.*: not of str alone"):
+        listing.check_fields(ConfigDict({**config.to_dict(), "record": record}))
+    listing.check_fields(ConfigDict({**config.to_dict(), "model": {"name": "MLP"}}))
 
 
 def test_without_imagenet_it_says_how_to_get_it(tmp_path):
