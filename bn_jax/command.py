@@ -4,6 +4,7 @@ import argparse
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -22,7 +23,8 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         # What a thread still compiles is waited for: a second Ctrl-C ends that without a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if threading.current_thread() is threading.main_thread():  # the watchdog ends a process, too
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         fail("interrupted", 130)
