@@ -23,7 +23,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         # What a thread still compiles is waited for: a second Ctrl-C ends that without a traceback.
-        if threading.current_thread() is threading.main_thread():  # the watchdog ends a process, too
+        if threading.current_thread() is threading.main_thread():  # not the watchdog
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         fail(str(error), error.exit_code)
     except KeyboardInterrupt:
