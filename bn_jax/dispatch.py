@@ -84,12 +84,12 @@ class Prepared:
         rest = (exp.hyper, np.uint32(exp.config.seed))
         self.rest = tuple(meshes.put_replicated(exp.mesh, tree) for tree in rest)
         arguments = (exp, dispatch, abstract_state(exp), *self._first, *self.rest)
-        workers = 1 if jax.default_backend() == "gpu" else 2
-        threads, copy = ThreadPoolExecutor(workers), contextvars.copy_context  # for ops.plain
+        alone = jax.default_backend() == "gpu"  # there XLA times kernels as it compiles
+        threads, copy = ThreadPoolExecutor(1 if alone else 2), contextvars.copy_context  # ops.plain
         self._program = threads.submit(copy().run, compile_step, *arguments)
         self._beside = threads.submit(copy().run, beside)
         threads.shutdown(wait=False)
-        if jax.default_backend() == "gpu":  # there XLA times kernels as it compiles: beside nothing
+        if alone:
             self._program.result()
 
     def program(self) -> Any:
