@@ -22,6 +22,7 @@ from bn_jax import command, disk, listing, models, optim, record, step, validate
 from bn_jax.checkpoint import Checkpoints
 from bn_jax.errors import ConfigError
 from bn_jax.weights import mapping, tensor_files
+from bn_jax.workdir import completed
 
 VARIANTS = {
     "caffe": "bninception of Caffe, as in Cadene's pretrained-models.pytorch",
@@ -56,7 +57,7 @@ def recorded_config(path: pathlib.Path, file: tensor_files.TensorFile) -> Config
             "the experiment that made it"
         )
     try:
-        return ConfigDict(json.loads(file.metadata["config"])).lock()
+        return ConfigDict(completed(json.loads(file.metadata["config"]))).lock()
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: its config is damaged ({error}); give --config") from None
 

@@ -103,7 +103,8 @@ class ConvBN(nn.Module):
     a bias. The inputs of the normalization and of the nonlinearity are sown into `activations`, as
     `pre_bn` and `input`, where that collection is mutable (but not by `init`).
 
-    `convolve` takes the arguments of `ops.conv` and returns W u.
+    `convolve` takes the arguments of `ops.conv` and returns W u. `precision` is that of the
+    convolution, as `lax.conv_general_dilated` takes it.
     """
 
     features: int
@@ -116,6 +117,7 @@ class ConvBN(nn.Module):
     dtype: Any = None
     feature_group_count: int = 1
     convolve: Callable = ops.conv
+    precision: Any = None
 
     @nn.compact
     def __call__(self, x, *, train: bool, mask=None):
@@ -128,6 +130,7 @@ class ConvBN(nn.Module):
             feature_group_count=self.feature_group_count,
             use_bias=self.norm is None,
             dtype=self.dtype,
+            precision=self.precision,
             kernel_init=self.kernel_init,
             conv_general_dilated=self.convolve,
             name="conv",

@@ -99,11 +99,12 @@ def conv(
     )
 
 
-def products(x: jax.Array, kernels: Sequence[jax.Array]) -> list[jax.Array]:
+def products(x: jax.Array, kernels: Sequence[jax.Array], precision: Any = None) -> list[jax.Array]:
     """1x1 convolutions of one x [N, H, W, C] with kernels [1, 1, C, features], as one product."""
     merged = jnp.concatenate(kernels, axis=-1)
     merged = merged.astype(jnp.promote_types(merged.dtype, x.dtype))
-    y = conv(x, merged, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    y = conv(x, merged, (1, 1), "SAME", dimension_numbers=numbers, precision=precision)
     ends = itertools.accumulate(kernel.shape[-1] for kernel in kernels)
     return jnp.split(y, list(ends)[:-1], axis=-1)
 

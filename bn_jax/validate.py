@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from bn_jax import optim
 from bn_jax.errors import ConfigError
-from bn_jax.models import ACTIVATIONS
+from bn_jax.models import ACTIVATIONS, PRECISIONS
 from bn_jax.models.fig5 import TABLE, VARIANTS
 
 MODELS = ("inception", "mlp")
@@ -68,6 +68,7 @@ def _network(config: ConfigDict) -> None:
     _choice(config, "activation", tuple(ACTIVATIONS))
     _choice(config, "norm", NORMS)
     _choice(config, "dtype", DTYPES)
+    _choice(config, "precision", tuple(PRECISIONS))
     _number(config, "dropout", 0, 1, high_open=True, hint="0.4 in Inception, 0 for none")
     _choice(config, "model.name", MODELS)
     if config.model.name == "mlp":

@@ -36,6 +36,7 @@ ADDED = {
     "learning_rate_scaling": "none",
     "warmup_examples": 0.0,
     "record.wandb": False,
+    "precision": "default",
 }
 
 # Of run.json's info.data; the description may name a folder, which may change.

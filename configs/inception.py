@@ -43,6 +43,7 @@ def get_config(scale: str = "imagenet") -> ConfigDict:
     config.dropout = 0.4  # share of features dropped before the classifier (GoogLeNet, sec. 5)
     config.lrn = True  # local response normalization in the stem (GoogLeNet; removed by 4.2.1)
     config.dtype = "float32"  # of the computation: float32 | bfloat16 (statistics stay float32)
+    config.precision = "default"  # of float32 products: default | high | highest (experiments.md)
     config.image_size = 224  # pixels, height and width (4.2)
     config.model = ConfigDict()
     config.model.name = "inception"  # inception | mlp

@@ -43,6 +43,7 @@ def get_config(scale: str = "mnist") -> ConfigDict:
     config.dropout = 0.0  # share of features dropped before the classifier
     config.lrn = False  # local response normalization: not in this network
     config.dtype = "float32"  # of the computation: float32 | bfloat16
+    config.precision = "default"  # of float32 products: default | high | highest (experiments.md)
     config.image_size = 28  # pixels, height and width (4.1)
     config.model = ConfigDict()
     config.model.name = "mlp"  # inception | mlp

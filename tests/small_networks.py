@@ -32,6 +32,7 @@ def variables(config: ConfigDict, classes: int, shape, seed: int = 0):
 def network(config: ConfigDict, classes: int, channels: int, seed: int = 0) -> Network:
     """A network to export."""
     shape = (config.image_size, config.image_size, channels)
+    config.precision = "highest"  # as `weights.network.load` has it
     found = variables(config, classes, shape, seed)
     if not found["batch_stats"]:
         del found["batch_stats"]

@@ -1,38 +1,10 @@
-"""The shape of the source: sizes of files and functions, who may import whom, the list of files."""
+"""The shape of the source: who may import whom, and the list of files."""
 
 import ast
 import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FOLDERS = ("bn_jax", "configs", "tests", "benchmarks")
-SOURCES = [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")]
-FILE, FUNCTION = 250, 80  # lines, at most
-
-
-def too_long(source: str) -> list[str]:
-    """What is longer than the limits: the file, or a function from its `def` to its last line."""
-    lines = len(source.splitlines())
-    found = [f"{lines} lines"] if lines > FILE else []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            size = node.end_lineno - node.lineno + 1
-            found += [f"{node.name}: {size} lines"] if size > FUNCTION else []
-    return found
-
-
-def test_limits_of_files_and_functions():
-    assert len(SOURCES) > 150
-    long = {str(f.relative_to(ROOT)): too_long(f.read_text()) for f in SOURCES}
-    assert {f: found for f, found in long.items() if found} == {}
-
-
-def test_what_is_too_long_is_found():
-    body = "    x = 1\n"
-    assert too_long("def f():\n" + body * 79) == []
-    assert too_long("def f():\n" + body * 80) == ["f: 81 lines"]
-    assert too_long("x = 1\n" * 250) == [] and too_long("x = 1\n" * 251) == ["251 lines"]
 
 
 def modules() -> dict[str, pathlib.Path]:

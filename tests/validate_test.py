@@ -48,6 +48,7 @@ WRONG = [
     ("bn_x30:digits", {"activation": "gelu"}, "activation='gelu': unknown; choose from relu"),
     ("bn_x30:digits", {"norm": "layer_norm"}, "norm='layer_norm': unknown"),
     ("bn_x30:digits", {"dtype": "float16"}, "dtype='float16': unknown"),
+    ("bn_x30:digits", {"precision": "tf32"}, "choose from default, high, highest"),
     ("bn_x30:digits", {"dropout": 1.0}, "dropout=1.0: not in [0, 1)"),
     ("bn_x30:digits", {"dropout": -0.1}, "dropout=-0.1"),
     ("bn_x30:digits", {"image_size": 8}, "image_size=8: not a whole number from 16 to 4096"),

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 from ml_collections import ConfigDict
 
 from bn_jax.layers import BatchNorm
@@ -13,6 +14,12 @@ from bn_jax.models.init import Gaussian
 from bn_jax.models.mlp import Mlp
 
 ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid}
+# Of products and convolutions. None leaves it to XLA's default, and to jax's own setting.
+PRECISIONS = {
+    "default": None,
+    "high": lax.Precision.HIGH,
+    "highest": lax.Precision.HIGHEST,
+}
 
 
 def build(config: ConfigDict, num_classes: int) -> nn.Module:
@@ -28,6 +35,7 @@ def build(config: ConfigDict, num_classes: int) -> nn.Module:
         "activation": ACTIVATIONS[config.activation],
         "dropout": config.dropout,
         "dtype": dtype,
+        "precision": PRECISIONS[config.precision],
     }
     if config.model.name == "mlp":
         return Mlp(

@@ -39,6 +39,7 @@ class Block(nn.Module):
     conv: Callable[..., Any]
     width: float
     symmetric: bool
+    precision: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
@@ -86,7 +87,7 @@ class Block(nn.Module):
         names += ["conv_3x3_reduce", "double_3x3_reduce"]
         names += ["pool_proj"] if self.row.pool == "avg" else []
         kernels: list[Any] = [self.get_variable("params", name)["conv"]["kernel"] for name in names]
-        return dict(zip(names, ops.products(x, kernels), strict=True))
+        return dict(zip(names, ops.products(x, kernels, self.precision), strict=True))
 
 
 class AuxiliaryHead(nn.Module):
@@ -101,6 +102,7 @@ class AuxiliaryHead(nn.Module):
     activation: Callable[[jax.Array], jax.Array]
     width: float
     dtype: Any
+    precision: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -112,10 +114,11 @@ class AuxiliaryHead(nn.Module):
             scaled(1024, self.width),
             kernel_init=Gaussian(),
             dtype=self.dtype,
+            precision=self.precision,
             name="dense",
         )(x.reshape(x.shape[0], -1))
         x = nn.Dropout(0.7, deterministic=False)(self.activation(x.astype(self.dtype)))
-        return classifier(self.num_classes, self.dtype)(x).astype(jnp.float32)
+        return classifier(self.num_classes, self.dtype, self.precision)(x).astype(jnp.float32)
 
 
 class Inception(PooledInit):
@@ -127,7 +130,7 @@ class Inception(PooledInit):
     activation instead of per feature map (4.2.3). dropout: share of features dropped before the
     classifier. lrn: local response normalization after pool1 and conv2_3x3 (GoogLeNet). aux: two
     auxiliary heads, after 4a and 4d. kernel_init: of the convolutions. dtype: of the computation;
-    parameters are float32.
+    parameters are float32. precision: of every product and convolution, as lax takes it.
     """
 
     num_classes: int
@@ -143,6 +146,7 @@ class Inception(PooledInit):
     dtype: Any = jnp.float32
     project_4cd: int | None = None
     separable_stem: bool | None = None
+    precision: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> Any:
@@ -158,6 +162,7 @@ class Inception(PooledInit):
             activation=self.activation,
             kernel_init=self.kernel_init,
             dtype=self.dtype,
+            precision=self.precision,
         )
         variant = VARIANTS[self.variant]
         x = self._stem(self._pixels(images), conv, train=train, mask=mask)
@@ -169,7 +174,7 @@ class Inception(PooledInit):
             local = conv
             if name in self.per_activation and self.norm is not None:
                 local = partial(conv, norm=partial(self.norm, axis=(1, 2, 3)))
-            x = Block(row, local, self.width, variant.symmetric, name=name)(
+            x = Block(row, local, self.width, variant.symmetric, self.precision, name=name)(
                 x, train=train, mask=mask
             )
             if self.aux and train and row.name in ("4a", "4d"):
@@ -179,12 +184,13 @@ class Inception(PooledInit):
                     self.activation,
                     self.width,
                     self.dtype,
+                    self.precision,
                     name=f"aux_{row.name}",
                 )
                 aux.append(head(x))
         x = jnp.mean(x, axis=(1, 2))  # Fig. 5's average pool covers the whole map
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        logits = classifier(self.num_classes, self.dtype)(x)
+        logits = classifier(self.num_classes, self.dtype, self.precision)(x)
         logits = logits.astype(jnp.promote_types(jnp.float32, self.dtype))
         return (logits, tuple(aux)) if aux else logits
 
@@ -212,6 +218,7 @@ class Inception(PooledInit):
                 use_bias=False,
                 kernel_init=self.kernel_init,
                 dtype=self.dtype,
+                precision=self.precision,
                 conv_general_dilated=ops.conv,
                 name="conv1_7x7_depthwise",
             )(x)
@@ -241,9 +248,15 @@ def strided_3x3(stride: int, symmetric: bool) -> dict[str, Any]:
     return {"strides": (stride, stride), "padding": [(1, 1)] * 2 if symmetric else "SAME"}
 
 
-def classifier(num_classes: int, dtype: Any) -> nn.Module:
+def classifier(num_classes: int, dtype: Any, precision: Any) -> nn.Module:
     """The last layer, linear with a bias; called `classifier` in the parameters."""
-    return mixed.Dense(num_classes, kernel_init=Gaussian(), dtype=dtype, name="classifier")
+    return mixed.Dense(
+        num_classes,
+        kernel_init=Gaussian(),
+        dtype=dtype,
+        precision=precision,
+        name="classifier",
+    )
 
 
 def _first(override: Any, default: Any) -> Any:

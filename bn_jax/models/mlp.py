@@ -15,6 +15,7 @@ class DenseBN(nn.Module):
     """g(BN(W u)) or, without `norm`, g(W u + b): BN goes before the nonlinearity and replaces b.
 
     norm: called as norm(name="bn")(x, use_running_average=..., mask=...), or None.
+    precision: of the product, as `lax.dot_general` takes it.
     Recorded when the collection `activations` is mutable: `pre_bn` [N, features] (W u, only where
     there is BN) and `input` [N, features], the input of the nonlinearity.
     """
@@ -24,6 +25,7 @@ class DenseBN(nn.Module):
     activation: Callable[[jax.Array], jax.Array]
     kernel_init: Any
     dtype: Any = jnp.float32
+    precision: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
@@ -33,6 +35,7 @@ class DenseBN(nn.Module):
             use_bias=self.norm is None,
             kernel_init=self.kernel_init,
             dtype=self.dtype,
+            precision=self.precision,
             name="dense",
         )(x)
         x = x.astype(self.dtype)  # a float32 bias widens it
@@ -48,6 +51,7 @@ class Mlp(PooledInit):
 
     widths: units of the hidden layers. threshold: share of full intensity above which a pixel is 1.
     kernel_init: of every layer, the classifier included ("small random Gaussian values").
+    precision: of every product, as `lax.dot_general` takes it.
     """
 
     num_classes: int = 10
@@ -58,6 +62,7 @@ class Mlp(PooledInit):
     threshold: float = 0.5
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    precision: Any = None
 
     @nn.compact
     def __call__(
@@ -75,10 +80,15 @@ class Mlp(PooledInit):
                 self.activation,
                 self.kernel_init,
                 self.dtype,
+                self.precision,
                 name=f"dense_{i}",
             )(x, train=train, mask=mask)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         logits = mixed.Dense(
-            self.num_classes, kernel_init=self.kernel_init, dtype=self.dtype, name="classifier"
+            self.num_classes,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            precision=self.precision,
+            name="classifier",
         )(x)
         return logits.astype(jnp.promote_types(jnp.float32, self.dtype))

@@ -86,8 +86,7 @@ def _run_tensors(file: tensor_files.TensorFile, config: Any, images: np.ndarray)
     model = models.build(config, classes)
 
     def logits(images: jax.Array) -> Any:
-        with jax.default_matmul_precision("highest"):
-            return model.apply(variables, images, train=False)
+        return model.apply(variables, images, train=False)
 
     return np.asarray(jax.jit(logits)(images))
 

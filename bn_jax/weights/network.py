@@ -18,7 +18,8 @@ from bn_jax.workdir import read_run
 class Network(NamedTuple):
     """A trained or imported network.
 
-    config: its own. model, variables: in float32, with `batch_stats` where it has BN.
+    config: its own. model, variables: in float32 of the highest precision, with `batch_stats` where
+    it has BN.
     image_shape: [H, W, C] of uint8 pixels in 0..255. statistics: where `batch_stats` come from
     (population, running, none). about: run, step and origin, as texts.
     """
@@ -33,9 +34,7 @@ class Network(NamedTuple):
 
     def logits(self, images: Any) -> Any:
         """Inference: images [N, H, W, C] to logits float32 [N, classes]. For `jax.jit`."""
-        # A TPU, and a GPU in convolutions, would otherwise round the factors to fewer digits.
-        with jax.default_matmul_precision("highest"):
-            return self.model.apply(self.variables, images, train=False)
+        return self.model.apply(self.variables, images, train=False)
 
     def preprocessing(self) -> str:
         """What the network does to the pixels first, in words."""
@@ -82,7 +81,8 @@ def load(
     about = {"experiment": exp.config.name, "step": str(member.about["step"])}
     if origin is not None:
         about |= {f"imported_{name}": value for name, value in origin.items()}
-    config = _changed(exp.config, dtype="float32")
+    # A TPU and a GPU would otherwise round the factors to fewer digits than the file's readers do.
+    config = _changed(exp.config, dtype="float32", precision="highest")
     variables = {"params": member.params}
     if member.batch_stats:
         variables["batch_stats"] = member.batch_stats
