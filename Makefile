@@ -66,8 +66,8 @@ bench: setup  ## benchmarks on this machine, under 20 minutes; PyTorch takes par
 # Each of the two processes begins with one half of the tests, in this order, and the first to be
 # through takes from the other's. What is promised by the clock is held before, alone; the table at
 # the end, of the rows in BN_JAX_FAULTS, is of all.
-FAULTS := kill resume divergence kill_wait refusal checkpoint damage object_store shelf \
-  watchdog reproducible distributed preempt fingerprint checkpoint_wait disk ledger lock safety workdir
+FAULTS := workdir/kill resume divergence workdir/kill_wait refusal workdir/checkpoint workdir/damage workdir/object_store workdir/shelf \
+  distributed/watchdog experiment/reproducible distributed/processes distributed/preempt data/fingerprint workdir/checkpoint_wait workdir/files workdir/timing workdir/lock safety workdir/guard
 faults: export BN_JAX_FAULTS := $(abspath $(VENV))/.faults
 faults: setup  ## every fault injection, with a table of injected / detected / lost
 	@rm -f $(BN_JAX_FAULTS)

@@ -89,7 +89,7 @@ def hardware() -> str:
 
 def machine() -> dict[str, Any]:
     """Hardware, versions, allocator, commit and load, as every record carries them."""
-    from bn_jax import provenance  # it imports jax, which reads what use_threads has set
+    from bn_jax.workdir import provenance  # it imports jax, which reads what use_threads has set
 
     tuned = os.environ.get("GLIBC_TUNABLES") == MALLOC
     return {
@@ -106,7 +106,7 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str:
     """The checkout's commit, with a + where files were changed after it."""
-    from bn_jax import provenance
+    from bn_jax.workdir import provenance
 
     source = provenance.source()
     return source.get("commit", "unknown")[:12] + ("+" if source.get("dirty") else "")

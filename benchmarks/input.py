@@ -23,7 +23,8 @@ from collections.abc import Callable
 import numpy as np
 import simplejpeg
 
-from bn_jax.data import crops, decode, distort, example, imagenet, order, pipeline, tfds, tfrecord
+from bn_jax.data import crops, decode, distort, order, pipeline, tfds
+from bn_jax.prepare import imagenet
 
 SIZE, BATCH = 224, 32
 Run = Callable[[int], int]  # round -> images read
@@ -120,13 +121,13 @@ def write_set(files: list[bytes], folder: pathlib.Path, file_format: str) -> pat
     """The files as a set in TFDS' format; the folder."""
     folder.mkdir()
     records = [
-        example.serialize({"image": f, "label": k % 1000, "file_name": b"%d" % k})
+        tfds.serialize({"image": f, "label": k % 1000, "file_name": b"%d" % k})
         for k, f in enumerate(files)
     ]
     for split in ("train", "validation"):
         path = folder / f"imagenet2012-{split}.{file_format}-00000-of-00001"
         if file_format == "tfrecord":
-            tfrecord.write(path, records)
+            tfds.write(path, records)
         else:
             from array_record.python import array_record_module
 

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from bn_jax import models, ops, optim, step
+from bn_jax import models, ops, optim
 from bn_jax.layers import BatchNorm, ConvBN
+from bn_jax.step import init_state, train_step
 from configs import bn_x30
 
 LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
@@ -72,7 +73,7 @@ def compile_step(model, pixels: int, channels: int, batch: int, options=None) ->
     def shape(*dims, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(dims, dtype)
 
-    state = jax.eval_shape(lambda: step.init_state(model, 0, (pixels, pixels, channels)))
+    state = jax.eval_shape(lambda: init_state(model, 0, (pixels, pixels, channels)))
     examples = {
         "image": shape(batch, pixels, pixels, channels, dtype=jnp.uint8),
         "label": shape(batch, dtype=jnp.int32),
@@ -80,7 +81,7 @@ def compile_step(model, pixels: int, channels: int, batch: int, options=None) ->
     }
     hyper = optim.Hyper(*(shape() for _ in range(5)))
     start = time.perf_counter()
-    lowered = jax.jit(functools.partial(step.train_step, model=model), donate_argnums=0).lower(
+    lowered = jax.jit(functools.partial(train_step, model=model), donate_argnums=0).lower(
         state, examples, hyper, shape(dtype=np.uint32)
     )
     program = lowered.compile(compiler_options=options)
@@ -90,7 +91,7 @@ def compile_step(model, pixels: int, channels: int, batch: int, options=None) ->
 
 def runner(program: Program, model, pixels: int, channels: int, batch: int, classes: int):
     """A function () -> loss that takes one step; every side starts from the same weights."""
-    state = jax.jit(lambda: step.init_state(model, 0, (pixels, pixels, channels)))()
+    state = jax.jit(lambda: init_state(model, 0, (pixels, pixels, channels)))()
     rng = np.random.default_rng(0)
     examples = {
         "image": rng.integers(0, 256, (batch, pixels, pixels, channels), dtype=np.uint8),

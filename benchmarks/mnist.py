@@ -25,16 +25,18 @@ class Ours:
     """The trainer's compiled steps of one experiment."""
 
     def __init__(self, config: Any):
-        from bn_jax import dispatch, experiment, step
+        from bn_jax import train
+        from bn_jax.experiment import build
+        from bn_jax.step import init_state
 
-        self.exp = experiment.build(config)
+        self.exp = build.build(config)
         self.config = config
-        self.state = step.init_state(self.exp.model, config.seed, self.exp.data.image_shape)
-        self.fed = dispatch.feed(self.exp, 0, config.steps_per_dispatch)
+        self.state = init_state(self.exp.model, config.seed, self.exp.data.image_shape)
+        self.fed = train.feed(self.exp, 0, config.steps_per_dispatch)
         rest = (self.exp.hyper, np.int32(config.seed))
         first = next(self.fed)
         k = config.steps_per_dispatch
-        self.program = dispatch.compile_step(self.exp, k, self.state, *first, *rest)
+        self.program = train.compile_step(self.exp, k, self.state, *first, *rest)
         self.first, self.rest = first, rest
 
     def weights(self) -> Any:

@@ -47,19 +47,20 @@ class Side:
         import numpy as np
         from ml_collections import ConfigDict
 
-        from bn_jax import dispatch, experiment
-        from bn_jax import mesh as meshes
+        from bn_jax import train
+        from bn_jax.distributed import mesh
+        from bn_jax.experiment import build
 
         config = ConfigDict(exp.config.to_dict())
         config.reproducible = reproducible
         exp = exp._replace(config=config)
-        everywhere = meshes.replicated(exp.mesh)
-        init = jax.jit(lambda: experiment.initial_state(exp), out_shardings=everywhere)
+        everywhere = mesh.replicated(exp.mesh)
+        init = jax.jit(lambda: build.initial_state(exp), out_shardings=everywhere)
         self.state, self.seconds = init(), []  # wall and CPU seconds of every step
-        self.batches = [meshes.put_batch(exp.mesh, b, config.batch_size) for b in batches]
-        self.rest = meshes.put_replicated(exp.mesh, (exp.hyper, np.uint32(config.seed)))
+        self.batches = [mesh.put_batch(exp.mesh, b, config.batch_size) for b in batches]
+        self.rest = mesh.put_replicated(exp.mesh, (exp.hyper, np.uint32(config.seed)))
         start = time.process_time()
-        self.program = dispatch.compile_step(exp, 1, self.state, self.batches[0], *self.rest)
+        self.program = train.compile_step(exp, 1, self.state, self.batches[0], *self.rest)
         self.compile_seconds = time.process_time() - start
 
     def step(self) -> None:
@@ -94,8 +95,8 @@ def main() -> None:
     import jax
     from absl import flags as absl_flags
 
-    from bn_jax import experiment
-    from bn_jax import mesh as meshes
+    from bn_jax.distributed import mesh
+    from bn_jax.experiment import build
     from configs import bn_x30
 
     absl_flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
@@ -105,7 +106,7 @@ def main() -> None:
         changes = {"model.width": 1 / 16, "batch_size": 8, "bn.group_size": 4}
         config.update_from_flattened_dict(changes | {"record.activation_examples": 8})
     steps = 1 if args.smoke else args.steps
-    exp = experiment.build(config.lock())
+    exp = build.build(config.lock())
     size = config.batch_size
     batches = [exp.data.train_batch(k, size, slice(0, size), 0) for k in range(steps + 1)]
     print(
@@ -119,7 +120,7 @@ def main() -> None:
     )
     first: list[Any] = []
     for count in counts:
-        here = exp._replace(mesh=meshes.make(jax.devices()[:count]))
+        here = exp._replace(mesh=mesh.make(jax.devices()[:count]))
         sides = [Side(here, batches, kind) for kind in (False, True)]
         for side in sides:
             side.step()  # warm-up

@@ -92,7 +92,9 @@ def compile_here(target: str, args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     from jax.experimental import topologies
 
-    from bn_jax import dispatch, experiment, mesh
+    from bn_jax import train
+    from bn_jax.distributed import mesh
+    from bn_jax.experiment import build
 
     tpu = ":" in target
     versions = [f"jax {jax.__version__}", f"commit {fair.commit()}"]
@@ -102,12 +104,12 @@ def compile_here(target: str, args: argparse.Namespace) -> dict[str, Any]:
         chip = {"chip_config_name": "megacore"} if target.startswith(("v4", "v5p")) else {}
         devices = topologies.get_topology_desc(target, "tpu", **chip).devices
     config = step_config(len(devices), args)
-    exp = experiment.build(config)._replace(mesh=mesh.make(list(devices)))
-    state = experiment.abstract_state(exp)
-    batch = experiment.abstract_batch(exp, config.batch_size, train=False)
+    exp = build.build(config)._replace(mesh=mesh.make(list(devices)))
+    state = build.abstract_state(exp)
+    batch = build.abstract_batch(exp, config.batch_size, train=False)
     hyper = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), np.float32), exp.hyper)
     start = time.perf_counter()
-    function, shardings = dispatch.training_step(exp, 1)
+    function, shardings = train.training_step(exp, 1)
     lowered = jax.jit(function, donate_argnums=0, **shardings).lower(state, batch, hyper, 0)
     # Of the machine code nothing is read: HLO, and with it collectives and memory, stays the same.
     fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

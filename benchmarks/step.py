@@ -34,9 +34,10 @@ class Ours:
         import optax
 
         from benchmarks import plain_flax
-        from bn_jax import ops, optim, step
+        from bn_jax import ops, optim
         from bn_jax.layers import BatchNorm, fresh_stats
         from bn_jax.models.inception import Inception
+        from bn_jax.step import TrainState, train_step
 
         norm: Any = functools.partial(BatchNorm, epsilon=EPSILON)
         if plain:
@@ -47,10 +48,10 @@ class Ours:
         if plain:  # Flax's statistics have no count of updates
             stats = without_count(stats)
         velocity = optax.TraceState(trace=jax.tree.map(jax.numpy.zeros_like, params))
-        self.state = step.TrainState(np.int32(0), params, stats, velocity)
+        self.state = TrainState(np.int32(0), params, stats, velocity)
         numbers = (RATE, 1.0, 1e7, L2, MOMENTUM)
         self.rest = (batch, optim.Hyper(*map(np.float32, numbers)), np.uint32(1))
-        function = jax.jit(functools.partial(step.train_step, model=model), donate_argnums=0)
+        function = jax.jit(functools.partial(train_step, model=model), donate_argnums=0)
         start = time.perf_counter()
         if plain:
             with ops.plain():
@@ -142,14 +143,14 @@ def make_sides(batch: dict[str, np.ndarray], size: int, width: float) -> dict[st
     """All sides that can be had here, on one set of weights; PyTorch's network has one width."""
     import jax
 
-    from bn_jax import step
     from bn_jax.layers import BatchNorm
     from bn_jax.models.inception import Inception
+    from bn_jax.step import init_state
     from bn_jax.weights import mapping
 
     norm = functools.partial(BatchNorm, epsilon=EPSILON)
     model = Inception(1000, width=width, variant="caffe", norm=norm)
-    like = jax.eval_shape(lambda: step.init_state(model, 0, (size, size, 3)))
+    like = jax.eval_shape(lambda: init_state(model, 0, (size, size, 3)))
     try:
         import torch
 
@@ -157,7 +158,7 @@ def make_sides(batch: dict[str, np.ndarray], size: int, width: float) -> dict[st
     except ImportError:
         net = None
     if net is None:
-        state = jax.jit(lambda: step.init_state(model, 0, (size, size, 3)))()
+        state = jax.jit(lambda: init_state(model, 0, (size, size, 3)))()
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         names = {"bn_jax": False, "plain Flax": True}
         return {name: Ours(variables, batch, width, plain) for name, plain in names.items()}

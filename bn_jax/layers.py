@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bn_jax import batch_norm, mixed, ops
+from bn_jax import batch_norm, ops
+from bn_jax.ops import mixed
 
 
 class BatchNorm(nn.Module):
@@ -244,3 +246,38 @@ def _fold_tree(params, stats, epsilon, path):
         layer["kernel"], bias, scale, offset, _stats(stats["bn"]), epsilon=epsilon
     )
     return folded | {linear[0]: {**layer, "kernel": kernel, "bias": bias}}
+
+
+class DenseBN(nn.Module):
+    """g(BN(W u)) or, without `norm`, g(W u + b): BN goes before the nonlinearity and replaces b.
+
+    norm: called as norm(name="bn")(x, use_running_average=..., mask=...), or None.
+    precision: of the product, as `lax.dot_general` takes it.
+    Recorded when the collection `activations` is mutable: `pre_bn` [N, features] (W u, only where
+    there is BN) and `input` [N, features], the input of the nonlinearity.
+    """
+
+    features: int
+    norm: Callable[..., Any] | None
+    activation: Callable[[jax.Array], jax.Array]
+    kernel_init: Any
+    dtype: Any = jnp.float32
+    precision: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
+        """[N, inputs] to [N, features]; mask: bool [N]."""
+        x = mixed.Dense(
+            self.features,
+            use_bias=self.norm is None,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            precision=self.precision,
+            name="dense",
+        )(x)
+        x = x.astype(self.dtype)  # a float32 bias widens it
+        if self.norm is not None:
+            self.sow("activations", "pre_bn", x)
+            x = self.norm(name="bn")(x, use_running_average=not train, mask=mask)
+        self.sow("activations", "input", x)
+        return self.activation(x)

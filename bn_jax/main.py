@@ -8,8 +8,9 @@ import pathlib
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from bn_jax import command, listing
+from bn_jax import errors
 from bn_jax.errors import ConfigError
+from bn_jax.experiment.config import check_fields, experiments, resolve, run_name
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment file, with a scale after a colon: configs/bn_x30.py:digits"
@@ -27,34 +28,38 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise ConfigError(f"unexpected argument {argv[1]!r}: options are written --name=value")
     if _LIST.value:
-        print(listing.experiments())
+        print(experiments())
         return
     config = _CONFIG.value
     if config is None:
         raise ConfigError("--config=configs/NAME.py[:SCALE] is needed; --list names them")
-    listing.check_fields(config)
-    from bn_jax import smoke, validate  # later imports take seconds: are they needed?
+    check_fields(config)
+    from bn_jax.experiment.config import (  # later imports take seconds: are they needed?
+        check,
+        shorten,
+    )
 
-    validate.check(config)
-    config = smoke.shorten(config)
-    workdir = pathlib.Path(_WORKDIR.value or f"runs/{listing.run_name(config)}")
+    check(config)
+    config = shorten(config)
+    workdir = pathlib.Path(_WORKDIR.value or f"runs/{run_name(config)}")
     if _DRY_RUN.value:
         print(f"{config}\nworkdir: {workdir}")
         if config.batch_per_device:
             each = config.batch_per_device
             print(f"on N devices batch_size is {each} x N, and there are fewer steps by as much")
         return
-    from bn_jax import mesh, train
-    from bn_jax.watchdog import Watchdog
+    from bn_jax import train
+    from bn_jax.distributed import startup
+    from bn_jax.distributed.watchdog import Watchdog
 
     def draw(folder: pathlib.Path) -> None:
-        from bn_jax import figures  # with matplotlib: at the end, not before the first step
+        from bn_jax.figures import run  # with matplotlib: at the end, not before the first step
 
-        for path in figures.draw_run(folder, folder / "figures"):
+        for path in run.draw_run(folder, folder / "figures"):
             print(path)
 
-    mesh.use_compilation_cache()
-    mesh.initialize()
+    startup.use_compilation_cache()
+    startup.initialize()
     with Watchdog() as watch:
         train.run(config, workdir, watch, draw)
 
@@ -62,17 +67,17 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> list[str]:
     """absl's parsing, with one line and exit code 2 for everything that can be wrong in it."""
     try:
-        return flags.FLAGS(listing.resolve(argv))
+        return flags.FLAGS(resolve(argv))
     except SystemExit:  # --help has been printed; absl ends with 1
         raise SystemExit(0) from None
     except SyntaxError as error:  # of a --config that is no Python
-        command.fail(f"--config: {error}", ConfigError.exit_code)
+        errors.fail(f"--config: {error}", ConfigError.exit_code)
     except flags.UnrecognizedFlagError as error:
-        command.fail(f"{str(error).rstrip(' ?')}; --help names the options", ConfigError.exit_code)
+        errors.fail(f"{str(error).rstrip(' ?')}; --help names the options", ConfigError.exit_code)
     except (flags.Error, ConfigError, ValueError, TypeError, LookupError, AttributeError) as error:
-        command.fail(command.reason(error), ConfigError.exit_code)
+        errors.fail(errors.reason(error), ConfigError.exit_code)
 
 
 if __name__ == "__main__":
     app.define_help_flags()
-    command.run(lambda: app.run(main, flags_parser=parse))
+    errors.run_command(lambda: app.run(main, flags_parser=parse))

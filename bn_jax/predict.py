@@ -18,11 +18,15 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from bn_jax import command, ensemble, evaluate, experiment
-from bn_jax import mesh as meshes
+from bn_jax import errors
 from bn_jax.data import decode, views
+from bn_jax.distributed import startup
 from bn_jax.errors import ConfigError, DataError
-from bn_jax.experiment import Experiment
+from bn_jax.evaluate import ensemble
+from bn_jax.evaluate import members as evaluate
+from bn_jax.evaluate.members import Member, workdirs
+from bn_jax.experiment import build
+from bn_jax.experiment.build import Experiment
 
 TOP = 5
 _AT_ONCE = 64  # pictures that are held in memory
@@ -88,10 +92,10 @@ def show(name: str, found: list[dict[str, Any]], as_json: bool) -> None:
         print(f"  {100 * entry['probability']:6.2f}%  {entry['name']}", flush=True)
 
 
-def load(run: pathlib.Path, statistics: str) -> ensemble.Member:
+def load(run: pathlib.Path, statistics: str) -> Member:
     """A trained network, without its data set where that is not needed. Raises ConfigError for a
     folder without a run, CheckpointError for a run without a checkpoint."""
-    exp = experiment.without_data(run)
+    exp = build.without_data(run)
     try:
         return evaluate.load(run, None, statistics, exp, say=_say)
     except ConfigError as error:  # the data set is needed for the statistics, and is not there
@@ -119,8 +123,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     views.check_crops(args.crops)
-    meshes.use_compilation_cache()
-    members = [load(run, args.statistics) for run in evaluate.workdirs(args.workdir)]
+    startup.use_compilation_cache()
+    members = [load(run, args.statistics) for run in workdirs(args.workdir)]
     exp = members[0].exp
     weight = views.total_weight(args.crops, exp.config.data.mirror)
     networks: ensemble.Networks | None = None
@@ -147,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    errors.run_command(main)

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bn_jax import command, listing, smoke, validate
-from bn_jax import workdir as workdirs
+from bn_jax import errors
 from bn_jax.errors import ConfigError, DivergedError, Preempted, UserError
-from bn_jax.pool import Pool
+from bn_jax.experiment.config import check, check_fields, resolve, shorten
+from bn_jax.experiment.pool import Pool
+from bn_jax.workdir import guard, reader
 
 EXPECTED = (0, DivergedError.exit_code, Preempted.exit_code)  # exit codes of members
 FINISHED = ("done", "diverged")  # a run that diverged is a result: it would diverge again
@@ -84,17 +85,17 @@ def members(
 def read_config(arguments: Sequence[str]) -> ConfigDict:
     """The config that `bn_jax.main` would train with these arguments. Raises ConfigError."""
     try:
-        argv = listing.resolve(["sweep", *arguments])
+        argv = resolve(["sweep", *arguments])
         values = flags.FlagValues()
         holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
         values(argv)
         config = holder.value
     except (flags.Error, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ConfigError(command.reason(error)) from error
-    listing.check_fields(config)
-    validate.check(config)
+        raise ConfigError(errors.reason(error)) from error
+    check_fields(config)
+    check(config)
     with contextlib.redirect_stdout(io.StringIO()):  # each member says that it is shortened
-        return smoke.shorten(config)
+        return shorten(config)
 
 
 def status(member: Member) -> str:
@@ -103,15 +104,15 @@ def status(member: Member) -> str:
     A run that is done with fewer steps than are wanted now is 'preempted': main goes on with it.
     Raises ConfigError if the folder holds a run of another config.
     """
-    run = workdirs.read_run(member.workdir)
+    run = reader.read_record(member.workdir)
     if run is None:
         return "new"
     config = member.config
     if config.batch_per_device:
-        from bn_jax import experiment  # takes seconds; only scale `pod` needs it
+        from bn_jax.experiment import build  # takes seconds; only scale `pod` needs it
 
-        config = experiment.for_devices(config, run["hardware"]["devices"])
-    workdirs.require_same_config(member.workdir, run["config"], config.to_dict())
+        config = build.for_devices(config, run["hardware"]["devices"])
+    guard.require_same_config(member.workdir, run["config"], config.to_dict())
     if run["status"] == "done" and run["config"]["total_steps"] < config.total_steps:
         return "preempted"
     return run["status"]
@@ -121,7 +122,7 @@ def environment(member: Member, slot: Mapping[str, str]) -> dict[str, str]:
     """The environment of a member in a slot; a run that is resumed keeps its number of threads."""
     found = {**os.environ, **slot}
     found["PYTHONUNBUFFERED"] = "1"
-    run = workdirs.read_run(member.workdir)
+    run = reader.read_record(member.workdir)
     if run is not None and "NPROC" not in os.environ and run["hardware"]["platform"] == "cpu":
         found["NPROC"] = str(run["hardware"]["cpu_threads"])
     return found
@@ -194,7 +195,7 @@ def outcome(found: Sequence[Member]) -> str:
     lines, data = [], ""
     for member in found:
         try:
-            record: dict[str, Any] = workdirs.read_run(member.workdir) or {"status": "not run"}
+            record: dict[str, Any] = reader.read_record(member.workdir) or {"status": "not run"}
         except ConfigError:
             record = {"status": "unreadable"}
         said = record["status"]
@@ -243,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    errors.run_command(main)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from algorithm_1 import draw, normalize, ours
 
 from bn_jax import batch_norm
+from tests.support.algorithm_1 import draw, normalize, ours
 
 
 @pytest.mark.parametrize("ratio", [1e3, 1e4])

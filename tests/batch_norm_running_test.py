@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from algorithm_1 import draw, normalize
 
 from bn_jax import batch_norm
+from tests.support.algorithm_1 import draw, normalize
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99, 1.0])

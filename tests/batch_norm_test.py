@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from algorithm_1 import TOLERANCE, draw, normalize, ours, paper
 
 from bn_jax import batch_norm
+from tests.support.algorithm_1 import TOLERANCE, draw, normalize, ours, paper
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])

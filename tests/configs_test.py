@@ -6,7 +6,7 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from bn_jax import validate
+from bn_jax.experiment.config import check
 from configs import inception, mnist
 
 X5_CHANGES = {
@@ -91,7 +91,7 @@ def test_config_is_locked_valid_and_knows_itself(name, scale):
     config = load(name, scale)
     assert config.is_locked
     assert (config.name, config.scale) == (name, scale)
-    validate.check(config)
+    check(config)
     with pytest.raises(AttributeError, match="learning_rat"):
         config.learning_rat = 0.1
     with pytest.raises(KeyError, match="group_sise"):

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from bn_jax import dispatch, divergence, experiment, train
-from bn_jax import mesh as meshes
+from bn_jax import train
+from bn_jax.distributed import mesh
 from bn_jax.errors import DivergedError
-from bn_jax.evaluator import Evaluator
+from bn_jax.experiment import build
+from bn_jax.experiment.evaluator import Evaluator
 from configs import bn_x30, inception, mnist_bn
 
 # Inception compiles for a minute: in `make faults`.
@@ -45,14 +46,14 @@ def tiny(root, **changes) -> ConfigDict:
 @pytest.fixture(autouse=True)
 def compiled_quickly(monkeypatch, unoptimized):
     """One device, in a third of the time; no evaluation, before which all runs here have ended."""
-    real = meshes.make
+    real = mesh.make
     monkeypatch.setattr(Evaluator, "compile", lambda self: None)
-    monkeypatch.setattr(meshes, "make", lambda: real(jax.devices()[:1]))
+    monkeypatch.setattr(mesh, "make", lambda: real(jax.devices()[:1]))
 
 
 def poison(monkeypatch, at: int) -> None:
     """The loss is NaN in step `at` (1 is the first), by the L2 coefficient, which is data."""
-    real = dispatch.compile_step
+    real = train.compile_step
 
     def compile_step(*arguments):
         program = real(*arguments)
@@ -65,7 +66,7 @@ def poison(monkeypatch, at: int) -> None:
 
         return poisoned
 
-    monkeypatch.setattr(dispatch, "compile_step", compile_step)
+    monkeypatch.setattr(train, "compile_step", compile_step)
 
 
 def check_records(workdir, step: int) -> None:
@@ -85,7 +86,7 @@ def test_an_injected_nan_ends_the_run_in_its_step(tmp_path, monkeypatch, root, m
     config = tiny(root)
     with pytest.raises(DivergedError) as caught:
         train.run(config, tmp_path)
-    line, names = str(caught.value), divergence.forward_order(experiment.build(config))
+    line, names = str(caught.value), train.forward_order(build.build(config))
     assert line.startswith("diverged at step 3: loss nan, gradient not finite in ")
     # L2 reaches every kernel, so the first layer of the network is the first that is not finite.
     assert f"({next(name for name in names if name.endswith('kernel'))})" in line
@@ -103,7 +104,7 @@ def test_a_rate_that_overflows_ends_the_run(tmp_path, root, measured):
         train.run(config, tmp_path)
     assert caught.value.exit_code == 4
     check_records(tmp_path, 2)  # of the first step all is finite still, and saved
-    _, state = experiment.restore(experiment.build(config), tmp_path, 1)
+    _, state = build.restore(build.build(config), tmp_path, 1)
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
     assert all(np.isfinite(leaf).all() for leaf in leaves)
     assert max(np.abs(leaf).max() for leaf in leaves) > 1e37  # it was about to overflow
@@ -111,9 +112,9 @@ def test_a_rate_that_overflows_ends_the_run(tmp_path, root, measured):
 
 
 def test_the_first_layer_is_the_first_of_the_forward_pass():
-    exp = experiment.build(tiny(bn_x30))
-    forward = divergence.forward_order(exp)
-    params = experiment.abstract_state(exp).params
+    exp = build.build(tiny(bn_x30))
+    forward = train.forward_order(exp)
+    params = build.abstract_state(exp).params
     leaves = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree_util.tree_leaves_with_path(params)
@@ -124,8 +125,8 @@ def test_the_first_layer_is_the_first_of_the_forward_pass():
     squares = np.ones(len(leaves), np.float32)
     bad = ["classifier/kernel", forward[40], forward[90]]
     squares[[leaves.index(name) for name in bad]] = np.inf
-    line = str(divergence.error(7, 1.5, squares, leaves, forward))
+    line = str(train.diverged_error(7, 1.5, squares, leaves, forward))
     assert line.startswith("diverged at step 7: loss 1.5, gradient not finite in 3 of ")
     assert f"first in {forward[40].rpartition('/')[0]} ({forward[40]})" in line
     squares[:] = 1
-    assert "not finite in 0 of" in str(divergence.error(7, np.nan, squares, leaves, forward))
+    assert "not finite in 0 of" in str(train.diverged_error(7, np.nan, squares, leaves, forward))

@@ -10,9 +10,11 @@ import sys
 
 import pytest
 from PIL import Image
-from small_members import save_member
 
-from bn_jax import evaluate, figures, predict, sweep
+from bn_jax import predict, sweep
+from bn_jax.evaluate import __main__ as evaluate
+from bn_jax.figures import __main__ as figures
+from tests.support.small_members import save_member
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "docs" / "ensemble.md").read_text()

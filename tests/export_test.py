@@ -8,13 +8,14 @@ import sys
 import jax
 import numpy as np
 import pytest
-from small_networks import network
 
 from bn_jax import export
 from bn_jax.errors import ConfigError, UserError
-from bn_jax.weights import formats, onnx_graph
+from bn_jax.weights import exporting
 from bn_jax.weights import network as networks
+from bn_jax.weights.network import Network, examples
 from configs import bn_x30, ensemble_4, inception, mnist, mnist_bn
+from tests.support.small_networks import network
 
 # What the walk to ONNX has to get right, all of it at width 1/16.
 NETWORKS = {
@@ -35,7 +36,7 @@ def quick_compilation():
 
 
 @functools.cache
-def made(name: str) -> networks.Network:
+def made(name: str) -> Network:
     root, channels, changes = NETWORKS[name]
     config = root.get_config("digits")
     config.update_from_flattened_dict({"model.width": 1 / 16, **changes})
@@ -43,7 +44,7 @@ def made(name: str) -> networks.Network:
 
 
 @functools.cache
-def mlp() -> networks.Network:
+def mlp() -> Network:
     config = mnist_bn.get_config("digits")
     config.model.widths = (6, 5)
     return network(config, 10, 1)
@@ -55,8 +56,8 @@ def test_onnx(name, tmp_path):
     pytest.importorskip("onnxruntime")
     net = made(name)
     out = tmp_path / "net.onnx"
-    assert export.export(net, "onnx", None, out) <= export.TOLERANCE
-    logits = formats.run_onnx(out, networks.examples(net, 2))
+    assert exporting.export_run(net, "onnx", None, out) <= exporting.TOLERANCE
+    logits = exporting.run_onnx(out, examples(net, 2))
     # The image matters a hundred times more than the tolerance.
     assert np.abs(logits[0] - logits[1]).max() > 0.01 * np.abs(logits).max()
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
@@ -75,9 +76,9 @@ def test_onnx(name, tmp_path):
 def test_a_wrong_graph_is_noticed_and_leaves_no_file(tmp_path, monkeypatch):
     """Caffe's pools written as SAME: one of the mistakes that the check is there for."""
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(onnx_graph, "unpadded", onnx_graph.same)
+    monkeypatch.setattr(exporting, "unpadded", exporting.same)
     with pytest.raises(UserError, match=r"not written.*of the largest one"):
-        export.export(made("caffe"), "onnx", None, tmp_path / "net.onnx")
+        exporting.export_run(made("caffe"), "onnx", None, tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -85,7 +86,7 @@ def test_stablehlo_takes_any_batch_and_carries_its_preprocessing(tmp_path):
     pytest.importorskip("flatbuffers")
     net = made("paper")
     out = tmp_path / "net.stablehlo"
-    assert export.export(net, "stablehlo", None, out) <= export.TOLERANCE
+    assert exporting.export_run(net, "stablehlo", None, out) <= exporting.TOLERANCE
     found = jax.export.deserialize(bytearray(out.read_bytes()))
     assert set(found.platforms) == {"cpu", "cuda", "rocm", "tpu"}
     assert str(found.in_avals[0]) == "uint8[batch,28,28,1]"
@@ -93,17 +94,17 @@ def test_stablehlo_takes_any_batch_and_carries_its_preprocessing(tmp_path):
 
 @pytest.mark.parametrize("name", ["stablehlo", "onnx", "safetensors", "flax"])
 def test_every_format_takes_the_mlp_and_a_fixed_batch(name, tmp_path):
-    kind = formats.formats()[name]
+    kind = exporting.formats()[name]
     for package in kind.packages:
         pytest.importorskip(package)
     net = mlp()
     for batch in (None, 2):
         out = tmp_path / f"net{kind.suffix}"
-        assert export.export(net, name, batch, out) <= export.TOLERANCE
-    images = networks.examples(net, 3)
+        assert exporting.export_run(net, name, batch, out) <= exporting.TOLERANCE
+    images = examples(net, 3)
     if name in ("stablehlo", "onnx"):
         with pytest.raises(Exception, match=r"(?i)2.*3|3.*2|expected"):
-            formats.formats()[name].run(out, images)
+            exporting.formats()[name].run(out, images)
 
 
 def test_folding_keeps_per_activation_bn_and_networks_without_bn():
@@ -118,7 +119,7 @@ def test_safetensors_say_what_they_hold(tmp_path):
     from bn_jax.weights import tensor_files
 
     out = tmp_path / "net.safetensors"
-    export.export(mlp(), "safetensors", None, out)
+    exporting.export_run(mlp(), "safetensors", None, out)
     file = tensor_files.read(out)
     assert file.tensors["params/classifier/kernel"].shape == (5, 10)
     assert json.loads(file.metadata["config"])["norm"] == "none"
@@ -134,9 +135,9 @@ def test_preprocessing_in_words():
 
 def test_differences_that_are_not_numbers_are_infinite():
     one = np.ones((1, 2))
-    assert export.largest_difference(one, np.ones((2, 2))) == float("inf")
-    assert export.largest_difference(one * np.nan, one) == float("inf")
-    assert export.largest_difference(one * 1.5, one * 2) == 0.25
+    assert exporting.largest_difference(one, np.ones((2, 2))) == float("inf")
+    assert exporting.largest_difference(one * np.nan, one) == float("inf")
+    assert exporting.largest_difference(one * 1.5, one * 2) == 0.25
 
 
 def test_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
@@ -161,4 +162,4 @@ def test_without_bn_there_are_no_statistics(tmp_path):
     config = mnist.get_config("digits")
     config.model.widths = (4,)
     net = network(config, 10, 1)
-    assert export.export(net, "flax", None, tmp_path / "net.msgpack") <= export.TOLERANCE
+    assert exporting.export_run(net, "flax", None, tmp_path / "net.msgpack") <= exporting.TOLERANCE

@@ -9,23 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from slim_reference import Slim
-from small_networks import variables
 
-from bn_jax import import_weights, models, ops, step
+from bn_jax import models, ops, step
 from bn_jax.data import crops, decode
-from bn_jax.weights import mapping
+from bn_jax.weights import importing, mapping
 from bn_jax.weights.tensor_files import TensorFile
 from configs import bn_x30
+from tests.support.slim_reference import Slim
+from tests.support.small_networks import variables
 
 # Of the largest logit. Rounding of sums over 70 layers: up to 9.0e-7 and 1.9e-15 (docs/weights.md).
 TOLERANCES = {"float32": 1e-4, "float64": 1e-10}
 
 
 def config(variant):
-    return import_weights.published(
-        variant, import_weights.load_config(import_weights.DEFAULT_CONFIG)
-    )
+    return importing.published(variant, importing.load_config(importing.DEFAULT_CONFIG))
 
 
 def ours(variant, tensors, images, dtype, *, background=False):
@@ -33,7 +31,7 @@ def ours(variant, tensors, images, dtype, *, background=False):
     settings = config(variant)
     file = TensorFile({name: t.astype(dtype) for name, t in tensors.items()}, {}, "")
     with jax.enable_x64(dtype == "float64"):
-        found, _ = import_weights.variables(file, variant, settings, background=background)
+        found, _ = importing.variables(file, variant, settings, background=background)
         found = jax.tree.map(lambda a: jnp.asarray(a, dtype), found)
         settings = settings.copy_and_resolve_references().unlock()
         settings.dtype = dtype
@@ -70,8 +68,8 @@ def test_slim(dtype):
 def test_slim_without_the_background_class():
     tensors, _, _ = reference()
     file = TensorFile(tensors, {}, "")
-    kept, _ = import_weights.variables(file, "slim", config("slim"), background=True)
-    dropped, _ = import_weights.variables(file, "slim", config("slim"), background=False)
+    kept, _ = importing.variables(file, "slim", config("slim"), background=True)
+    dropped, _ = importing.variables(file, "slim", config("slim"), background=False)
     for leaf in ("kernel", "bias"):
         one, other = (v["params"].pop("classifier")[leaf] for v in map(_shallow, (kept, dropped)))
         np.testing.assert_array_equal(one[..., 1:], other)
@@ -94,7 +92,7 @@ def test_slim_with_bn_in_the_stem_and_scales():
     for name, value in (("beta", 0.1), ("moving_mean", 0.2), ("moving_variance", 0.3)):
         tensors[f"{stem}/BatchNorm/{name}"] = np.full(64, value)
     tensors[f"{other}/BatchNorm/gamma"] = np.full(192, 0.7)
-    found, _ = import_weights.variables(
+    found, _ = importing.variables(
         TensorFile(tensors, {}, ""), "slim", config("slim"), background=False
     )
     bn = found["params"]["conv1_7x7"]["bn"] | found["batch_stats"]["conv1_7x7"]["bn"]
@@ -233,9 +231,7 @@ def test_flax_without_counts_is_converged():
     flat = traverse_util.flatten_dict(found, sep="/")
     plain = {name: leaf for name, leaf in flat.items() if not name.endswith("/count")}
     assert len(plain) < len(flat)
-    back, shape = import_weights.variables(
-        TensorFile(plain, {}, ""), "flax", settings, background=False
-    )
+    back, shape = importing.variables(TensorFile(plain, {}, ""), "flax", settings, background=False)
     assert shape == (28, 28, 1)
     jax.tree.map(np.testing.assert_array_equal, back, found)
     like = jax.eval_shape(lambda: step.init_state(models.build(settings, 5), 0, shape))

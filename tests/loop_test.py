@@ -8,8 +8,8 @@ import pytest
 from jax._src.array import ArrayImpl
 from train_test import small
 
-from bn_jax import dispatch, train
-from bn_jax.evaluator import Evaluator
+from bn_jax import train
+from bn_jax.experiment.evaluator import Evaluator
 from configs import bn_baseline
 
 TINY = {"model.width": 0.0625, "batch_size": 32, "bn.group_size": 4, "steps_per_dispatch": 1}
@@ -21,7 +21,7 @@ QUIET = {"total_steps": 12, "eval_every": 12, "checkpoint_every": 12, "log_every
 def watched(monkeypatch):
     """Events: ("step", k) at the k-th dispatch, ("fetch", k) for its metrics, else None."""
     events, made_by, keep = [], {}, []
-    real, value = dispatch.compile_step, ArrayImpl._value.fget
+    real, value = train.compile_step, ArrayImpl._value.fget
 
     def compile_step(*arguments):
         program = real(*arguments)
@@ -41,7 +41,7 @@ def watched(monkeypatch):
             events.append(("fetch", made_by.get(id(self))))
         return value(self)
 
-    monkeypatch.setattr(dispatch, "compile_step", compile_step)
+    monkeypatch.setattr(train, "compile_step", compile_step)
     monkeypatch.setattr(ArrayImpl, "_value", property(fetched))
     return events
 

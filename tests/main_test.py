@@ -8,8 +8,8 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from bn_jax import listing
 from bn_jax.errors import ConfigError
+from bn_jax.experiment.config import check_fields
 from configs import bn_x30
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -89,16 +89,16 @@ def test_a_config_of_ones_own_is_held_to_the_fields_of_ours(tmp_path, body, said
 def test_a_field_of_another_type_is_refused(value):
     config = bn_x30.get_config("digits").to_dict()
     with pytest.raises(ConfigError, match="^total_steps=.*: not of type int"):
-        listing.check_fields(ConfigDict({**config, "total_steps": value}))
-    listing.check_fields(ConfigDict({**config, "momentum": 0}))  # a whole number will do
+        check_fields(ConfigDict({**config, "total_steps": value}))
+    check_fields(ConfigDict({**config, "momentum": 0}))  # a whole number will do
 
 
 def test_elements_of_another_type_are_refused_and_an_unknown_model_is_left_to_validate():
     config = bn_x30.get_config("digits")
     record = {**config.record.to_dict(), "activations": (1,)}
     with pytest.raises(ConfigError, match="^record.activations=.*: not of str alone"):
-        listing.check_fields(ConfigDict({**config.to_dict(), "record": record}))
-    listing.check_fields(ConfigDict({**config.to_dict(), "model": {"name": "MLP"}}))
+        check_fields(ConfigDict({**config.to_dict(), "record": record}))
+    check_fields(ConfigDict({**config.to_dict(), "model": {"name": "MLP"}}))
 
 
 def test_without_imagenet_it_says_how_to_get_it(tmp_path):

@@ -10,7 +10,9 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from bn_jax import experiment, optim, validate
+from bn_jax import optim
+from bn_jax.experiment import build
+from bn_jax.experiment.config import check
 from configs import bn_x30
 
 EPOCHS8 = 8 * 1_281_167
@@ -96,23 +98,23 @@ def test_without_warm_up_the_rate_has_the_bits_of_the_plain_decay():
 def pod(devices, **changes):
     config = bn_x30.get_config("pod")
     config.update(changes)
-    return experiment.for_devices(config, devices)
+    return build.for_devices(config, devices)
 
 
 @pytest.mark.parametrize("devices", [8, 64])
 def test_scale_pod_scales_by_the_devices_that_it_finds(devices):
     config = pod(devices, learning_rate_scaling="linear", warmup_examples=5.0 * EPOCH)
-    validate.check(config)
+    check(config)
     data = SimpleNamespace(num_classes=1000)
-    got = experiment.assemble(config, None, data).hyper
+    got = build.assemble(config, None, data).hyper
     assert (config.batch_size, config.bn.group_size) == (32 * devices, 32)
     assert got.learning_rate == np.float32(0.045 * devices)
     assert got.learning_rate * got.warmup_from == pytest.approx(0.045)
     assert got.warmup_examples == np.float32(5 * EPOCH)  # examples, not steps
     # Written into run.json and read again (a resume) it is the same: nothing is scaled twice.
-    again = experiment.for_devices(ConfigDict(json.loads(config.to_json())).lock(), devices)
-    assert experiment.assemble(again, None, data).hyper == got
-    plain = experiment.assemble(pod(devices), None, data).hyper
+    again = build.for_devices(ConfigDict(json.loads(config.to_json())).lock(), devices)
+    assert build.assemble(again, None, data).hyper == got
+    plain = build.assemble(pod(devices), None, data).hyper
     assert plain.learning_rate == np.float32(0.045) and plain.warmup_from == 1
 
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from small_networks import variables
 
 from bn_jax import import_weights, models, ops, step
 from bn_jax.optim import Hyper
-from bn_jax.weights import formats, network, tensor_files
+from bn_jax.weights import exporting, importing, network, tensor_files
 from configs import bn_x30, inception, mnist_bn
+from tests.support.small_networks import variables
 
 HYPER = Hyper(*[np.float32(1)] * len(Hyper._fields))
 OPERATION = re.compile(r"stablehlo\.(?:dot_general|convolution)\b.*")
@@ -84,7 +84,7 @@ def imported(workdir, precision: str) -> None:
     shape = (28, 28, 1)
     found = variables(config, 10, shape)
     origin = {"file": "weights.npz", "sha256": "0", "variant": "flax", "background": "none"}
-    import_weights.write(workdir, config, found, shape, origin, [])
+    importing.write(workdir, config, found, shape, origin, [])
 
 
 @pytest.mark.parametrize("precision", ["default", "high"])
@@ -95,7 +95,7 @@ def test_a_network_is_exported_and_compared_at_the_highest_precision(tmp_path, p
     assert net.config.precision == "highest"
     images = network.examples(net, 2)
     compared = jax.jit(net.logits).lower(images).as_text()
-    written = jax.export.deserialize(bytearray(formats.write_stablehlo(net, 2))).mlir_module()
+    written = jax.export.deserialize(bytearray(exporting.write_stablehlo(net, 2))).mlir_module()
     for text in (compared, written):
         assert len(operations(text)) >= 3
         assert all("HIGHEST" in x and "DEFAULT" not in x for x in operations(text))

@@ -7,12 +7,14 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from small_members import save_member
-from small_sets import encode, photo
 
-from bn_jax import ensemble, evaluate, experiment, predict
+from bn_jax import predict
 from bn_jax.data import memory, pipeline
 from bn_jax.errors import CheckpointError, ConfigError
+from bn_jax.evaluate import ensemble, members
+from bn_jax.experiment import build
+from tests.support.small_members import save_member
+from tests.support.small_sets import encode, photo
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(run):
     """Probabilities of the test digits, by evaluation."""
-    member = evaluate.load(run, None, "population", experiment.from_workdir(run))
+    member = members.load(run, None, "population", build.from_workdir(run))
     return ensemble.predict(ensemble.Networks([member], 256), 1)[0].probabilities
 
 
@@ -111,15 +113,15 @@ def test_statistics_that_need_an_absent_data_set_say_what_to_do(run, monkeypatch
 
 def test_class_names_are_those_of_the_data(tmp_path):
     """Folders' names, TFDS' label file, else numbers."""
-    from small_sets import write_tfds
-
-    from bn_jax.data import folder, tfds
+    from bn_jax.data import tfds
+    from bn_jax.data.folder import source
+    from tests.support.small_sets import write_tfds
 
     for split in ("train", "val"):
         for name in ("newt", "axolotl"):
             (tmp_path / "set" / split / name).mkdir(parents=True)
             (tmp_path / "set" / split / name / "a.jpg").write_bytes(encode(photo()))
-    assert folder.source(str(tmp_path / "set")).class_names == ("axolotl", "newt")
+    assert source(str(tmp_path / "set")).class_names == ("axolotl", "newt")
     few = [(encode(photo()), k) for k in range(3)]
     for labels, expected in (("x\ny\nz\n", ("x", "y", "z")), ("x\ny\n", ())):
         where = tmp_path / labels.replace("\n", "")

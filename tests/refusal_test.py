@@ -9,8 +9,9 @@ import sys
 import time
 
 import pytest
-from processes import ROOT
 from validate_test import WRONG
+
+from tests.support.processes import ROOT
 
 pytestmark = pytest.mark.faults
 REAL = 6  # one in so many is a process of its own, for the time that it takes
@@ -20,7 +21,7 @@ REAL = 6  # one in so many is a process of its own, for the time that it takes
 # and stderr.
 FORKS = """
 import json, os, runpy, sys, tempfile
-from bn_jax import smoke, validate
+import bn_jax.experiment.config
 for line in sys.stdin:
     with tempfile.TemporaryFile() as text:
         pid = os.fork()

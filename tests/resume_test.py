@@ -6,12 +6,12 @@ import time
 
 import jax
 import pytest
-from processes import TRAIN, arrays, lines, spawn, wait_for
 
-from bn_jax import mesh as meshes
-from bn_jax import preempt, train
+from bn_jax import train
+from bn_jax.distributed import mesh, preempt
 from bn_jax.errors import Preempted
 from configs import bn_x30
+from tests.support.processes import TRAIN, arrays, lines, spawn, wait_for
 
 
 def test_after_sigterm_and_sigkill_the_run_ends_with_the_same_bits(tmp_path, measured):
@@ -111,8 +111,8 @@ def test_two_trainers_save_the_same_step_and_one_goes_on(tmp_path, measured):
 def test_a_streamed_inception_with_dropout_and_distortion_goes_on_with_the_same_bits(
     tmp_path, monkeypatch, unoptimized
 ):
-    real = meshes.make
-    monkeypatch.setattr(meshes, "make", lambda: real(jax.devices()[:1]))
+    real = mesh.make
+    monkeypatch.setattr(mesh, "make", lambda: real(jax.devices()[:1]))
     config = bn_x30.get_config("digits")
     config.update_from_flattened_dict(
         {

@@ -4,9 +4,9 @@ import ast
 import pathlib
 
 import pytest
-from small_states import open_checkpoints, state_at
 
-from bn_jax import record
+from bn_jax.workdir.recorder import Recorder
+from tests.support.small_states import open_checkpoints, state_at
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -65,7 +65,7 @@ def test_a_secret_of_the_environment_is_nowhere_in_the_workdir(tmp_path, monkeyp
     secret = "hunter2-3f9a1c77"
     for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "BN_JAX_SECRET", "GOOGLE_API_KEY"):
         monkeypatch.setenv(name, secret)
-    with record.Recorder(
+    with Recorder(
         tmp_path, config={"seed": 1}, info={}, total_steps=2, tensorboard=True, is_main=True
     ) as recorder:
         recorder.begin(0)

@@ -12,9 +12,9 @@ import time
 import pytest
 
 from bn_jax import sweep
-from bn_jax import workdir as workdirs
 from bn_jax.errors import ConfigError
-from bn_jax.pool import Pool, last_line
+from bn_jax.experiment.pool import Pool, last_line
+from bn_jax.workdir import reader
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORDS = ("--configs=mnist,mnist_bn", "--scale=digits")
@@ -157,7 +157,7 @@ def test_a_resumed_member_keeps_its_threads(tmp_path, monkeypatch):
     monkeypatch.delenv("NPROC", raising=False)
     (member,) = sweep.members(["mnist"], "digits", 1, tmp_path)
     run = {"config": {}, "attempts": [], "hardware": {"platform": "cpu", "cpu_threads": 7}}
-    monkeypatch.setattr(workdirs, "read_run", lambda path: run)
+    monkeypatch.setattr(reader, "read_record", lambda path: run)
     assert sweep.environment(member, {"NPROC": "1"})["NPROC"] == "7"
 
 

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from bn_jax import dispatch, experiment, preempt, train
+from bn_jax import train
+from bn_jax.distributed import preempt
 from bn_jax.errors import ConfigError, DivergedError, Preempted
+from bn_jax.experiment import build
 from configs import bn_x30, mnist, mnist_bn
 
 
@@ -34,7 +36,7 @@ def small(root=mnist_bn, **changes) -> ConfigDict:
 
 def arrays(workdir, config) -> dict[str, np.ndarray]:
     """Every array of the newest checkpoint by path."""
-    _, state = experiment.restore(experiment.build(config), workdir)
+    _, state = build.restore(build.build(config), workdir)
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
@@ -84,7 +86,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch, st
 
 
 def test_a_finished_run_is_not_trained_again(whole, monkeypatch):
-    monkeypatch.setattr(dispatch, "compile_step", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(train, "compile_step", lambda *args: pytest.fail("trained again"))
     before = (whole[0] / "metrics.jsonl").read_bytes()
     assert train.run(small(), whole[0]) == whole[1]
     assert (whole[0] / "metrics.jsonl").read_bytes() == before
@@ -97,7 +99,7 @@ def test_a_longer_run_goes_on_in_steps_that_fit(tmp_path):
         small(steps_per_dispatch=10, total_steps=85, eval_every=85, checkpoint_every=85), tmp_path
     )
     assert scores["step"] == 85 == lines(tmp_path, "train")[-1]["step"]
-    assert int(experiment.restore(experiment.build(small()), tmp_path)[0]) == 85
+    assert int(build.restore(build.build(small()), tmp_path)[0]) == 85
 
 
 def test_a_run_cannot_end_before_where_it_is(whole):
@@ -153,8 +155,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 )
 def test_no_dispatch_steps_over_an_interval(changes, expected):
     config = small(**changes)
-    assert dispatch.steps_per_dispatch(config) == expected
-    assert dispatch.steps_per_dispatch(config, start=37) == 1
+    assert train.steps_per_dispatch(config) == expected
+    assert train.steps_per_dispatch(config, start=37) == 1
 
 
 @pytest.mark.parametrize(
@@ -162,8 +164,8 @@ def test_no_dispatch_steps_over_an_interval(changes, expected):
     [({}, 5), ({"steps_per_dispatch": 10}, 5), ({"steps_per_dispatch": 8}, 2)],
 )
 def test_several_processes_take_few_steps_at_a_time(monkeypatch, changes, expected):
-    monkeypatch.setattr(dispatch.jax, "process_count", lambda: 2)
-    assert dispatch.steps_per_dispatch(small(**changes)) == expected
+    monkeypatch.setattr(train.jax, "process_count", lambda: 2)
+    assert train.steps_per_dispatch(small(**changes)) == expected
 
 
 def test_streamed_and_resident_batches_train_alike(whole, tmp_path):
@@ -180,7 +182,7 @@ def test_unknown_activation_is_refused_with_the_closest():
 
 
 def test_scale_pod_keeps_the_number_of_examples():
-    config = experiment.for_devices(bn_x30.get_config("pod"), 8)
+    config = build.for_devices(bn_x30.get_config("pod"), 8)
     paper = bn_x30.get_config()
     assert config.batch_size == 256
     assert config.total_steps * 256 == paper.total_steps * 32

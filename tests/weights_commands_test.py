@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from flax import serialization, traverse_util
 from import_weights_test import cadene_names, reference
-from small_networks import variables
 
-from bn_jax import export, import_weights, mesh, models
+from bn_jax import export, import_weights, models
+from bn_jax.distributed import mesh
 from bn_jax.errors import ConfigError
-from bn_jax.weights import formats, tensor_files
+from bn_jax.weights import exporting, importing, tensor_files
 from configs import mnist_bn
+from tests.support.small_networks import variables
 
 GUIDE = (pathlib.Path(__file__).parent.parent / "docs" / "weights.md").read_text()
 CONFIG = ("--config=mnist_bn:digits",)
@@ -90,9 +91,7 @@ def test_imports_as_typed(here, monkeypatch, capsys):
 
 
 def import_weights_config(variant):
-    return import_weights.published(
-        variant, import_weights.load_config(import_weights.DEFAULT_CONFIG)
-    )
+    return importing.published(variant, importing.load_config(importing.DEFAULT_CONFIG))
 
 
 def test_exports_as_typed(here, monkeypatch, capsys):
@@ -101,7 +100,7 @@ def test_exports_as_typed(here, monkeypatch, capsys):
     assert len(typed) == 4
     for words in typed:
         name = next(word for word in words if word.startswith("--format=")).partition("=")[2]
-        for package in formats.formats()[name].packages:
+        for package in exporting.formats()[name].packages:
             pytest.importorskip(package)
         out = run(words, monkeypatch, capsys)
         written = re.search(r"^(\S+): [\d.]+ MB, step 0, running statistics", out, re.M)

@@ -1,22 +1,63 @@
-"""Batches for training and evaluation: config -> `open_data` -> `Data`.
+"""Batches computed ahead of the step by threads."""
 
-A batch is a dict: image uint8 [n, H, W, C] in 0..255, label int32 [n], mask bool [n] (False: this
-row holds no example; not in training batches of a set in memory, whose records cannot be bad), n
-being the rows of the global batch that this process holds. What step k holds is a pure function of
-(seed, k), so nothing is saved but the step.
-"""
-
+import hashlib
 import os
 import pathlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from absl import logging
 
 from bn_jax.data import distort, folder, load, memory, order, sources, tfds
-from bn_jax.data.prefetch import Batch, Batches
 from bn_jax.errors import ConfigError
+
+Batch = dict[str, np.ndarray]
+
+
+class Batches(Iterator[Batch]):
+    """Batches of the given steps, computed by threads (grain). `waited`: seconds that next() has
+    blocked; `alive`: seconds since the first batch was asked for, so waited/alive is the share
+    spent waiting."""
+
+    def __init__(self, steps: range, batch: Callable[[int], Batch], *, threads: int, ahead: int):
+        import grain  # takes a second to import
+
+        dataset = grain.MapDataset.range(steps.start, steps.stop).map(batch)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        self._batches = iter(dataset.to_iter_dataset(options))
+        self._count, self._began = len(steps), 0.0
+        self.waited = 0.0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        now = time.perf_counter()
+        self._began = self._began or now
+        try:
+            return next(self._batches)
+        finally:
+            self.waited += time.perf_counter() - now
+
+    @property
+    def alive(self) -> float:
+        """Seconds since the first batch was asked for."""
+        return time.perf_counter() - self._began if self._began else 0.0
+
+
+# Batches for training and evaluation: config -> `open_data` -> `Data`.
+#
+# A batch is a dict: image uint8 [n, H, W, C] in 0..255, label int32 [n], mask bool [n] (False:
+# this row holds no example; not in training batches of a set in memory, whose records cannot be
+# bad), n being the rows of the global batch that this process holds. What step k holds is a pure
+# function of (seed, k), so nothing is saved but the step.
+
 
 PREFETCH_BYTES = 512 * 2**20  # at most this much is decoded ahead
 _HOLDOUT, _STATISTICS = 5, 6  # purposes of streams (order.key)
@@ -248,3 +289,33 @@ def hold_out(source: sources.Source, amount: float) -> sources.Source:
         description=f"{source.description}; evaluated on {count:,} held-out training examples",
         split="held-out training",
     )
+
+
+# A digest of a data set, to know it again when a run goes on: its folder may have moved.
+
+
+SAMPLES = 32  # records of each split that are read, where a set does not lie in memory
+
+
+def data_digest(data: Any) -> str:
+    """SHA-256, 16 hex digits, of both splits of a `data.pipeline.Data`: all of a set in memory,
+    else its sizes and `SAMPLES` records of each split, evenly spread, with their labels."""
+    found = hashlib.sha256(repr((data.num_train, data.num_eval, data.num_classes)).encode())
+    for split in (data._train, data.held):
+        if isinstance(split, memory.Random):
+            found.update(repr(split.images.shape).encode())  # drawn from a fixed seed
+        elif isinstance(split, sources.Arrays):
+            for array in split.materialize():
+                found.update(np.ascontiguousarray(array).data)
+        else:
+            for index in np.linspace(0, len(split) - 1, SAMPLES, dtype=np.int64):
+                found.update(_record(split, int(index)))
+    return found.hexdigest()[:16]
+
+
+def _record(split: sources.Records, index: int) -> bytes:
+    try:
+        record = split[index]
+        return str(record.label).encode() + record.data
+    except sources.BadRecordError:
+        return b"bad"  # training masks it, too

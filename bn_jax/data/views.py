@@ -11,8 +11,7 @@ import cv2
 import numpy as np
 
 from bn_jax.data import crops, decode, load, sources
-from bn_jax.data.pipeline import PREFETCH_BYTES, Data
-from bn_jax.data.prefetch import Batches
+from bn_jax.data.pipeline import PREFETCH_BYTES, Batches, Data
 from bn_jax.errors import ConfigError
 
 CROPS = (1, 10, 144)

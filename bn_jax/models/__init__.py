@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from bn_jax.layers import BatchNorm
 from bn_jax.models.inception import Inception
-from bn_jax.models.init import Gaussian
+from bn_jax.models.initializers import Gaussian
 from bn_jax.models.mlp import Mlp
 
 ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid}

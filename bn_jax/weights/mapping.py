@@ -16,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from bn_jax.errors import ConfigError
-from bn_jax.models.fig5 import TABLE
+from bn_jax.models.inception import TABLE
 
 EPSILON = {"caffe": 1e-5, "slim": 1e-3}  # of BN in the published networks
 SLIM = "InceptionV2"

@@ -10,9 +10,11 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from bn_jax import evaluate, experiment, layers, models
-from bn_jax.models.fig5 import VARIANTS
-from bn_jax.workdir import read_run
+from bn_jax import layers, models
+from bn_jax.evaluate import members
+from bn_jax.experiment import build
+from bn_jax.models.inception import VARIANTS
+from bn_jax.workdir.reader import read_record
 
 
 class Network(NamedTuple):
@@ -72,12 +74,12 @@ def load(
 
     Raises ConfigError and CheckpointError where there is no run, data set or checkpoint.
     """
-    exp = experiment.without_data(workdir)
-    run = read_run(workdir)
+    exp = build.without_data(workdir)
+    run = read_record(workdir)
     origin = run["info"].get("imported") if run is not None else None
     if statistics is None:
         statistics = "population" if origin is None else "running"
-    member = evaluate.load(workdir, at_step, statistics, exp, say=say)
+    member = members.load(workdir, at_step, statistics, exp, say=say)
     about = {"experiment": exp.config.name, "step": str(member.about["step"])}
     if origin is not None:
         about |= {f"imported_{name}": value for name, value in origin.items()}

@@ -1,0 +1,163 @@
+"""Class probabilities of trained networks, averaged over the crops of each image.
+
+Section 4.2.3: "Ensemble prediction was based on the arithmetic average of class probabilities
+predicted by the constituent networks", multicrop inference "similar to (Szegedy et al., 2014)".
+All networks see the same batches of views in one pass over the data. The mean over networks is in
+predictions.py.
+"""
+
+import argparse
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from bn_jax.data import views
+from bn_jax.distributed import mesh
+from bn_jax.errors import ConfigError, DataError
+from bn_jax.evaluate import predictions
+from bn_jax.evaluate.members import Member, _field, describe, load, workdirs
+from bn_jax.evaluate.predictions import Predictions
+from bn_jax.experiment import build
+from bn_jax.workdir import provenance, reader
+from bn_jax.workdir.timing import CountDisplay
+
+
+def probabilities(params: Any, batch_stats: Any, images: jax.Array, *, model: nn.Module):
+    """float32 [N, K]: softmax of the inference network's logits. images [N, H, W, C] in 0..255."""
+    logits: Any = model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
+    return jax.nn.softmax(logits.astype(np.float32), axis=-1)
+
+
+class Networks:
+    """Members compiled for batches of `size` views (rounded up to a multiple of the devices).
+
+    Raises ConfigError if the members do not take the same images and tell the same classes apart.
+    """
+
+    def __init__(self, members: Sequence[Member], size: int):
+        for other in members[1:]:
+            require_same_input(members[0], other)
+        self.members = members
+        self.mesh = members[0].exp.mesh
+        self.size = math.ceil(size / self.mesh.size) * self.mesh.size
+        self._programs = [self._compiled(member) for member in members]
+
+    def _compiled(self, member: Member) -> Any:
+        forward = jax.jit(
+            functools.partial(probabilities, model=member.exp.model),
+            out_shardings=mesh.replicated(self.mesh),
+        )
+        batch = build.abstract_batch(member.exp, self.size, train=False)
+        return forward.lower(member.params, member.batch_stats, batch["image"]).compile()
+
+    def average(
+        self,
+        rows: Iterable[views.Rows],
+        examples: int,
+        weight: int,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Each member's probabilities float32 [examples, K], averaged over views, and the labels.
+
+        weight: of all views of an example. `progress` is told how many more examples are begun.
+        Raises DataError unless every example came with exactly this weight.
+        """
+        classes = self.members[0].exp.data.num_classes
+        sums = [np.zeros((examples, classes), np.float32) for _ in self.members]
+        labels = np.full(examples, -1, np.int32)
+        seen = np.zeros(examples, np.float32)
+        waiting: tuple[views.Rows, list[jax.Array]] | None = None
+        for batch in rows:
+            image = mesh.put_batch(self.mesh, batch.image, self.size)
+            outputs = [
+                program(member.params, member.batch_stats, image)
+                for program, member in zip(self._programs, self.members, strict=True)
+            ]
+            if waiting is not None:  # fetched while the device works on the next batch
+                _collect(*waiting, sums, seen)
+            valid = batch.example >= 0
+            progress(int(np.sum(labels[np.unique(batch.example[valid])] < 0)))
+            labels[batch.example[valid]] = batch.label[valid]
+            waiting = batch, outputs
+        if waiting is not None:
+            _collect(*waiting, sums, seen)
+        if not np.array_equal(seen, np.full(examples, weight, np.float32)):
+            wrong = int(np.sum(seen != weight))
+            raise DataError(
+                f"{wrong} of {examples} examples were not evaluated under exactly {weight} views"
+            )
+        for total in sums:
+            total /= np.float32(weight)
+        return sums, labels
+
+
+def _collect(
+    batch: views.Rows, outputs: Sequence[jax.Array], sums: list[np.ndarray], seen: np.ndarray
+) -> None:
+    """Adds a batch's weighted probabilities to its examples, whose views lie side by side."""
+    count = int(np.sum(batch.example >= 0))  # padding is at the end
+    example, weight = batch.example[:count], batch.weight[:count]
+    starts = np.flatnonzero(np.diff(example, prepend=-1))
+    np.add.at(seen, example, weight)
+    for total, output in zip(sums, outputs, strict=True):
+        weighted = np.asarray(output)[:count] * weight[:, None]
+        total[example[starts]] += np.add.reduceat(weighted, starts, axis=0)
+
+
+def require_same_input(one: Member, other: Member) -> None:
+    """Raises ConfigError unless both networks can be fed the same batches."""
+    predictions.require_same(describe(one, 1), describe(other, 1))
+    for field in ("image_size", "data.mirror", "data.dir"):
+        a, b = (_field(m.exp.config, field) for m in (one, other))
+        if a != b:
+            raise ConfigError(
+                f"{one.about['workdir']} and {other.about['workdir']} make no ensemble: {field} "
+                f"differs ({a}, {b}); evaluate each with --predictions=FILE, then use --combine"
+            )
+
+
+def predict(
+    networks: Networks, crops: int, progress: Callable[[int], None] = lambda done: None
+) -> list[Predictions]:
+    """Every member's predictions for the evaluation split, each example counted once.
+
+    Raises DataError for an example that cannot be read.
+    """
+    data, config = networks.members[0].exp.data, networks.members[0].exp.config
+    found, labels = networks.average(
+        views.batches(data, crops, networks.size),
+        data.num_eval,
+        views.total_weight(crops, config.data.mirror),
+        progress,
+    )
+    return [
+        Predictions(p, labels, describe(member, crops))
+        for p, member in zip(found, networks.members, strict=True)
+    ]
+
+
+def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions]]:
+    """Networks scored on the evaluation split: what is recorded, and each one's predictions."""
+    runs = workdirs(args.workdir)
+    experiments = [build.from_workdir(run) for run in runs]  # refused before any compiling
+    members = [
+        load(run, args.step, args.statistics, exp)
+        for run, exp in zip(runs, experiments, strict=True)
+    ]
+    networks = Networks(members, members[0].exp.config.eval_batch_size)
+    began = time.monotonic()
+    progress = CountDisplay(members[0].exp.data.num_eval)
+    parts = predict(networks, args.crops, progress.add)
+    seconds = time.monotonic() - began
+    line = predictions.show(parts)
+    line["images_per_second"] = line["examples"] / seconds
+    line["source"], line["hardware"] = provenance.source(), provenance.hardware()
+    for folder in runs if args.record is None else [args.record]:
+        reader.append_evaluation(folder, line)
+    return line, parts

@@ -1,0 +1,1 @@
+"""What a config becomes: mesh, data, model, numbers, compiled programs."""

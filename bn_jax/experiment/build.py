@@ -1,0 +1,239 @@
+"""From a config to what a run is made of: the one place where config values cross into code."""
+
+import functools
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bn_jax import models, optim, step
+from bn_jax.data import pipeline
+from bn_jax.distributed import mesh as meshes
+from bn_jax.distributed.mesh import along_batch, check_batch, make, replicated
+from bn_jax.errors import CheckpointError, ConfigError
+from bn_jax.experiment import programs
+from bn_jax.experiment.config import check
+from bn_jax.workdir.checkpoint import Checkpoints
+from bn_jax.workdir.reader import completed
+
+
+class Experiment(NamedTuple):
+    """What a run is made of, built once from the config."""
+
+    config: ConfigDict
+    mesh: Mesh
+    data: Any
+    model: nn.Module
+    hyper: optim.Hyper
+
+
+class Recorded(NamedTuple):
+    """What run.json says of a data set, in the place of the set (bn_jax.data.pipeline.Data)."""
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    split: str
+    description: str
+    num_eval: int
+
+
+def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
+    """The config of a run on `devices` devices: scale `pod` gets its batch, others are kept.
+
+    Counts of steps are divided so that the number of examples seen stays the same (configs/
+    inception.py, `_pod`).
+    """
+    if not config.batch_per_device:
+        return config
+    config = ConfigDict(config.to_dict())
+    factor = config.batch_per_device * devices / config.batch_size
+    config.batch_size = config.batch_per_device * devices
+    for name in ("total_steps", "eval_every", "checkpoint_every", "log_every"):
+        config[name] = max(1, round(config[name] / factor))
+    config.record.activation_every = max(1, round(config.record.activation_every / factor))
+    config.batch_per_device = 0  # what run.json holds is the run's own batch, on any machine
+    return config.lock()
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Everything a run needs but its state. Raises ConfigError before anything is compiled."""
+    check(config)
+    mesh = make()
+    config = for_devices(config, mesh.size)
+    check(config)  # the batch may have changed
+    if config.reproducible and mesh.size & (mesh.size - 1):
+        raise ConfigError(
+            f"reproducible=True on {mesh.size} devices: the number must be a power of two; use "
+            "fewer devices"
+        )
+    check_batch(config.batch_size, mesh.size, config.bn.group_size)
+    data = pipeline.open_data(config)
+    check_data(config, data)
+    return assemble(config, mesh, data)
+
+
+def assemble(config: ConfigDict, mesh: Mesh, data: Any) -> Experiment:
+    """An experiment on this data set, or on what run.json says of it (`Recorded`)."""
+    factor = optim.rate_factor(
+        config.learning_rate_scaling, config.batch_size, config.bn.group_size
+    )
+    hyper = optim.Hyper(
+        learning_rate=np.float32(config.learning_rate * factor),
+        decay_rate=np.float32(config.decay_rate),
+        decay_examples=np.float32(config.decay_examples),
+        l2=np.float32(config.l2) if config.l2 else None,
+        momentum=np.float32(config.momentum),
+        warmup_from=np.float32(1 / factor),
+        warmup_examples=np.float32(config.warmup_examples),
+    )
+    model = models.build(config, data.num_classes)
+    return Experiment(config, mesh, data, model, hyper)
+
+
+def check_data(config: ConfigDict, data: Any) -> None:
+    """Raises ConfigError for a config that does not fit its data set or its number format."""
+    data.steps_per_epoch(config.batch_size)
+    examples = config.record.activation_examples
+    if config.record.activations and examples > data.num_train:
+        raise ConfigError(
+            f"record.activation_examples={examples} exceeds the {data.num_train} training examples"
+        )
+    if config.steps_per_dispatch > 1:
+        changed = config.data.mirror or config.data.shift or config.data.distortion
+        if config.model.name != "mlp" or changed:
+            raise ConfigError(
+                f"steps_per_dispatch={config.steps_per_dispatch} is for the MLP on undistorted "
+                "data: set it to 1 for convolutions, mirror, shift or distortion"
+            )
+        data.resident()  # raises if the set is not held in memory
+    if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ConfigError("dtype=float64 needs JAX_ENABLE_X64=1 in the environment")
+
+
+def from_workdir(workdir: pathlib.Path) -> Experiment:
+    """The experiment that a run's run.json describes. Raises ConfigError if there is none."""
+    return build(_read_run(workdir)[0])
+
+
+def without_data(workdir: pathlib.Path) -> Experiment:
+    """As `from_workdir`, with `Recorded` for data: for prediction where the data set is not.
+
+    A run that has not recorded the classes and the images' shape opens its data set.
+    """
+    config, recorded = _read_run(workdir)
+    if "image_shape" not in recorded:
+        return from_workdir(workdir)
+    check(config)
+    classes = recorded["classes"]
+    data = Recorded(
+        num_classes=classes,
+        class_names=tuple(recorded["class_names"] or map(str, range(classes))),
+        image_shape=tuple(recorded["image_shape"]),
+        split=recorded["split"],
+        description=recorded["description"],
+        num_eval=recorded["eval_examples"],
+    )
+    return assemble(config, make(), data)
+
+
+def with_data(exp: Experiment, workdir: pathlib.Path) -> Experiment:
+    """The experiment with its data set, which is opened if it is not yet. Raises ConfigError."""
+    return from_workdir(workdir) if isinstance(exp.data, Recorded) else exp
+
+
+def _read_run(workdir: pathlib.Path) -> tuple[ConfigDict, dict[str, Any]]:
+    """Config and data description of run.json."""
+    path = workdir / "run.json"
+    if not path.is_file():
+        raise ConfigError(f"{workdir} is no run: it has no run.json (--workdir of a trained run)")
+    try:
+        info = json.loads(path.read_text())
+        return ConfigDict(completed(info["config"])).lock(), info["info"]["data"]
+    except (ValueError, KeyError, TypeError, AttributeError) as damage:
+        raise ConfigError(f"{path} is damaged: {damage!r}; restore it") from None
+
+
+def abstract_state(exp: Experiment) -> step.TrainState:
+    """Shapes, dtypes and shardings of the experiment's state; nothing is computed."""
+    everywhere = replicated(exp.mesh)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+        _shapes(exp.model, exp.data.image_shape),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> step.TrainState:
+    return jax.eval_shape(lambda: step.init_state(model, 0, image_shape))
+
+
+def abstract_batch(exp: Experiment, size: int, *, train: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a global batch of `size` examples."""
+    rows = along_batch(exp.mesh)
+    masked = not train or exp.data.masked
+    return {
+        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=rows)
+        for name, shape, dtype in (
+            ("image", exp.data.image_shape, np.uint8),
+            ("label", (), np.int32),
+            ("mask", (), np.bool_),
+        )
+        if name != "mask" or masked
+    }
+
+
+def initial_state(exp: Experiment) -> step.TrainState:
+    """The state before the first step. For `jax.jit`."""
+    return step.init_state(exp.model, exp.config.seed, exp.data.image_shape)
+
+
+def create_state(exp: Experiment) -> step.TrainState:
+    """`initial_state`, on the devices."""
+    program = programs.compiled(
+        "initial",
+        functools.partial(initial_state, exp),
+        (),
+        exp.config.to_dict(),
+        made_from=[exp.config.seed, exp.data.image_shape, exp.data.num_classes],
+        out_shardings=replicated(exp.mesh),
+    )
+    return program()
+
+
+def restore(
+    exp: Experiment, workdir: pathlib.Path, at_step: int | None = None
+) -> tuple[int, step.TrainState]:
+    """A run's newest checkpoint, or that of one step. Raises CheckpointError if there is none."""
+    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=0, read_only=True)
+    found = checkpoints.restore(abstract_state(exp), at_step)
+    if found is None:
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints.directory}: train on until the first is saved"
+        )
+    return found[0], found[1]
+
+
+def describe(exp: Experiment) -> dict[str, Any]:
+    """What run.json says of the data and the devices."""
+    data = {
+        "name": exp.config.data.name,
+        "split": exp.data.split,
+        "description": exp.data.description,
+        "train_examples": exp.data.num_train,
+        "eval_examples": exp.data.num_eval,
+        "image_shape": list(exp.data.image_shape),
+        "classes": exp.data.num_classes,
+        # Empty where the classes are their numbers.
+        "class_names": [] if _numbered(exp.data.class_names) else list(exp.data.class_names),
+    }
+    return {"data": data, "mesh": meshes.describe(exp.mesh)}
+
+
+def _numbered(names: tuple[str, ...]) -> bool:
+    return names == tuple(map(str, range(len(names))))

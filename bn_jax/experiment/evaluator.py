@@ -1,0 +1,152 @@
+"""Scores of one network during training: exact, with population statistics.
+
+Every example of the split counts once, whatever the batch size and the number of devices: batches
+are padded and masked, sums are added up, and the number of examples is asserted.
+"""
+
+import concurrent.futures
+import contextvars
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from bn_jax import layers, step
+from bn_jax.distributed import mesh as meshes
+from bn_jax.distributed.mesh import put_batch, put_replicated, replicated
+from bn_jax.errors import DataError
+from bn_jax.experiment import build, programs
+from bn_jax.experiment.build import Experiment
+
+
+class Evaluator:
+    """Scores states of one experiment; its programs are compiled when needed, or by `begin`."""
+
+    def __init__(self, exp: Experiment):
+        self.exp = exp
+        self._eval_batch: Any = None
+        self._merge_batch: Any = None
+        self._begun: concurrent.futures.Future | None = None
+        self._cancelled = False
+
+    def begin(self) -> None:
+        """Compiles in another thread, beside the first steps; `check` tells how it went."""
+        if jax.default_backend() == "gpu":  # there XLA times kernels, which steps would disturb
+            return self.compile()
+        with_context = contextvars.copy_context().run  # what `ops.plain` sets
+        threads = concurrent.futures.ThreadPoolExecutor(1)
+        self._begun = threads.submit(with_context, self.compile)
+        threads.shutdown(wait=False)
+
+    def cancel(self) -> None:
+        """Begins with no further program; the one that is being compiled is compiled to its end."""
+        self._cancelled = True
+
+    def check(self, *, wait: bool = False) -> None:
+        """Raises what `begin` met, if it has ended, or `wait` until it has."""
+        if self._begun is not None and (wait or self._begun.done()):
+            begun, self._begun = self._begun, None
+            begun.result()
+
+    def compile(self) -> None:
+        """Compiles what `scores` and `population` run."""
+        exp, model = self.exp, self.exp.model
+        everywhere = replicated(exp.mesh)
+        state = build.abstract_state(exp)
+        variables = (state.params, state.batch_stats)
+        config = exp.config.to_dict()
+        score = functools.partial(step.eval_step, model=model)
+        batch = build.abstract_batch(exp, self._eval_size(), train=False)
+        self._eval_batch = programs.compiled(
+            "evaluate", score, (*variables, batch), config, out_shardings=everywhere
+        )
+        if not state.batch_stats or self._cancelled:
+            return
+
+        batch = build.abstract_batch(exp, config["batch_size"], train=True)
+        self._merge_batch = programs.compiled(
+            "population",
+            functools.partial(step.statistics_step, model=model, seed=config["seed"]),
+            (*variables, state.batch_stats, batch),
+            config,
+            made_from=config["seed"],
+            out_shardings=everywhere,
+        )
+
+    def _eval_size(self) -> int:
+        """Examples of an evaluation batch: a multiple of the devices."""
+        devices = self.exp.mesh.size
+        return math.ceil(self.exp.config.eval_batch_size / devices) * devices
+
+    def population(self, params: Any, batch_stats: Any) -> Any:
+        """Population statistics of the training-mode network (Algorithm 2, lines 9 to 11).
+
+        From the same `statistics_batches` fixed training batches at every call, one streamed pass.
+        Without BN there is nothing to estimate and `batch_stats` comes back as it is.
+
+        Differs from the paper: used for every evaluation, those during training included, where the
+        paper follows accuracy with moving averages (section 3.1).
+        """
+        if not batch_stats:
+            return batch_stats
+        self.check(wait=True)
+        if self._merge_batch is None:
+            self.compile()
+        config, mesh = self.exp.config, self.exp.mesh
+        n, size = config.statistics_batches, config.batch_size
+        rows = meshes.rows(mesh, size)
+        total = put_replicated(mesh, jax.device_get(layers.fresh_stats(batch_stats)))
+        for batch in self.exp.data.statistics(n, size, rows, seed=config.seed):
+            fed = put_batch(mesh, batch, size)
+            total = self._merge_batch(params, batch_stats, total, fed)
+        return total
+
+    def scores(self, params: Any, batch_stats: Any) -> dict[str, Any]:
+        """Accuracy over the whole evaluation split with the given statistics.
+
+        Returns `top1`, `top5` (shares), `cross_entropy` (nats, mean), `examples`. Raises DataError
+        if not every example was counted exactly once.
+        """
+        self.check(wait=True)
+        if self._eval_batch is None:
+            self.compile()
+        mesh, data, size = self.exp.mesh, self.exp.data, self._eval_size()
+        sums = []
+        for batch in data.evaluation(size, meshes.rows(mesh, size)):
+            sums.append(self._eval_batch(params, batch_stats, put_batch(mesh, batch, size)))
+        total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
+        examples = int(total.pop("examples"))
+        if examples != data.num_eval:
+            raise DataError(f"evaluated {examples} examples, but the split holds {data.num_eval}")
+        return {name: value / examples for name, value in total.items()} | {"examples": examples}
+
+
+def sentence(exp: Experiment, scores: dict[str, Any]) -> str:
+    """Accuracy with the count it rests on and its standard error, in words."""
+    n, top1 = scores["examples"], scores["top1"]
+    error = 100 * math.sqrt(top1 * (1 - top1) / n)
+    return (
+        f"{exp.data.split} accuracy {100 * top1:.2f}% +- {error:.2f} "
+        f"({round(top1 * n):,} of {n:,} examples), top-5 {100 * scores['top5']:.2f}%"
+    )
+
+
+def running_gap(running: Any, exact: Any, epsilon: float) -> float:
+    """Largest distance of a running mean from its population mean, in the deviations that BN
+    divides by, sqrt(var + epsilon) of the population.
+
+    It says how far the moving average lags behind. Trees of batch_stats; NaN without BN.
+    """
+    gaps = []
+
+    def visit(a, b):
+        if "mean" in a:
+            gaps.append(float(np.max(np.abs(a["mean"] - b["mean"]) / np.sqrt(b["var"] + epsilon))))
+            return
+        for name in a:
+            visit(a[name], b[name])
+
+    visit(*jax.device_get((running, exact)))
+    return max(gaps, default=math.nan)

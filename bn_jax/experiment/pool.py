@@ -1,0 +1,171 @@
+"""Processes side by side with a table of what they do; Ctrl-C and SIGTERM stop them cleanly."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import NamedTuple, TextIO
+
+from bn_jax.workdir import files
+from bn_jax.workdir.timing import duration
+
+POLL = 0.2  # seconds between looks at the processes
+EVERY = 60.0  # seconds between lines on a running process where there is no terminal
+TAIL = 4096  # bytes of a log in which its last line is looked for
+
+Task = tuple[str, Sequence[str], pathlib.Path, Callable[[Mapping[str, str]], dict[str, str]]]
+
+
+class Running(NamedTuple):
+    """A process at work in a slot."""
+
+    name: str
+    process: subprocess.Popen
+    log: pathlib.Path
+    slot: int
+    started: float
+
+
+class Pool:
+    """Runs processes, as many at a time as there are slots.
+
+    A signal to this process is passed on as SIGTERM, once, to all that run, and no other is begun;
+    a second one kills them. Each process has a session of its own, so that a terminal's Ctrl-C
+    reaches it only through here (a run takes a second signal as "end at once").
+
+    Args:
+      slots: environment variables of each slot.
+      total: members of the sweep, for the count that is shown.
+      stream: of the table; default stdout.
+    """
+
+    def __init__(
+        self, slots: Sequence[Mapping[str, str]], total: int, stream: TextIO | None = None
+    ):
+        self.slots, self.total = list(slots), total
+        self.stopped = False
+        self._signals = self._told = 0
+        self._stream = stream or sys.stdout
+        self._terminal = self._stream.isatty()
+        self._drawn = 0  # lines of the table on the terminal
+        self._next = 0.0  # when the next line or table is due
+        self._running: list[Running] = []
+
+    def run(self, tasks: Sequence[Task]) -> dict[str, int | None]:
+        """Runs (name, command, log, slot's environment -> environment) each.
+
+        Returns {name: exit code}; None for those that were not begun because of a signal. A process
+        that a signal ended has the code of a shell, 128 + the signal.
+        """
+        codes: dict[str, int | None] = {name: None for name, *_ in tasks}
+        waiting, done = list(tasks), self.total - len(tasks)
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        try:
+            while self._running or (waiting and not self.stopped):
+                free = set(range(len(self.slots))) - {r.slot for r in self._running}
+                while waiting and free and not self.stopped:
+                    self._begin(waiting.pop(0), min(free))
+                    free.discard(self._running[-1].slot)
+                time.sleep(POLL)
+                self._pass_on()
+                for ended in [r for r in self._running if r.process.poll() is not None]:
+                    self._running.remove(ended)
+                    code = ended.process.returncode
+                    codes[ended.name] = code = code if code >= 0 else 128 - code
+                    done += 1
+                    took = duration(time.monotonic() - ended.started)
+                    self._say(f"[{done}/{self.total}] {ended.name}: {_word(code)} after {took}")
+                self._show(len(waiting))
+        finally:
+            self._erase()
+            for left in self._running:  # only after an error in here
+                left.process.terminate()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return codes
+
+    def _begin(self, task: Task, slot: int) -> None:
+        name, words, log, environment = task
+        with files.reported(log, "cannot write"):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            file = log.open("ab")
+        with file:
+            process = subprocess.Popen(
+                list(words),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment(self.slots[slot]),
+                start_new_session=True,
+            )
+        self._running.append(Running(name, process, log, slot, time.monotonic()))
+        self._say(f"{name}: started, log {log}")
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        self.stopped = True
+        if self._signals == 1:
+            text = "stopping: members save their state; once more ends them at once\n"
+            os.write(2, text.encode())  # print is not safe in a handler
+
+    def _pass_on(self) -> None:
+        """Tells the processes of signals; not in the handler, which may come amid `_begin`."""
+        for running in self._running if self._signals > self._told else ():
+            running.process.send_signal(signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
+        self._told = self._signals
+
+    # What a person sees
+
+    def _say(self, text: str) -> None:
+        self._erase()
+        print(text, file=self._stream, flush=True)
+        self._next = 0.0 if self._terminal else self._next
+
+    def _show(self, waiting: int) -> None:
+        now = time.monotonic()
+        if now < self._next or not self._running:
+            return
+        first = self._next == 0.0
+        self._next = now + (1.0 if self._terminal else EVERY)
+        if first and not self._terminal:
+            return  # nothing to tell yet
+        self._erase()
+        width = shutil.get_terminal_size().columns - 1 if self._terminal else 200
+        lines = [
+            f"  {r.name:32} {duration(now - r.started):>8}  {last_line(r.log)}"[:width]
+            for r in self._running
+        ]
+        if self._terminal:
+            lines.append(f"  {waiting} waiting"[:width])
+            self._drawn = len(lines)
+        print("\n".join(lines), file=self._stream, flush=True)
+
+    def _erase(self) -> None:
+        if self._drawn:  # up to the table's first line, and clear from there
+            self._stream.write(f"\x1b[{self._drawn}F\x1b[J")
+            self._drawn = 0
+
+
+def last_line(log: pathlib.Path) -> str:
+    """The last line that a process wrote: its step, loss, images/s and time left."""
+    try:
+        with log.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - TAIL))
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _word(code: int) -> str:
+    if code in (128 + signal.SIGTERM, 128 + signal.SIGKILL):
+        return "ended by a signal"
+    known = {0: "done", 4: "diverged (a result)", 75: "stopped, saved"}
+    return known.get(code, f"failed with exit code {code}")

@@ -1,0 +1,152 @@
+"""Compiled programs whose trace is kept, so that a second start need not trace the network again.
+
+JAX keeps what XLA has compiled, but finds it by the program's text, which Python must trace first:
+seconds for a network of 70 layers. Here that text (`jax.export`'s StableHLO) is kept beside it, by
+all that it depends on: this package's source, the packages' versions, jax's settings, the config,
+shapes and devices. Kept or not, XLA is given the same text, so a run has the same bits either way.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import threading
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import optax
+from absl import logging
+from jax import export
+
+from bn_jax import ops, optim, step
+
+KEEP = 400  # files; the least recently used go first
+KEPT = "traced"  # folder within jax's cache of compiled programs
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+# Fields of a config that no program is made from: what varies there is data, a shape or a loop's
+# length (or, where l2 is 0, an argument that is not there, which its key sees). Any other field,
+# also one that is not thought of yet, makes another program.
+NOT_TRACED = {
+    *("name", "scale", "seed", "data", "record", "batch_size", "batch_per_device"),
+    *("learning_rate", "decay_rate", "decay_examples", "l2", "momentum"),
+    *("learning_rate_scaling", "warmup_examples", "total_steps", "steps_per_dispatch"),
+    *("eval_every", "eval_batch_size", "statistics_batches", "log_every"),
+    *("checkpoint_every", "checkpoint_wait", "keep_last", "keep_best"),
+}
+SETTINGS = (
+    *("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion"),
+    *("jax_numpy_rank_promotion", "jax_debug_nans", "jax_default_prng_impl"),
+    "jax_threefry_partitionable",
+)
+
+# Traced one after the other: side by side they take turns at Python's own lock, and the training
+# step, which is begun first as a rule and takes XLA longest, would be through last.
+_TRACING = threading.Lock()
+
+for _type in (step.TrainState, optim.Hyper, optax.TraceState):
+    export.register_namedtuple_serialization(
+        _type, serialized_name=f"{_type.__module__}.{_type.__name__}"
+    )
+
+
+def compiled(
+    name: str,
+    function: Callable,
+    arguments: tuple,
+    config: Mapping[str, Any],
+    *,
+    made_from: Any = None,
+    donate_argnums: tuple[int, ...] = (),
+    **shardings: Any,
+) -> Any:
+    """`jax.jit(function, ...)`, compiled for `arguments`: arrays, or their shapes with shardings.
+
+    Args:
+      name: of the program; with `config` and `made_from` it names all that `function` closes over.
+      config: the experiment's, as a dict.
+      made_from: what else the program is made from; JSON.
+      shardings: jit's `in_shardings` and `out_shardings`.
+
+    Where jax cannot export the program, it is compiled as it is, and nothing is kept.
+    """
+    jitted, leaves = jax.jit(function, **shardings), jax.tree.leaves(arguments)
+    shapes = [
+        [str(getattr(leaf, of, None)) for of in ("shape", "dtype", "sharding")] for leaf in leaves
+    ]
+    tree, devices = str(jax.tree.structure(arguments)), [jax.default_backend(), jax.device_count()]
+    about = [name, config, made_from, shapes, tree, devices, str(shardings)]
+    try:
+        with _TRACING:
+            text = kept(about, lambda: bytes(export.export(jitted)(*arguments).serialize()))
+    except (ValueError, NotImplementedError) as refusal:
+        # An operation of this backend that jax exports no program with; any other mistake in
+        # `function` is raised again here.
+        logging.info("the trace of %s cannot be kept: %s", name, refusal)
+        jitted = jax.jit(function, donate_argnums=donate_argnums, **shardings)
+        return jitted.lower(*arguments).compile()
+    call = export.deserialize(bytearray(text)).call
+
+    def program(*arguments):
+        return call(*arguments)
+
+    program.__name__ = name  # in profiles
+    program = jax.jit(program, donate_argnums=donate_argnums, **shardings)
+    return program.lower(*arguments).compile()
+
+
+def kept(about: list, make: Callable[[], bytes]) -> bytes:
+    """What `make` gives, or gave when it was called for the same `about`, source and packages.
+
+    `about` is JSON; fields of a config in it that are NOT_TRACED count as equal. Nothing is kept
+    without a cache of compiled programs (`mesh.use_compilation_cache`) that can be written.
+    """
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if not folder:
+        return make()
+    place = pathlib.Path(folder) / KEPT
+    plain = [_traced(x) if isinstance(x, Mapping) else x for x in about]
+    key = json.dumps([plain, _surroundings()], sort_keys=True, default=list)
+    file = place / hashlib.sha256(key.encode()).hexdigest()
+    try:
+        content = file.read_bytes()
+        if hashlib.sha256(content[32:]).digest() == content[:32]:
+            file.touch()
+            return content[32:]
+    except OSError:
+        pass
+    made = make()
+    try:
+        place.mkdir(exist_ok=True)
+        scratch = place / f"{file.name}.{os.getpid()}"
+        scratch.write_bytes(hashlib.sha256(made).digest() + made)
+        scratch.replace(file)
+        for old in sorted(place.iterdir(), key=lambda f: f.stat().st_mtime)[:-KEEP]:
+            old.unlink()
+    except OSError:
+        pass  # another process was faster, or the disk is full: only time is lost
+    return made
+
+
+def _traced(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k not in NOT_TRACED}
+
+
+def _surroundings() -> list:
+    """What a trace depends on besides its arguments; contexts and settings may change any time."""
+    return [_source(), ops.hand_tuned(), *(str(getattr(jax.config, name)) for name in SETTINGS)]
+
+
+@functools.cache
+def _source() -> str:
+    """Digest of this package's files and of the versions of Python and the packages below it."""
+    versions = [platform.python_version(), *(metadata.version(p) for p in PACKAGES)]
+    digest = hashlib.sha256(json.dumps(versions).encode())
+    root = pathlib.Path(__file__).resolve().parents[1]
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

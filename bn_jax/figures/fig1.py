@@ -1,0 +1,135 @@
+"""Fig. 1: the MNIST study, as numbers, a table and a picture."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bn_jax.errors import ConfigError
+from bn_jax.figures.plotting import BLUE, GREY, plot_accuracy, plt, save
+from bn_jax.workdir import reader
+from bn_jax.workdir.reader import Run
+
+PERCENTILES = (15, 50, 85)  # of Fig. 1b,c
+
+
+class Percentiles(NamedTuple):
+    """Percentiles of the inputs of one layer's units over training, on one fixed batch.
+
+    steps [T]; values [T, 3, units] for the {15, 50, 85}th percentiles.
+    """
+
+    layer: str
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def percentiles(run: Run, layer: str) -> Percentiles:
+    """The recorded percentiles of `layer` (a path such as dense_2/input)."""
+    lines = [line for line in run.lines["activation"] if line["layer"] == layer]
+    if not lines:
+        known = sorted({line["layer"] for line in run.lines["activation"]})
+        raise ConfigError(f"{run.workdir} recorded no activation `{layer}`; it has {known}")
+    values = np.array([[line[f"p{p}"] for p in PERCENTILES] for line in lines], float)
+    return Percentiles(layer, np.array([line["step"] for line in lines]), values)
+
+
+def drift(curves: Percentiles) -> np.ndarray:
+    """How far each percentile wanders over training, relative to the spread. [3, units].
+
+    The range (max - min over training) of the percentile, divided by the mean distance between the
+    15th and the 85th. 0 is a distribution that never moves.
+    """
+    spread = np.mean(curves.values[:, 2] - curves.values[:, 0], axis=0)
+    return np.ptp(curves.values, axis=0) / np.maximum(spread, np.finfo(np.float32).tiny)
+
+
+def typical_unit(curves: Percentiles) -> int:
+    """The unit that stands for its layer: the one whose drift of the median is the layer's median.
+
+    With an even number of units the lower of the two; ties go to the first unit.
+    """
+    of_median = drift(curves)[1]
+    return int(np.argsort(of_median, kind="stable")[(of_median.size - 1) // 2])
+
+
+def fig1_numbers(baseline: Run, with_bn: Run, layer: str = "dense_2/input") -> dict[str, Any]:
+    """What Fig. 1 shows, as numbers, for each of the two networks.
+
+    `accuracy` (share, last evaluation), `examples`, `unit` (see `typical_unit`), `drift` of the
+    three percentiles for that unit, `layer_drift` their medians over all units of the layer.
+    """
+    numbers = {}
+    for name, run in (("without BN", baseline), ("with BN", with_bn)):
+        curves = percentiles(run, layer)
+        unit, drifts = typical_unit(curves), drift(curves)
+        last = run.lines["eval"][-1]
+        numbers[name] = {
+            "accuracy": last["top1"],
+            "best_accuracy": max(line["top1"] for line in run.lines["eval"]),
+            "examples": last["examples"],
+            "steps": last["step"],
+            "unit": unit,
+            "drift": dict(
+                zip(map(str, PERCENTILES), drifts[:, unit].round(4).tolist(), strict=True)
+            ),
+            "layer_drift": dict(
+                zip(map(str, PERCENTILES), np.median(drifts, axis=1).round(4).tolist(), strict=True)
+            ),
+        }
+    return numbers
+
+
+def fig1_table(numbers: dict[str, Any]) -> str:
+    """The numbers of Fig. 1 as Markdown."""
+    rows = [
+        "| network | steps | test accuracy | drift of p15, p50, p85 | layer's median |",
+        "|---|---|---|---|---|",
+    ]
+    for name, n in numbers.items():
+        unit = ", ".join(f"{v:.2f}" for v in n["drift"].values())
+        layer = ", ".join(f"{v:.2f}" for v in n["layer_drift"].values())
+        rows.append(
+            f"| {name} | {n['steps']:,} | {100 * n['accuracy']:.2f}% of {n['examples']:,} "
+            f"| {unit} (unit {n['unit']}) | {layer} |"
+        )
+    return "\n".join(rows) + (
+        "\nDrift: range of the percentile over training / mean distance from p15 to p85."
+        " Typical unit: the one whose p50 drift is the median of its layer."
+    )
+
+
+def plot_percentiles(axes, curves: Percentiles, unit: int, colour: str) -> None:
+    """Lines of the three percentiles of one unit's input against steps."""
+    low, middle, high = curves.values[:, :, unit].T
+    axes.fill_between(curves.steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    for line, width in ((low, 1.0), (middle, 2.0), (high, 1.0)):
+        axes.plot(curves.steps, line, color=colour, linewidth=width)
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"input of unit {unit}")
+
+
+def draw_fig1(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
+    """Fig. 1 from the runs `folder`/mnist and `folder`/mnist_bn; prints the numbers behind it."""
+    baseline, with_bn = reader.read_pair(folder / "mnist", folder / "mnist_bn")
+    numbers = fig1_numbers(baseline, with_bn)
+    figure, (a, b, c) = plt.subplots(1, 3, figsize=(13, 3.8))
+    plot_accuracy(a, baseline, GREY, "without BN")
+    plot_accuracy(a, with_bn, BLUE, "with BN")
+    low = min(line["top1"] for line in with_bn.lines["eval"])
+    a.set_ylim(bottom=max(0, min(100 * low - 2, 90)))
+    a.legend(loc="lower right")
+    a.set_title("(a) test accuracy")
+    layer = "dense_2/input"
+    for axes, run, name, letter, colour in (
+        (b, baseline, "without BN", "b", GREY),
+        (c, with_bn, "with BN", "c", BLUE),
+    ):
+        plot_percentiles(axes, percentiles(run, layer), numbers[name]["unit"], colour)
+        axes.set_title(f"({letter}) {name}: {{15, 50, 85}}th percentiles")
+    figure.suptitle(f"MNIST study (section 4.1), {baseline.data['name']}", fontsize=10)
+    paths = save(figure, out, "fig1")
+    (out / "fig1.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    print(f"{fig1_table(numbers)}\nData: {baseline.data['description']}.")
+    return [*paths, out / "fig1.json"]

@@ -1,0 +1,224 @@
+"""The table of Fig. 4 (section 4.2.3) from recorded evaluations, with the paper's numbers."""
+
+import csv
+import io
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from bn_jax.errors import ConfigError
+from bn_jax.workdir import files, reader
+
+# model, resolution, crops, models, top-1 error, top-5 error (%), as printed; - is not given.
+PAPER = (
+    ("GoogLeNet ensemble", "224", "144", "7", "-", "6.67%"),
+    ("Deep Image low-res", "256", "-", "1", "-", "7.96%"),
+    ("Deep Image high-res", "512", "-", "1", "24.88%", "7.42%"),
+    ("Deep Image ensemble", "variable", "-", "-", "-", "5.98%"),
+    ("BN-Inception single crop", "224", "1", "1", "25.2%", "7.82%"),
+    ("BN-Inception multicrop", "224", "144", "1", "21.99%", "5.82%"),
+    ("BN-Inception ensemble", "224", "144", "6", "20.1%", "4.9% (test server 4.82%)"),
+)
+HEAD = ["model", "resolution", "crops", "models", "paper: top-1 error", "paper: top-5 error"]
+HEAD += ["ours: models", "ours: crops", "ours: top-1 error", "ours: top-5 error"]
+
+
+class Row(NamedTuple):
+    """Our evaluations behind a line of the table: single networks, or one ensemble."""
+
+    label: str
+    crops: int
+    lines: list[dict[str, Any]]
+
+
+def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The evaluations with population statistics recorded below `folder`, each once: of equal
+    networks and crops the latest. An ensemble's members count as evaluated alone, too.
+
+    Raises ConfigError if there are none, or if they are of different data, splits or image sizes.
+    """
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    recorded = (
+        line for place in reader.find_evaluations(folder) for line in reader.read_evaluations(place)
+    )
+    for whole in sorted(recorded, key=lambda line: line["time"]):
+        for line in [*_alone(whole), whole] if whole["statistics"] != "running" else ():
+            where = tuple(sorted(_place(member) for member in line["members"]))
+            found[where, line["crops"]] = line
+    if not found:
+        raise ConfigError(
+            f"{folder} holds no evaluation: run bn_jax.evaluate on the workdirs in it first"
+        )
+    lines = list(found.values())
+    for field in ("data", "split", "holdout", "image_size", "examples"):
+        values = sorted({str(line[field]) for line in lines})
+        if len(values) > 1:
+            raise ConfigError(
+                f"the evaluations in {folder} cannot be compared: {field} is {', '.join(values)}; "
+                "separate them"
+            )
+    return lines
+
+
+def _alone(line: dict[str, Any]) -> list[dict[str, Any]]:
+    """The members of an ensemble as evaluations of their own, where each was scored alone."""
+    members, scores = line["members"], line["member_scores"]
+    if len(members) != len(scores):
+        return []
+    pairs = zip(members, scores, strict=True)
+    return [{**line, **s, "members": [m], "member_scores": []} for m, s in pairs]
+
+
+def _place(member: dict[str, Any]) -> str:
+    """A network's workdir, however it was typed."""
+    return str(pathlib.Path(member["workdir"]).resolve())
+
+
+def rows(lines: Sequence[dict[str, Any]]) -> list[Row]:
+    """Single networks by crops, then the largest ensemble of each number of crops.
+
+    Where there is an ensemble, its members are the single networks.
+    """
+    found = []
+    averaged = {_place(m) for x in lines if len(x["members"]) > 1 for m in x["members"]}
+    for crops in sorted({line["crops"] for line in lines}):
+        single = [x for x in lines if x["crops"] == crops and len(x["members"]) == 1]
+        single = [x for x in single if not averaged or _place(x["members"][0]) in averaged]
+        if single:
+            found.append(Row("single", crops, single))
+    for crops in sorted({line["crops"] for line in lines}):
+        several = [x for x in lines if x["crops"] == crops and len(x["members"]) > 1]
+        if several:
+            found.append(Row("ensemble", crops, [max(several, key=lambda x: len(x["members"]))]))
+    return found
+
+
+def error(row: Row, name: str) -> str:
+    """Error of a row: one evaluation's with its standard error, or mean and range of several."""
+    shares = [100 * wrong(line, name) for line in row.lines]
+    if len(shares) == 1:
+        return f"{shares[0]:.2f}% +- {standard_error(row.lines[0], name):.2f}"
+    mean = sum(shares) / len(shares)
+    return f"{mean:.2f}% ({min(shares):.2f} to {max(shares):.2f})"
+
+
+def wrong(line: dict[str, Any], name: str) -> float:
+    """The share of wrong examples, from their count."""
+    n = line["examples"]
+    return (n - round(line[name] * n)) / n
+
+
+def standard_error(line: dict[str, Any], name: str) -> float:
+    """Binomial standard error of an accuracy, points."""
+    return 100 * math.sqrt(max(line[name] * (1 - line[name]), 0) / line["examples"])
+
+
+def models(row: Row) -> str:
+    """How many networks a row rests on, in words."""
+    if row.label == "ensemble":
+        return f"{len(row.lines[0]['members'])}, averaged"
+    return "1" if len(row.lines) == 1 else f"1 (mean of {len(row.lines)} networks)"
+
+
+def _paper_line(row: Row) -> int | None:
+    """The line of the paper's table that a row of ours stands beside."""
+    places = {("single", 1): 4, ("single", 144): 5, ("ensemble", 144): 6}
+    return places.get((row.label, row.crops))
+
+
+def markdown(folder: pathlib.Path) -> str:
+    """The table, its setting and the networks behind it. Raises ConfigError as `collect` does."""
+    lines = collect(folder)
+    ours = rows(lines)
+    beside = {place: row for row in ours if (place := _paper_line(row)) is not None}
+    table = []
+    for k, printed in enumerate(PAPER):
+        row = beside.get(k)
+        mine = ["-"] * 4 if row is None else _cells(row)
+        if row is None and printed[0].startswith("BN-Inception"):
+            mine = ["not yet run"] * 4
+        table.append([*printed, *mine])
+    for row in ours:
+        if _paper_line(row) is None:
+            what = "ensemble" if row.label == "ensemble" else "single network"
+            table.append([f"{what}, {_crops(row.crops)}, not in the paper"])
+            table[-1] += ["-"] * 5 + _cells(row)
+    text = [f"| {' | '.join(cells)} |" for cells in ([HEAD, *table])]
+    text.insert(1, "|---" * len(HEAD) + "|")
+    parts = ["# Single networks, multicrop and ensemble (Fig. 4)", _setting(lines)]
+    return "\n\n".join([*parts, "\n".join(text), _networks(ours)]) + "\n"
+
+
+def _crops(number: int) -> str:
+    return "single crop" if number == 1 else f"{number} crops"
+
+
+def _cells(row: Row) -> list[str]:
+    views = row.lines[0]["views"]
+    crops = str(row.crops) if views == row.crops else f"{views} of {row.crops}, not mirrored"
+    return [models(row), crops, error(row, "top1"), error(row, "top5")]
+
+
+def _setting(lines: Sequence[dict[str, Any]]) -> str:
+    one = lines[0]
+    origins = {
+        f"commit {str(x['source'].get('commit'))[:10]} on {x['hardware']['devices']} "
+        f"{x['hardware']['device_kind']}"
+        for x in lines
+        if "source" in x
+    }
+    made = f" Evaluated by {'; '.join(sorted(origins))}." if origins else ""
+    return (
+        f"Ours: {one['description']}; {one['image_size']} px; {one['examples']:,} examples of the "
+        f"{one['split']} split, each counted once; statistics of Algorithm 2. +- is the binomial "
+        "standard error. The paper's columns: ImageNet's 50,000 validation images. The settings "
+        f"differ: compare the order of the lines, not the numbers.{made}"
+    )
+
+
+def _networks(ours: Sequence[Row]) -> str:
+    """Every network of the table with its own errors."""
+    text = ["| network | seed | steps | crops | top-1 error | top-5 error |", "|---" * 6 + "|"]
+    for row in ours:
+        for line in row.lines if row.label == "single" else ():
+            (m,) = line["members"]
+            alone = Row("single", row.crops, [line])
+            steps = f"{m['step']:,} of {m['total_steps']:,}"
+            cells = [f"`{m['name']}`", str(m["seed"]), steps, str(row.crops)]
+            cells += [error(alone, "top1"), error(alone, "top5")]
+            text.append(f"| {' | '.join(cells)} |")
+    for row in ours:
+        for line in row.lines if row.label == "ensemble" else ():
+            names = ", ".join(f"`{m['name']}` seed {m['seed']}" for m in line["members"])
+            text.append("")
+            text.append(f"Ensemble, {_crops(row.crops)}: {names}.")
+    return "\n".join(text)
+
+
+def as_csv(folder: pathlib.Path) -> str:
+    """Every evaluation behind the table, errors as shares of 1."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    head = ["networks", "names", "seeds", "steps", "crops", "views", "image_size", "examples"]
+    writer.writerow([*head, "top1_error", "top5_error", "top1_se", "top5_se", "cross_entropy"])
+    for line in sorted(collect(folder), key=lambda x: (len(x["members"]), x["crops"])):
+        several = [" ".join(str(m[k]) for m in line["members"]) for k in ("name", "seed", "step")]
+        numbers = [wrong(line, name) for name in ("top1", "top5")]
+        numbers += [standard_error(line, name) / 100 for name in ("top1", "top5")]
+        fields = [line[k] for k in ("crops", "views", "image_size", "examples")]
+        writer.writerow([len(line["members"]), *several, *fields, *numbers, line["cross_entropy"]])
+    return out.getvalue()
+
+
+def draw_fig4(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
+    """The table of Fig. 4 from the evaluations recorded below `folder`; prints it.
+
+    Raises ConfigError if they cannot be compared with each other.
+    """
+    texts = {"fig4.md": markdown(folder), "fig4.csv": as_csv(folder)}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        files.write_atomic(out / name, text.encode())
+    print(texts["fig4.md"])
+    return [out / name for name in texts]

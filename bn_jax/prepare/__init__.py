@@ -1,0 +1,1 @@
+"""Preparing and checking data sets: `python -m bn_jax.prepare`."""

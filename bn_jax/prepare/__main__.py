@@ -1,0 +1,77 @@
+"""Prepares and checks data: `python -m bn_jax.prepare imagenet|check|sheet --help`."""
+
+import argparse
+import os
+import pathlib
+
+from bn_jax import errors
+
+
+def main() -> None:
+    """Reads the command line and does what it says."""
+    parser = argparse.ArgumentParser(prog="python -m bn_jax.prepare", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    imagenet = commands.add_parser(
+        "imagenet", help="ILSVRC2012 tars -> TFDS' imagenet2012 (ArrayRecord), without TensorFlow"
+    )
+    imagenet.add_argument(
+        "--tars",
+        required=True,
+        help="folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar",
+    )
+    imagenet.add_argument("--data_dir", required=True, help="TFDS data_dir to write to (140 GiB)")
+    imagenet.add_argument("--partial", action="store_true", help="accept tars that lack images")
+    imagenet.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="shards at a time"
+    )
+    imagenet.set_defaults(run=run_imagenet)
+
+    check = commands.add_parser("check", help="reads and decodes a whole data set; a verdict")
+    check.add_argument("dir", help="TFDS data_dir or version folder, or a folder of pictures")
+    check.add_argument("--name", default="imagenet2012", help="which TFDS set of the data_dir")
+    check.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="decoding threads")
+    check.set_defaults(run=run_check)
+
+    sheet = commands.add_parser("sheet", help="draws distortions of a picture as a contact sheet")
+    sheet.add_argument("image", help="a picture, or digits for one of the embedded digits")
+    sheet.add_argument("--out", default="distortions.png", help="PNG to write")
+    sheet.add_argument("--strengths", default="0,0.25,0.5,1", help="rows: data.distortion values")
+    sheet.add_argument("--size", type=int, default=160, help="pixels of each picture")
+    sheet.add_argument("--seed", type=int, default=0, help="of the draws")
+    sheet.set_defaults(run=run_sheet)
+
+    options = parser.parse_args()
+    options.run(options)
+
+
+def run_imagenet(options: argparse.Namespace) -> None:
+    """Prepares ImageNet."""
+    from bn_jax.prepare.imagenet import build
+
+    folder = build(
+        pathlib.Path(options.tars).expanduser(),
+        pathlib.Path(options.data_dir).expanduser(),
+        partial=options.partial,
+        threads=options.threads,
+    )
+    print(f"ready: {folder}\ntrain with --config.data.dir={options.data_dir}")
+
+
+def run_check(options: argparse.Namespace) -> None:
+    """Checks a data set."""
+    from bn_jax.prepare import check as doctor
+
+    doctor.check(pathlib.Path(options.dir).expanduser(), options.name, threads=options.threads)
+
+
+def run_sheet(options: argparse.Namespace) -> None:
+    """Draws a contact sheet."""
+    from bn_jax.prepare.sheet import draw
+
+    strengths = [float(s) for s in options.strengths.split(",")]
+    print(draw(options.image, options.out, strengths, size=options.size, seed=options.seed))
+
+
+if __name__ == "__main__":
+    errors.run_command(main)

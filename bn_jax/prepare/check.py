@@ -1,0 +1,197 @@
+"""The data doctor: reads, checks and decodes every record of a set, and ends with a verdict."""
+
+import concurrent.futures
+import hashlib
+import pathlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from bn_jax.data import decode, folder, sources, tfds
+from bn_jax.errors import ConfigError, DataError
+from bn_jax.prepare import imagenet
+
+_SHOWN = 10  # problems printed of each split
+_CHUNK = 64  # records a thread takes at a time
+
+
+@dataclass
+class Report:
+    """What was found in one split."""
+
+    labels: Counter = field(default_factory=Counter)
+    kinds: Counter = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+    digests: dict[bytes, str] = field(default_factory=dict)
+    duplicates: list[str] = field(default_factory=list)
+    sides: list[int] = field(default_factory=list)
+    examples: int = 0
+    decoded: int = 0
+
+
+def check(directory: pathlib.Path, name: str, *, threads: int) -> None:
+    """Prints what is in a set and whether it can be used. Raises ConfigError if there is none, and
+    DataError, with the number of problems, if it is damaged or incomplete. Duplicates are only
+    told."""
+    problems = 0
+    seen: dict[bytes, str] = {}
+    for split, records, classes, expected, damaged in _splits(directory, name):
+        began = time.perf_counter()
+        report = _examine(records, classes, threads)
+        seconds = time.perf_counter() - began
+        report.problems[:0] = damaged
+        if expected is not None and report.examples != expected:
+            report.problems.append(f"{report.examples:,} readable images, {expected:,} expected")
+        empty = [k for k in range(classes) if not report.labels[k]]
+        _print(split, report, classes, empty, seconds)
+        across = [f"{report.digests[d]} = {seen[d]}" for d in report.digests.keys() & seen.keys()]
+        if across:
+            print(f"  {len(across)} also in another split, such as {across[0]}")
+        seen |= report.digests
+        problems += len(report.problems)
+    if problems:
+        raise DataError(f"verdict: {directory} is NOT sound, {problems} problems (see above)")
+    print(f"verdict: {directory} is sound")
+
+
+def _splits(
+    directory: pathlib.Path, name: str
+) -> Iterator[tuple[str, sources.Records, int, int | None, list[str]]]:
+    """(split, readable records, classes, expected count, what is wrong with shards)."""
+    found = tfds.find(name, str(directory))
+    if found is None:
+        if not (directory / "train").is_dir():
+            raise ConfigError(
+                f"{directory} holds neither the TFDS set {name!r} (--name) nor pictures in "
+                "train/CLASS/*"
+            )
+        source = folder.source(str(directory))
+        for split, records in (("train", source.train), ("evaluation", source.evaluation)):
+            assert not isinstance(records, sources.Arrays)
+            yield split, records, source.num_classes, None, []
+        return
+    meta = tfds.metadata(found)
+    for split, files in meta.splits.items():
+        parts, damaged = [], []
+        for file in files:
+            try:
+                parts.append(tfds.open_split(tfds.only(meta, split, [file]), split))
+            except DataError as e:
+                damaged.append(str(e))
+        expected = sum(length for _, length in files)
+        if meta.name == imagenet.NAME and split in imagenet.COUNTS:
+            expected = imagenet.COUNTS[split]
+        yield split, Joined(parts), meta.num_classes, expected, damaged
+
+
+class Joined:
+    """The records of the shards that could be opened."""
+
+    def __init__(self, parts: list[tfds.Shards]):
+        self.parts = parts
+        self.starts = np.cumsum([0] + [len(p) for p in parts])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> sources.Record:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[part][index - int(self.starts[part])]
+
+
+def _examine(records: sources.Records, classes: int, threads: int) -> Report:
+    """Reads and decodes all records, a bounded number at a time."""
+    report = Report()
+    ranges = iter(range(k, min(k + _CHUNK, len(records))) for k in range(0, len(records), _CHUNK))
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        jobs = {pool.submit(_some, records, r, classes) for r in islice(ranges, 2 * threads)}
+        while jobs:
+            done, jobs = concurrent.futures.wait(jobs, return_when="FIRST_COMPLETED")
+            jobs |= {pool.submit(_some, records, r, classes) for r in islice(ranges, len(done))}
+            for job in done:
+                for result in job.result():
+                    _add(report, *result)
+    return report
+
+
+Result = tuple[str, str, sources.Record | None, decode.Frame | None, bytes]
+
+
+def _some(records: sources.Records, indices: range, classes: int) -> list[Result]:
+    """(name, problem or "", record without data, header, digest) of some records."""
+    results: list[Result] = []
+    for index in indices:
+        record, found, digest, problem = None, None, b"", ""
+        try:
+            record = records[index]
+            digest = hashlib.blake2b(record.data, digest_size=16).digest()
+            sources.checked_label(record, classes)
+            found = decode.frame(record.data)
+            decode.pixels(record.data, found)
+        except sources.BadRecordError as e:
+            results.append((e.name, e.reason, None, None, b""))
+            continue
+        except (DataError, decode.BadImageError) as e:
+            problem = str(e)
+        assert record is not None
+        results.append((record.name, problem, record._replace(data=b""), found, digest))
+    return results
+
+
+def _add(
+    report: Report,
+    name: str,
+    problem: str,
+    record: sources.Record | None,
+    found: decode.Frame | None,
+    digest: bytes,
+) -> None:
+    if problem:
+        report.problems.append(problem if name in problem else f"{name}: {problem}")
+    if record is None:
+        return
+    report.examples += 1
+    report.decoded += not problem
+    report.labels[record.label] += 1
+    if digest in report.digests:
+        report.duplicates.append(f"{name} = {report.digests[digest]}")
+    report.digests.setdefault(digest, name)
+    if found:
+        grey = {1: ", grey", 4: ", CMYK"}.get(found.components, "")
+        report.kinds[found.kind + grey] += 1
+        report.sides.append(min(found.height, found.width))
+
+
+def _print(split: str, report: Report, classes: int, empty: list[int], seconds: float) -> None:
+    rate = report.examples / max(seconds, 1e-9)
+    print(f"{split}: {report.examples:,} images read, {report.decoded:,} decoded, {rate:,.0f}/s")
+    counts = [report.labels[k] for k in range(classes)]
+    print(
+        f"  labels: {classes - len(empty)} of {classes} classes have images, "
+        f"{min(counts, default=0)} to {max(counts, default=0)} each"
+    )
+    if max(counts, default=0):
+        print(f"  histogram: {_histogram(counts)}")
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in report.kinds.most_common())
+    sides = f"; shorter sides {min(report.sides)} to {max(report.sides)}" if report.sides else ""
+    print(f"  kinds: {kinds}{sides}")
+    if report.duplicates:
+        print(f"  {len(report.duplicates)} duplicates, such as {report.duplicates[0]}")
+    for problem in report.problems[:_SHOWN]:
+        print(f"  PROBLEM: {problem}")
+    if len(report.problems) > _SHOWN:
+        print(f"  ... and {len(report.problems) - _SHOWN} more")
+
+
+def _histogram(counts: list[int]) -> str:
+    """How many classes have how many images, in at most eight bins."""
+    heights, edges = np.histogram(counts, bins=min(8, max(counts) - min(counts) + 1))
+    return ", ".join(
+        f"{n} classes with {int(np.ceil(a))}-{int(np.floor(b))}"
+        for n, a, b in zip(heights, edges, edges[1:], strict=False)
+        if n
+    )

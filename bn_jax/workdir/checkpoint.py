@@ -1,0 +1,590 @@
+"""What a checkpoint step must contain, and how to tell that it no longer does.
+
+Orbax restores flipped bits without a word, so every step directory carries `manifest.json`:
+
+* `arrays`: for each leaf, by tree path, its shape, dtype and the BLAKE2b digest of its bytes in C
+  order, taken from the host copy before anything is written;
+* `files`: for each file of the step, its size and digest, taken after writing;
+* `step`, `metric`, `meta`, and a digest of all the above. The file is canonical JSON: a manifest
+  that differs in any byte from its own re-encoding is damaged.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import pathlib
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from bn_jax.distributed import mesh
+from bn_jax.errors import CheckpointError, DiskError, DivergedError, UserError
+from bn_jax.workdir import files
+from bn_jax.workdir.files import warn
+
+MANIFEST = "manifest.json"
+_DIGEST_BYTES = 20  # 160 bits: an accidental collision is out of the question
+
+
+class DamagedError(Exception):
+    """A step does not hold what was saved; the message says where."""
+
+
+def digest(data: Any) -> str:
+    """BLAKE2b of a bytes-like object, hexadecimal."""
+    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def array_entry(array: np.ndarray) -> dict[str, Any]:
+    """Shape, dtype and digest of one host array."""
+    # ascontiguousarray makes a scalar one-dimensional; the bytes are the same.
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return {"shape": list(array.shape), "dtype": array.dtype.name, "digest": digest(data)}
+
+
+def file_entries(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Size and digest of every file below `directory` but the manifest, by relative path."""
+    entries: dict[str, dict[str, Any]] = {}
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory).as_posix()
+        if path.is_dir() or relative == MANIFEST:
+            continue
+        with path.open("rb") as file:
+            value = hashlib.file_digest(
+                file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES)
+            ).hexdigest()
+        entries[relative] = {"size": path.stat().st_size, "digest": value}
+    return entries
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON encoding of `value`: sorted keys, no spaces, a final newline.
+
+    Raises:
+      ValueError, TypeError: not plain JSON, or NaN or infinity in it.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def seal(body: Mapping[str, Any]) -> bytes:
+    """Canonical JSON of `body` with its own digest."""
+    return canonical({"body": body, "digest": digest(canonical(body))})
+
+
+def unseal(data: bytes, what: str) -> dict[str, Any]:
+    """The body of sealed JSON.
+
+    Raises:
+      DamagedError: `data` is not exactly what `seal` wrote; `what` names it in the message.
+    """
+    try:
+        value = json.loads(data)
+        whole = value.keys() == {"body", "digest"} and canonical(value) == data
+        if whole and digest(canonical(value["body"])) == value["digest"]:
+            return value["body"]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    raise DamagedError(f"{what} is damaged ({len(data)} bytes)")
+
+
+def load_manifest(directory: pathlib.Path, step: int) -> dict[str, Any]:
+    """The manifest of a step directory, checked against itself and the step's number.
+
+    Raises:
+      DamagedError: missing, altered, or of another step.
+    """
+    try:
+        data = (directory / MANIFEST).read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{MANIFEST} cannot be read: {error.strerror}") from error
+    body = unseal(data, MANIFEST)
+    if body["step"] != step:
+        raise DamagedError(f"the directory is named {step} but holds step {body['step']}")
+    return body
+
+
+def check_files(directory: pathlib.Path, body: Mapping[str, Any]) -> None:
+    """Raises DamagedError unless the step's files are, byte for byte, those of the manifest."""
+    try:
+        found = file_entries(directory)
+    except OSError as error:
+        raise DamagedError(f"unreadable: {error}") from error
+    for name, entry in body["files"].items():
+        if name not in found:
+            raise DamagedError(f"{name} is missing")
+        if found[name]["size"] != entry["size"]:
+            raise DamagedError(
+                f"{name} has {found[name]['size']} bytes, {entry['size']} were written"
+            )
+        if found[name] != entry:
+            raise DamagedError(f"{name} has changed: its digest differs")
+    extra = found.keys() - body["files"].keys()
+    if extra:
+        raise DamagedError(f"{min(extra)} was not there when the step was saved")
+
+
+def check_arrays(arrays: Mapping[str, np.ndarray], body: Mapping[str, Any]) -> None:
+    """Raises DamagedError unless the restored arrays are, bit for bit, those that were saved."""
+    for name, entry in body["arrays"].items():
+        if name not in arrays:
+            raise DamagedError(f"array {name} is missing")
+        if array_entry(arrays[name]) != entry:
+            raise DamagedError(f"array {name} differs from what was saved")
+
+
+# Named host arrays on disk, through orbax: what a checkpoint step is made of.
+#
+# A pytree's leaves are named by their path ('params/stem/conv/kernel') and stored as a nested
+# dict, which any reader of orbax checkpoints understands.
+
+
+# Process 0 works alone, so that no barrier of orbax waits for a process that is gone.
+_ALONE = ocp.options.MultiprocessingOptions(
+    primary_host=0, active_processes={0}, barrier_sync_key_prefix="bn_jax"
+)
+
+
+def flatten_arrays(tree: Any) -> tuple[list[str], list[Any]]:
+    """Names and leaves of a pytree. Raises ValueError if two leaves share a name."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two leaves share a name: {sorted(names)}")
+    return names, [leaf for _, leaf in pairs]
+
+
+def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes the arrays to the new directory `path`."""
+    with _orbax() as checkpointer:
+        checkpointer.save(path, args=ocp.args.StandardSave(_nest(arrays)))
+
+
+def load_arrays(
+    path: pathlib.Path, entries: Mapping[str, Mapping[str, Any]]
+) -> dict[str, np.ndarray]:
+    """Reads the arrays of a manifest's entries from `path`.
+
+    Raises:
+      manifest.DamagedError: orbax cannot read them.
+    """
+    like = {name: np.empty(e["shape"], np.dtype(e["dtype"])) for name, e in entries.items()}
+    try:
+        with _orbax() as checkpointer:
+            tree = checkpointer.restore(path, args=ocp.args.StandardRestore(_nest(like)))
+    except Exception as error:
+        # The files are what was written, so the writer or the reader is at fault: the step is as
+        # unusable as a damaged one.
+        raise DamagedError(f"orbax cannot read it: {first_line(error)}") from error
+    names, leaves = flatten_arrays(tree)
+    return {name: np.asarray(leaf) for name, leaf in zip(names, leaves, strict=True)}
+
+
+def place_arrays(array: np.ndarray, like: Any) -> jax.Array:
+    """The array on the devices of `like.sharding`, or on the default device."""
+    sharding = getattr(like, "sharding", None)
+    if sharding is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def require_same_model(
+    path: pathlib.Path,
+    names: Sequence[str],
+    leaves: Sequence[Any],
+    entries: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Raises CheckpointError naming the first array that this run and `path` do not share."""
+    wants = {n: (list(x.shape), np.dtype(x.dtype).name) for n, x in zip(names, leaves, strict=True)}
+    holds = {n: (e["shape"], e["dtype"]) for n, e in entries.items()}
+    for name in sorted(wants.keys() | holds.keys()):
+        want, hold = wants.get(name), holds.get(name)
+        if want != hold:
+            raise CheckpointError(
+                f"{path} is of another model: {name} is {_describe(hold)} in the checkpoint, "
+                f"{_describe(want)} in this run. Use the config and code that wrote it."
+            )
+
+
+def require_finite(step: int, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises DivergedError naming the first array with NaN or infinity in it."""
+    for name, array in arrays.items():
+        if np.issubdtype(array.dtype, np.integer) or array.dtype == bool:
+            continue
+        wide = array.astype(np.float32) if array.dtype.itemsize < 4 else array
+        # A count of statistics updates is infinite where a converged tree was imported.
+        fine = ~np.isnan(wide) if name.split("/")[-1] == "count" else np.isfinite(wide)
+        if not fine.all():
+            raise DivergedError(f"step {step} is not saved: {name} is not finite")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 300 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[ocp.Checkpointer]:
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=_ALONE)
+    checkpointer = ocp.Checkpointer(handler, multiprocessing_options=_ALONE)
+    try:
+        yield checkpointer
+    finally:
+        checkpointer.close()
+
+
+def _nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """{'a/b': x} -> {'a': {'b': x}}."""
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *parents, last = name.split("/")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = array
+    return tree
+
+
+def _describe(entry: tuple[list[int], str] | None) -> str:
+    return "absent" if entry is None else f"{entry[1]}{entry[0]}"
+
+
+# The directory of step directories: what is there, what should be, what is put aside.
+#
+# 1200/ a step: arrays/ and manifest.json index.json the steps that are there, to notice when one
+# vanishes tmp.1500/ a save that is under way, or was when the process was killed quarantine/900/
+# a damaged step, kept for inspection, never restored; delete at will
+
+
+INDEX = "index.json"
+QUARANTINE = "quarantine"
+TMP = "tmp."
+
+
+class Shelf:
+    """Step directories below `directory`; with `read_only` nothing is moved, removed or written."""
+
+    def __init__(self, directory: pathlib.Path, *, read_only: bool):
+        self.directory, self.read_only = pathlib.Path(directory).absolute(), read_only
+
+    def path(self, step: int) -> pathlib.Path:
+        """Where `step` is or would be."""
+        return self.directory / str(step)
+
+    def steps(self) -> list[int]:
+        """Numbers of the step directories, ascending; not verified."""
+        return sorted(int(path.name) for path in self._entries() if _is_step(path))
+
+    def metrics(self) -> dict[int, float | None]:
+        """The metric of each step whose manifest can be read."""
+        metrics = {}
+        for step in self.steps():
+            with contextlib.suppress(DamagedError):
+                metrics[step] = load_manifest(self.path(step), step)["metric"]
+        return metrics
+
+    def tidy(self) -> bool:
+        """Removes unfinished saves, reports what is out of place; has a step ever been saved?"""
+        index = self._read_index()
+        held = index is not None or (self.directory / QUARANTINE).is_dir()
+        for path in self._entries():
+            if path.name.startswith((TMP, ".")):
+                if not self.read_only:
+                    remove(path)
+            elif path.is_dir() and path.name != QUARANTINE and not _is_step(path):
+                held = True
+                self.set_aside(path, "not the name of a step")
+        here = self.steps()
+        missing = sorted(set(index or ()) - set(here))
+        for step in missing:
+            warn(f"checkpoint {self.path(step)} was saved but is no longer there")
+        if here and (missing or not index):
+            self.write_index(self.metrics())
+        return held or bool(here)
+
+    def set_aside(self, path: pathlib.Path, why: str) -> None:
+        """Moves a damaged step to the quarantine and says so in one line."""
+        if self.read_only:
+            warn(f"checkpoint {path} is not used: {why}")
+            return
+        target = self.directory / QUARANTINE / path.name
+        count = 1
+        while target.exists():
+            target = target.with_name(f"{path.name}.{count}")
+            count += 1
+        with files.reported(path, "cannot move aside"):
+            target.parent.mkdir(exist_ok=True)
+            path.rename(target)
+        warn(f"checkpoint {path} is damaged ({why}); moved to {QUARANTINE}/{target.name}")
+
+    def write_index(self, steps: Iterable[int]) -> None:
+        """Notes which steps are there."""
+        if not self.read_only:
+            data = seal({"steps": sorted(steps)})
+            files.write_atomic(self.directory / INDEX, data)
+
+    def _read_index(self) -> list[int] | None:
+        path = self.directory / INDEX
+        if not path.exists():
+            return None
+        try:
+            return unseal(path.read_bytes(), INDEX)["steps"]
+        except (OSError, DamagedError) as error:
+            warn(f"{path}: {error}; rebuilt from the steps that are there")
+            return []
+
+    def _entries(self) -> list[pathlib.Path]:
+        return sorted(self.directory.iterdir()) if self.directory.is_dir() else []
+
+
+def remove(path: pathlib.Path) -> None:
+    """Deletes a directory so that a kill in the middle leaves no half step under its number."""
+    if not path.exists():
+        return
+    if not path.name.startswith(TMP):
+        path = path.rename(path.with_name(f"{TMP}delete.{path.name}"))
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_step(path: pathlib.Path) -> bool:
+    return path.is_dir() and path.name.isdecimal() and str(int(path.name)) == path.name
+
+
+# Checkpoints that are whole or not there: orbax, our own digests, quarantine and fallback.
+#
+# A step appears under its number by one rename, after all its files are on disk. Process 0 alone
+# writes and reads, without a barrier: the state of data-parallel training is the same everywhere,
+# and a save at preemption must not wait for a peer that is gone. Other processes receive the
+# restored bytes from process 0, so the directory need not be on a shared disk.
+
+
+class Checkpoints:
+    """The checkpoints of one run. All processes construct it and call its methods alike.
+
+    Args:
+      directory: created at the first save.
+      keep_last: how many of the newest steps to keep, at least 1; 2 leaves one to fall back to.
+      keep_best: how many of the steps with the highest `metric` to keep besides.
+      read_only: never clean, quarantine or write; for commands that look at a run in progress.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        keep_last: int,
+        keep_best: int,
+        read_only: bool = False,
+    ):
+        if keep_last < 1 or keep_best < 0:
+            raise ValueError(f"keep_last={keep_last} must be >= 1, keep_best={keep_best} >= 0")
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self._shelf = Shelf(directory, read_only=read_only)
+        self.directory = self._shelf.directory
+        self._main = jax.process_index() == 0
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._worker: concurrent.futures.ThreadPoolExecutor | None = None
+        self._metrics: dict[int, float | None] | None = None  # of the steps that are there
+        logging.getLogger("absl").addFilter(_quiet)
+
+    def steps(self) -> list[int]:
+        """Numbers of the steps on this process's disk, ascending; not yet verified."""
+        return self._shelf.steps()
+
+    # Saving
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        metric: float | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves `state` (a pytree of arrays) as `step`; returns when it is copied to the host.
+
+        A save still under way is waited for. `meta` is plain JSON and comes back from `restore`.
+
+        Raises:
+          DiskError: too little space for this save, or the previous one failed.
+          DivergedError: the previous save held NaN or infinity; it was not committed.
+        """
+        self.wait()
+        names, leaves = flatten_arrays(state)
+        if self._main:
+            # Half as much again: manifests, orbax' indices, and records written meanwhile.
+            files.require_free(self.directory, sum(x.nbytes for x in leaves) * 3 // 2 + (1 << 20))
+        arrays = dict(zip(names, mesh.to_host(leaves), strict=True))
+        if not self._main:
+            return
+        if self._worker is None:
+            self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        finite = metric is not None and math.isfinite(metric)
+        body = {"step": step, "metric": metric if finite else None, "meta": dict(meta or {})}
+        canonical(body)  # a meta that is not JSON fails here, in the caller
+        self._pending = self._worker.submit(self._write, step, arrays, body)
+
+    def check(self) -> None:
+        """Raises what a finished save in the background ran into; cheap enough for every step."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when no save is under way; raises as `check` does."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def settle(self, seconds: float) -> None:
+        """Gives a save under way so long to end; raises nothing. From any thread."""
+        if self._pending is not None:
+            most = min(seconds, threading.TIMEOUT_MAX)
+            concurrent.futures.wait([self._pending], timeout=most)
+
+    def close(self) -> None:
+        """Waits and frees the thread; the object can still be used."""
+        try:
+            self.wait()
+        finally:
+            if self._worker is not None:
+                self._worker.shutdown()
+                self._worker = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()
+        except UserError as second:
+            if error is None:
+                raise
+            files.warn(str(second))  # the first error is the one that ends the command
+
+    def _write(self, step: int, arrays: dict[str, np.ndarray], body: dict[str, Any]) -> None:
+        scratch, final = self.directory / f"{TMP}{step}", self._shelf.path(step)
+        require_finite(step, arrays)
+        body["arrays"] = {name: array_entry(array) for name, array in arrays.items()}
+        try:
+            with files.reported(self.directory, "cannot save a checkpoint in"):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                remove(scratch)
+                scratch.mkdir()
+                save_arrays(scratch / "arrays", arrays)
+                body["files"] = file_entries(scratch)
+                files.write_atomic(scratch / MANIFEST, seal(body))
+                remove(final)  # saved again after going back to an older step
+                scratch.rename(final)
+                files.sync_directory(self.directory)
+            self._retain(step, body["metric"])
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                remove(scratch)
+            if isinstance(error, DiskError):
+                raise
+            # Orbax and tensorstore wrap the system's error in their own.
+            raise DiskError(
+                f"cannot save step {step} in {self.directory}: {first_line(error)}; "
+                f"{files.free_text(self.directory)}. The previous checkpoint is intact: free space "
+                "and run the same command again."
+            ) from error
+
+    def _retain(self, step: int, metric: float | None) -> None:
+        metrics = self._shelf.metrics() if self._metrics is None else self._metrics
+        metrics[step] = metric
+        keep = set(sorted(metrics)[-self.keep_last :])
+        ranked = sorted((m, -s) for s, m in metrics.items() if m is not None)
+        keep |= {-s for _, s in ranked[max(0, len(ranked) - self.keep_best) :]}
+        self._metrics = {s: m for s, m in metrics.items() if s in keep}
+        # The index first: a kill in between leaves a step too many, not one that seems lost.
+        self._shelf.write_index(keep)
+        for old in sorted(metrics.keys() - keep):
+            remove(self._shelf.path(old))
+
+    # Restoring
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest good step, or the given one: (step, state, meta).
+
+        Args:
+          like: pytree of jax.ShapeDtypeStruct (with `sharding`, or for the default device) or of
+            arrays; the state comes back in its structure and shardings, whatever devices saved it.
+          step: a particular step; then there is no falling back to another.
+
+        Returns:
+          None if and only if the directory has never held a step.
+
+        Raises:
+          CheckpointError: no step is good, `step` is absent or damaged, or `like` is the state of
+            another model.
+        """
+        self.wait()
+        self._metrics = None
+        names, leaves = flatten_arrays(like)
+        arrays: dict[str, np.ndarray] = {}
+        header: dict[str, Any] = {"step": None}
+        if self._main:
+            try:
+                found = self._read(names, leaves, step)
+                if found is not None:
+                    header, arrays = {"step": found[0], "meta": found[2]}, found[1]
+            except UserError as error:
+                header = {"error": str(error), "code": error.exit_code}
+        header = json.loads(mesh.broadcast(json.dumps(header).encode()))
+        if "error" in header:
+            kind = DiskError if header["code"] == DiskError.exit_code else CheckpointError
+            raise kind(header["error"])
+        if header["step"] is None:
+            return None
+        # One broadcast for all: each size of a broadcast is a program to compile.
+        data = mesh.broadcast(b"".join(arrays[name].tobytes() for name in names if self._main))
+        placed, start = [], 0
+        for leaf in leaves:
+            count = math.prod(leaf.shape)
+            array = np.frombuffer(data, leaf.dtype, count, start).reshape(leaf.shape)
+            placed.append(place_arrays(array, leaf))
+            start += array.nbytes
+        return header["step"], jax.tree.unflatten(jax.tree.structure(like), placed), header["meta"]
+
+    def _read(
+        self, names: Sequence[str], leaves: Sequence[Any], wanted: int | None
+    ) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
+        ever = self._shelf.tidy()
+        bad = []
+        for step in self.steps()[::-1] if wanted is None else [wanted]:
+            path = self._shelf.path(step)
+            if not path.is_dir():
+                raise CheckpointError(f"{self.directory} has no step {step}; it has {self.steps()}")
+            try:
+                body = load_manifest(path, step)
+                check_files(path, body)
+                require_same_model(path, names, leaves, body["arrays"])
+                arrays = load_arrays(path / "arrays", body["arrays"])
+                check_arrays(arrays, body)
+            except DamagedError as error:
+                bad.append(step)
+                self._shelf.set_aside(path, str(error))
+                continue
+            if bad:
+                self._shelf.write_index(self._shelf.metrics())
+            return step, arrays, body["meta"]
+        if not ever:
+            return None
+        raise CheckpointError(
+            f"{self.directory}: no usable checkpoint (damaged: "
+            f"{', '.join(map(str, bad)) or 'all that were saved are gone'}). Bring one back, or "
+            "delete this directory to start from step 0."
+        )
+
+
+def _quiet(record: logging.LogRecord) -> bool:
+    """Keeps orbax' chatter about each save out of the user's terminal; its errors stay."""
+    return record.levelno > logging.WARNING or "orbax" not in record.pathname

@@ -1,0 +1,157 @@
+"""Files that are either the old or the new one, and errors of a disk in one line.
+
+Nothing here knows about experiments: checkpoints and run records are built on it.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from bn_jax.errors import DiskError
+
+# What a full, read-only, withdrawn or failing disk raises. Anything else (a directory in the place
+# of a file) is a mistake of the program and keeps its traceback.
+_DISK_ERRNO = frozenset(
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EIO,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ESTALE,
+        errno.EFBIG,
+        errno.ENOENT,
+    )
+)
+
+
+@contextlib.contextmanager
+def reported(path: pathlib.Path, doing: str) -> Iterator[None]:
+    """Turns an OSError of the disk under `path` into a DiskError of one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRNO:
+            raise
+        raise DiskError(
+            f"{doing} {path}: {error.strerror or error}; {free_text(path)}. "
+            "Free space or make the directory writable, then run the same command again."
+        ) from error
+
+
+def write_atomic(path: pathlib.Path, data: bytes) -> None:
+    """Replaces `path` by `data`: after a kill or power loss it holds the old bytes or the new.
+
+    Raises:
+      DiskError: the disk is full or cannot be written; `path` is unchanged.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with reported(path, "cannot write"):
+        try:
+            with scratch.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
+
+
+def sweep(path: pathlib.Path) -> None:
+    """Removes what killed calls of `write_atomic` have left in the directory `path`."""
+    for scratch in path.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", scratch.name):
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+
+
+def sync_directory(path: pathlib.Path) -> None:
+    """Makes renames inside `path` survive a power loss; file systems that cannot are left alone."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def existing_parent(path: pathlib.Path) -> pathlib.Path:
+    """`path` itself or its nearest ancestor that exists."""
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def require_free(path: pathlib.Path, needed: int) -> None:
+    """Raises DiskError unless `needed` bytes are free on the disk that holds `path`."""
+    free = shutil.disk_usage(existing_parent(path)).free
+    if free < needed:
+        raise DiskError(
+            f"{path}: {free / 1e6:.1f} MB free on this disk, {needed / 1e6:.1f} MB needed for the "
+            "next checkpoint. Free space (or lower keep_last), then run the same command again."
+        )
+
+
+def free_text(path: pathlib.Path) -> str:
+    """For messages: how much is free on the disk that holds `path`."""
+    try:
+        return f"{shutil.disk_usage(existing_parent(path)).free / 1e6:.1f} MB free"
+    except OSError:
+        return "free space unknown"
+
+
+# Lines of JSON that survive a kill: what may be a value, and which lines are kept at a restart.
+
+
+def truncate(path: pathlib.Path, last: int | None) -> list[str]:
+    """Drops torn lines and, given `last`, lines of later steps; returns what there is to say."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    kept, torn = [], 0
+    for line in data.splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+            whole = line.endswith(b"\n")
+        except (ValueError, TypeError, KeyError):
+            whole = False
+        if not whole:
+            torn += 1
+        elif last is None or step <= last:
+            kept.append(line)
+    if b"".join(kept) != data:
+        write_atomic(path, b"".join(kept))
+    return [f"{path}: dropped {torn} damaged line(s)"] if torn else []
+
+
+def plain(value: Any) -> Any:
+    """JSON's numbers, strings and lists; a float's repr round-trips, float32 through float64."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, (str, bool, int)) or value is None:
+        return value
+    if not isinstance(value, float):
+        return plain(np.asarray(value).tolist())
+    return value if math.isfinite(value) else str(value)
+
+
+def warn(line: str) -> None:
+    """One line for the user, on stderr."""
+    print(f"bn_jax: {line}", file=sys.stderr, flush=True)

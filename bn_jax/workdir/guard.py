@@ -1,0 +1,309 @@
+"""One run per workdir: `WORKDIR/lock` names its holder, on one host or on a shared file system.
+
+The lock is flock(2): the kernel drops it when the holder dies, however it dies, so a stale lock on
+the same host is taken over at once. Between hosts NFS v4 and Lustre carry it too, gcsfuse does not:
+a lock left by another host is therefore watched for a while before it is taken over, since a live
+holder touches the file every few seconds.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from bn_jax.errors import ConfigError, DiskError, LockedError
+from bn_jax.workdir import files
+from bn_jax.workdir.reader import completed, read_record
+
+LOCK = "lock"
+BEAT = 5.0  # seconds between heartbeats
+WATCH = 20.0  # seconds without one after which a holder on another host is taken for dead
+
+
+class WorkdirLock:
+    """Holds the workdir from construction to release() or the end of the process.
+
+    Args:
+      workdir: exists.
+      watch: seconds to look for a heartbeat of a holder on another host.
+
+    Raises:
+      LockedError: another run holds it.
+      DiskError: the lock cannot be written.
+    """
+
+    def __init__(self, workdir: pathlib.Path, watch: float = WATCH):
+        self.path = workdir / LOCK
+        self.taken_over = ""  # one line on a stale lock, if there was one
+        with files.reported(workdir, "cannot lock"):
+            self._file = _open_locked(self.path)
+        try:
+            holder = _holder(self._file)
+            if holder:
+                if holder["host"] != socket.gethostname():
+                    _watch(self._file, holder, self.path, watch)
+                self.taken_over = f"took over the lock of a run that is gone ({_name(holder)})"
+            started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            me = {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
+            with files.reported(workdir, "cannot lock"):
+                os.ftruncate(self._file, 0)
+                os.pwrite(self._file, json.dumps(me).encode() + b"\n", 0)
+                os.fsync(self._file)  # in an object store others see it only from here on
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._stop = threading.Event()
+        self._beat = threading.Thread(target=self._heartbeat, name="lock", daemon=True)
+        self._beat.start()
+
+    def _heartbeat(self) -> None:
+        while not self._stop.wait(BEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self._file)
+                os.fsync(self._file)
+
+    def release(self) -> None:
+        """Gives the workdir back; a second call does nothing."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._beat.join()  # it must not touch a descriptor that is closed and used again
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+        os.close(self._file)
+
+
+def refuse_if_held(workdir: pathlib.Path) -> None:
+    """Raises LockedError if a live process has the flock of `workdir`; writes nothing."""
+    path = workdir / LOCK
+    try:
+        file = os.open(path, os.O_RDWR)
+    except OSError:
+        return
+    try:
+        _flock(file, path)
+    finally:
+        os.close(file)
+
+
+def _open_locked(path: pathlib.Path) -> int:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _flock(file, path)
+            # Its last holder may have removed the file between our open and our flock.
+            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _flock(file: int, path: pathlib.Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(path, _holder(file)) from None
+    except OSError:
+        pass  # a file system without flock: the heartbeat alone decides
+
+
+def _watch(file: int, holder: dict[str, Any], path: pathlib.Path, seconds: float) -> None:
+    before = os.fstat(file).st_mtime_ns
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, seconds / 4))
+        if path.stat().st_mtime_ns != before:
+            raise _in_use(path, holder)
+
+
+def _in_use(path: pathlib.Path, holder: dict[str, Any]) -> LockedError:
+    return LockedError(
+        f"{path.parent} is in use by another run ({_name(holder)}): wait for it, stop it, or "
+        "choose another --workdir"
+    )
+
+
+def _holder(file: int) -> dict[str, Any]:
+    """What the lock file says; {} where it says nothing whole."""
+    try:
+        value = json.loads(os.pread(file, 4096, 0))
+        return value if {"host", "pid", "started"} <= value.keys() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _name(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "holder unknown"
+    return f"host {holder['host']}, pid {holder['pid']}, since {holder['started']}"
+
+
+# May this workdir be used for this config? Asked before anything is compiled or written.
+
+
+# A resumed run may change how long it goes on and what it keeps and shows, not what it computes.
+MAY_CHANGE = frozenset(
+    (
+        "total_steps",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "checkpoint_wait",
+        "keep_last",
+        "keep_best",
+        "eval_batch_size",
+        "record.tensorboard",
+        "record.wandb",
+        "data.dir",
+    )
+)
+
+# Of run.json's info.data; the description may name a folder, which may change.
+SAME_DATA = (
+    "name", "split", "train_examples", "eval_examples", "classes", "class_names", "image_shape",
+    "digest",
+)  # fmt: skip
+
+ANY_THREADS = "BN_JAX_ANY_THREADS"  # environment variable
+
+
+def check_workdir(
+    workdir: pathlib.Path,
+    config: Mapping[str, Any],
+    info: Mapping[str, Any] | None = None,
+    *,
+    is_main: bool = True,
+) -> None:
+    """Refuses a workdir that cannot be used for `config`, before anything is written.
+
+    The lock is looked at by process 0 only (`is_main`): the others would find process 0's own.
+
+    Raises:
+      ConfigError: not a directory, not writable, of another config (MAY_CHANGE apart), or trained
+        on other data than `info` describes.
+      LockedError: another run is at work in it.
+    """
+    workdir = pathlib.Path(workdir)
+    parent = files.existing_parent(workdir)
+    if not parent.is_dir():
+        raise ConfigError(f"workdir {workdir}: {parent} is not a directory; choose another")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"workdir {workdir}: {parent} is not writable; choose another")
+    run = read_record(workdir)
+    if run is not None:
+        require_same_config(workdir, run["config"], config)
+        before = run["info"]
+        if info and "data" in info and "data" in before and "imported" not in before:
+            require_same_data(workdir, before["data"], info["data"])
+    if is_main:
+        refuse_if_held(workdir)
+
+
+def require_same_threads(workdir: pathlib.Path, platform: str, threads: int) -> None:
+    """Refuses to go on with a CPU run under another size of XLA's thread pool: other bits.
+
+    Raises:
+      ConfigError: the run in `workdir` used another number of threads, and BN_JAX_ANY_THREADS=1
+        does not say that this does not matter.
+    """
+    run = read_record(workdir)
+    if run is None or os.environ.get(ANY_THREADS) == "1":
+        return
+    before = run["hardware"]
+    if before["platform"] == platform == "cpu" and before["cpu_threads"] != threads:
+        raise ConfigError(
+            f"{workdir} was trained with {before['cpu_threads']} CPU threads, this process has "
+            f"{threads}: sums would be split otherwise and the bits differ. Set "
+            f"NPROC={before['cpu_threads']}, or {ANY_THREADS}=1 to go on all the same."
+        )
+
+
+def new_attempt(attempts: list[dict[str, Any]], resume_step: int, origin: dict[str, Any]) -> None:
+    """Adds an attempt that begins now to those of run.json."""
+    for attempt in attempts:  # killed ones could not say so themselves
+        if attempt["status"] == "running":
+            attempt["status"] = "killed"
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": now()}
+    attempts.append(me | {"resume_step": resume_step, "status": "running"} | origin)
+
+
+def now() -> str:
+    """The local time, with its zone."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def create(workdir: pathlib.Path) -> None:
+    """Makes the directory if it is absent.
+
+    Raises:
+      ConfigError: it cannot be there at all.
+      DiskError: the disk is full.
+    """
+    try:
+        with files.reported(workdir, "cannot create"):
+            workdir.mkdir(parents=True, exist_ok=True)
+    except DiskError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(f"workdir {workdir} cannot be created; choose another") from error
+
+
+def require_same_config(
+    workdir: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError naming the fields that differ, MAY_CHANGE apart."""
+    old, new = _flat(completed(old)), _flat(completed(json.loads(json.dumps(new))))
+    absent = "absent"
+    differs = [
+        f"{key} ({old.get(key, absent)} there, {new.get(key, absent)} here)"
+        for key in sorted(old.keys() | new.keys())
+        if key not in MAY_CHANGE and old.get(key, absent) != new.get(key, absent)
+    ]
+    if differs:
+        raise ConfigError(
+            f"{workdir} belongs to another config: {', '.join(differs)}. "
+            "Choose another --workdir, or delete this one."
+        )
+
+
+def require_same_data(
+    workdir: pathlib.Path, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Compares info.data of two attempts; what the older one does not hold is not compared.
+
+    Raises:
+      ConfigError: names what differs.
+    """
+    differs = [
+        f"{key} ({_short(before[key])} there, {_short(now[key])} here)"
+        for key in SAME_DATA
+        if key in before and key in now and before[key] != now[key]
+    ]
+    if differs:
+        raise ConfigError(
+            f"{workdir} was trained on other data: {', '.join(differs)}. Point data.dir at the "
+            "same data set (its folder may have moved), or choose another --workdir."
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
+        flat.update(inner if inner is not None else {f"{prefix}{key}": value})
+    return flat

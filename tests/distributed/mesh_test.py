@@ -1,0 +1,85 @@
+"""Devices and shardings on 8 virtual CPU devices."""
+
+import jax
+import numpy as np
+import pytest
+
+from bn_jax.distributed import mesh, startup
+from bn_jax.errors import ConfigError
+
+
+def test_every_device_gets_the_same_number_of_examples():
+    mesh.check_batch(32, 8, 32)
+    with pytest.raises(ConfigError, match="30 is not divisible by the 8 devices.* such as 24"):
+        mesh.check_batch(30, 8, None)
+    with pytest.raises(ConfigError, match="32 is not divisible by the 5 devices.* such as 160"):
+        mesh.check_batch(32, 5, 32)  # 30 would cut a group
+    with pytest.raises(ConfigError, match="4 is smaller than the 8 devices.*:pod"):
+        mesh.check_batch(4, 8, 4)
+
+
+def test_a_batch_is_cut_along_its_first_axis():
+    devices = mesh.make()
+    assert devices.size == 8 and mesh.rows(devices, 16) == slice(0, 16)
+    x = np.arange(32).reshape(16, 2)
+    put = mesh.put_batch(devices, {"x": x}, 16)["x"]
+    np.testing.assert_array_equal(put, x)
+    assert {s.data.shape for s in put.addressable_shards} == {(2, 2)}
+    everywhere = mesh.put_replicated(devices, x)
+    assert {s.data.shape for s in everywhere.addressable_shards} == {(16, 2)}
+
+
+def test_a_mesh_of_some_devices():
+    assert mesh.make(jax.devices()[:2]).size == 2
+
+
+@pytest.mark.parametrize(
+    ("env", "many"),
+    [
+        ({}, False),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"SLURM_NTASKS": "4"}, False),  # inside salloc, not inside srun
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"BN_JAX_CLUSTER": "1"}, True),  # a Cloud TPU VM says nothing: launch/tpu_host.sh
+    ],
+)
+def test_a_job_of_several_hosts_is_recognised(env, many):
+    assert startup.cluster_has_many_hosts(env) is many
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: not a whole number from 1"),
+        ({"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES=0: not a whole number from 1"),
+        ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID=: not a whole number from 0"),
+        ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1: not a whole number"),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2: not below JAX_NUM_PROCESSES=2"),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost"}, "=localhost: not HOST:PORT"),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:http"}, "not HOST:PORT"),
+    ],
+)
+def test_a_wrong_cluster_is_one_line(monkeypatch, changes, said):
+    good = {"JAX_COORDINATOR_ADDRESS": "localhost:1234", "JAX_NUM_PROCESSES": "2"}
+    for name, value in (good | {"JAX_PROCESS_ID": "0"} | changes).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("joined"))
+    with pytest.raises(ConfigError) as caught:
+        startup.initialize()
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_a_launcher_s_variable_that_is_no_number_is_one_line(name):
+    with pytest.raises(ConfigError, match=f"{name}=many: not a whole number"):
+        startup.cluster_has_many_hosts({name: "many", "SLURM_PROCID": "0"})
+
+
+def test_half_a_coordinator_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
+    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES"):
+        startup.initialize()

@@ -1,0 +1,82 @@
+"""What all commands share: mistakes in one line, help, and the installed wheel."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import sysconfig
+import venv
+
+import pytest
+
+from bn_jax import errors
+from bn_jax.errors import ConfigError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def run(*words: str, python: str = sys.executable, cwd: pathlib.Path = ROOT, **env: str):
+    return subprocess.run(
+        [python, "-m", *words],
+        cwd=cwd, env=os.environ | {"XLA_FLAGS": ""} | env, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bn_jax.figures"], "the following arguments are required: --workdir"),
+        (["bn_jax.figures", "--workdir=x", "--oot=y"], "unrecognized arguments: --oot=y"),
+        (["bn_jax.figures", "--workdir=gs://bucket/run"], "gs:// is not supported; mount"),
+        (["bn_jax.main", "--config=bn_x30:digits", "--workdir=gs://b/r"], "gs:// is not supported"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(words, said, tmp_path):
+    done = run(*words, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 2 and done.stdout == ""
+    assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())  # no folder "gs:"
+
+
+def test_urls_are_refused_wherever_a_path_may_stand():
+    for word in ("--config.data.dir=gs://bucket", "--workdir=runs/a,s3://b", "gs://x"):
+        with pytest.raises(ConfigError, match="is not supported; mount"):
+            errors.require_paths(["--seed=1", word])
+    errors.require_paths(["--workdir=runs/a,runs/b", "--config=configs/bn_x30.py:digits"])
+
+
+def test_help_names_configs_and_scales():
+    done = run("bn_jax.main", "--help", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    for path in (ROOT / "configs").glob("[a-z]*.py"):
+        assert f"\n{path.stem} " in f"\n{done.stdout}"
+    assert "Scales: imagenet (default), digits" in done.stdout and "--workdir" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_its_configs(tmp_path):
+    """Built, installed into a fresh environment, used from another folder."""
+    wheels, place = tmp_path / "wheels", tmp_path / "elsewhere"
+    place.mkdir()
+    build = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
+    done = run(*build, "--wheel-dir", str(wheels))
+    assert done.returncode == 0, done.stderr
+    [wheel] = wheels.glob("bn_jax-*.whl")
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    install = ["pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    assert run(*install, python=python).returncode == 0
+    # The packages that it needs, without this checkout: a path file is not read a second time.
+    [site] = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    def installed(*words: str) -> str:
+        env = {"PYTHONPATH": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+        done = run("bn_jax.main", *words, python=python, cwd=place, BN_JAX_SMOKE="1", **env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "\nbn_x30 " in installed("--list")
+    assert "learning_rate: 0.045" in installed("--config=bn_x30", "--dry_run")
+    assert "of 1,000 examples" in installed("--config=mnist_bn:digits", "--workdir=run")
+    assert (place / "run" / "run.json").is_file()

@@ -1,0 +1,120 @@
+"""Predictions: the mean over networks, files that read back the same, damage, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bn_jax.errors import ConfigError, DataError
+from bn_jax.evaluate import predictions
+from bn_jax.evaluate.predictions import Predictions
+
+
+def make(seed: int, examples: int = 40, classes: int = 7, **about) -> Predictions:
+    rng = np.random.default_rng(seed)
+    p = rng.dirichlet(np.full(classes, 0.1), examples).astype(np.float32)
+    labels = np.arange(examples, dtype=np.int32) % classes
+    member = {"workdir": f"runs/m{seed}", "checkpoint": f"digest{seed}", "name": "m"}
+    described = {
+        "data": "digits",
+        "split": "test",
+        "description": "few",
+        "holdout": 0.0,
+        "image_size": 28,
+        "examples": examples,
+        "class_names": [str(k) for k in range(classes)],
+        "crops": 1,
+        "views": 1,
+        "statistics": "population",
+        "members": [member],
+    }
+    return Predictions(p, labels, described | about)
+
+
+def test_the_mean_is_arithmetic_and_counts_networks():
+    a, b, c = make(0), make(1), make(2)
+    whole = predictions.mean([a, b, c])
+    expected = np.mean([x.probabilities.astype(np.float64) for x in (a, b, c)], axis=0)
+    assert whole.probabilities.dtype == np.float32 and len(whole.about["members"]) == 3
+    np.testing.assert_allclose(whole.probabilities, expected, atol=2e-7)  # float32 sums of three
+    grouped = predictions.mean([predictions.mean([a, b]), c])  # not the mean of means
+    np.testing.assert_allclose(grouped.probabilities, expected, atol=2e-7)
+
+
+def test_scores_are_counts_and_ties_go_to_the_lower_class():
+    p = np.zeros((4, 6), np.float32)
+    p[:, :3] = [[0.5, 0.5, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5], [np.nan, 0.5, 0.5]]
+    found = predictions.scores(Predictions(p, np.array([0, 1, 2, 1], np.int32), {}))
+    assert found["top1"] == 0.5 and found["top5"] == 0.75 and found["examples"] == 4
+    p = np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)
+    found = predictions.scores(Predictions(p, np.array([1, 0], np.int32), {}))
+    assert found["cross_entropy"] == pytest.approx(-np.log([0.75, 0.5]).mean())
+
+
+@pytest.mark.parametrize("suffix", ["npz", "csv"])
+def test_files_read_back_the_same_bits(tmp_path, suffix):
+    found = make(3)
+    found.probabilities[0, :3] = [1e-38, 0.1, 1 / 3]
+    path = tmp_path / f"p.{suffix}"
+    predictions.save(path, found)
+    again = predictions.load(path)
+    assert again.probabilities.tobytes() == found.probabilities.tobytes()
+    assert again.probabilities.dtype == np.float32
+    np.testing.assert_array_equal(again.labels, found.labels)
+    assert again.about == found.about
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (make(1, data="mnist"), r"data differs \(digits, mnist\)"),
+        (make(1, split="validation"), "split differs"),
+        (make(1, classes=8), r"classes differs \(7, 8\)"),
+        (make(1, crops=10, views=5), r"crops differs \(1, 10\)"),
+        (make(1, statistics="running"), "statistics differs"),
+        (make(1, class_names=list("abcdefg")), "class_names differs"),
+        (make(1)._replace(labels=np.zeros(40, np.int32)), "true labels differ"),
+        (make(0), "are the same network"),
+    ],
+)
+def test_what_makes_no_ensemble_is_refused(other, message):
+    with pytest.raises(ConfigError, match=message):
+        predictions.mean([make(0), other])
+
+
+def spoil_npz(path, name, value):
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **{**arrays, name: value})
+
+
+def test_damaged_files_are_one_line(tmp_path):
+    npz, text = tmp_path / "p.npz", tmp_path / "p.csv"
+
+    def refused(path, damage, message="damaged"):
+        predictions.save(path, make(0))
+        damage(path)
+        with pytest.raises(DataError, match=message) as error:
+            predictions.load(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+    refused(npz, lambda p: p.write_bytes(p.read_bytes()[:-40]))
+    refused(npz, lambda p: p.write_bytes(b""))
+    refused(npz, lambda p: spoil_npz(p, "labels", np.full(40, 7, np.int32)), "out of range")
+    refused(npz, lambda p: spoil_npz(p, "probabilities", np.zeros((39, 7), np.float32)))
+    refused(npz, lambda p: spoil_npz(p, "probabilities", np.zeros((40, 7))), "types")
+    # An object array would be a pickle: nothing is unpickled.
+    refused(npz, lambda p: spoil_npz(p, "labels", np.array([{}] * 40, dtype=object)), "pickle")
+    refused(text, lambda p: p.write_text(p.read_text().replace("\n5,5,", "\n", 1)))
+    refused(text, lambda p: p.write_text("".join(p.read_text().splitlines(True)[:-1])), "39 rows")
+    refused(text, lambda p: p.write_text(p.read_text().partition("\n")[2]))
+
+
+def test_names_are_checked_before_anything_is_evaluated(tmp_path):
+    with pytest.raises(ConfigError, match="must end with"):
+        predictions.check_path(tmp_path / "p.txt")
+    with pytest.raises(ConfigError, match="there is no folder"):
+        predictions.check_path(tmp_path / "absent" / "p.npz")
+    with pytest.raises(ConfigError, match="no file of predictions"):
+        predictions.load(tmp_path / "p.npz")
+    assert json.dumps(make(0).about)  # plain JSON

@@ -1,0 +1,143 @@
+"""A table of configs that cannot be trained, each refused with field, value and remedy."""
+
+import importlib
+import math
+
+import pytest
+
+from bn_jax.errors import ConfigError
+from bn_jax.experiment.config import check
+
+# config:scale, the wrong values, what the one line must say
+WRONG = [
+    ("bn_x30:digits", {"learning_rate": -0.1}, "learning_rate=-0.1: not in (0, inf)"),
+    ("bn_x30:digits", {"learning_rate": 0.0}, "learning_rate=0.0"),
+    ("bn_x30:digits", {"learning_rate": math.nan}, "learning_rate=nan"),
+    ("bn_x30:digits", {"learning_rate": math.inf}, "learning_rate=inf"),
+    ("bn_x30:digits", {"momentum": 1.0}, "momentum=1.0: not in [0, 1)"),
+    ("bn_x30:digits", {"momentum": -0.9}, "momentum=-0.9"),
+    ("bn_x30:digits", {"momentum": math.nan}, "momentum=nan"),
+    ("bn_x30:digits", {"decay_rate": 0.0}, "decay_rate=0.0: not in (0, 1]"),
+    ("bn_x30:digits", {"decay_rate": 1.01}, "decay_rate=1.01"),
+    ("bn_x30:digits", {"decay_examples": 0.0}, "decay_examples=0.0"),
+    ("bn_x30:digits", {"decay_examples": math.inf}, "decay_examples=inf"),
+    ("bn_x30:digits", {"learning_rate_scaling": "log"}, "choose from none, linear, sqrt"),
+    (
+        "bn_x30:digits",
+        {"learning_rate_scaling": "linear", "bn.group_size": None},
+        "learning_rate_scaling='linear': bn.group_size=None",
+    ),
+    ("bn_x30:pod", {"warmup_examples": 1e6}, "warmup_examples=1000000.0: goes from the unscaled"),
+    (
+        "bn_x30:pod",
+        {"learning_rate_scaling": "sqrt", "warmup_examples": -1.0},
+        "warmup_examples=-1.0: not in [0, inf)",
+    ),
+    ("bn_x30:digits", {"l2": -1e-4}, "l2=-0.0001: not in [0, inf)"),
+    ("bn_x30:digits", {"l2": math.nan}, "l2=nan"),
+    ("bn_x30:digits", {"batch_size": 0}, "batch_size=0: not a whole number from 1"),
+    ("bn_x30:digits", {"batch_size": -32}, "batch_size=-32"),
+    ("bn_x30:digits", {"batch_size": 48}, "batch_size=48: not divisible by bn.group_size=32"),
+    ("bn_x30:digits", {"batch_size": 16}, "use a multiple, such as 32"),
+    ("bn_x30:pod", {"batch_per_device": -1}, "batch_per_device=-1"),
+    ("bn_x30:digits", {"total_steps": 0}, "total_steps=0: not a whole number from 1"),
+    ("bn_x30:digits", {"total_steps": 2**31}, "total_steps=2147483648"),
+    ("bn_x30:digits", {"seed": -1}, "seed=-1"),
+    ("bn_x30:digits", {"seed": 2**31}, "seed=2147483648"),
+    ("mnist:digits", {"steps_per_dispatch": 0}, "steps_per_dispatch=0"),
+    ("bn_x30:digits", {"activation": "gelu"}, "activation='gelu': unknown; choose from relu"),
+    ("bn_x30:digits", {"norm": "layer_norm"}, "norm='layer_norm': unknown"),
+    ("bn_x30:digits", {"dtype": "float16"}, "dtype='float16': unknown"),
+    ("bn_x30:digits", {"precision": "tf32"}, "choose from default, high, highest"),
+    ("bn_x30:digits", {"dropout": 1.0}, "dropout=1.0: not in [0, 1)"),
+    ("bn_x30:digits", {"dropout": -0.1}, "dropout=-0.1"),
+    ("bn_x30:digits", {"image_size": 8}, "image_size=8: not a whole number from 16 to 4096"),
+    ("bn_x30:digits", {"image_size": 100_000}, "image_size=100000"),
+    ("mnist:digits", {"image_size": 0}, "image_size=0"),
+    ("bn_x30:digits", {"model.name": "resnet"}, "model.name='resnet': unknown"),
+    ("bn_x30:digits", {"model.variant": "v3"}, "choose from paper, caffe, slim"),
+    ("bn_x30:digits", {"model.width": 0.0}, "model.width=0.0: not in (0, 16]"),
+    ("bn_x30:digits", {"model.init_scale": 0.0}, "model.init_scale=0.0"),
+    ("mnist:digits", {"model.widths": ()}, "model.widths=(): not one or more"),
+    ("mnist:digits", {"model.widths": (100, 0)}, "model.widths=(100, 0)"),
+    ("mnist:digits", {"model.init_std": -0.1}, "model.init_std=-0.1"),
+    ("mnist:digits", {"model.threshold": 1.0}, "model.threshold=1.0: not in [0, 1)"),
+    ("mnist:digits", {"lrn": True}, "lrn=True: not an option of model.name='mlp'"),
+    ("bn_x30:digits", {"bn.group_size": 1}, "bn.group_size=1: not a whole number from 2"),
+    ("bn_x30:digits", {"bn.group_size": 7}, "batch_size=32: not divisible by bn.group_size=7"),
+    ("bn_x30:digits", {"bn.group_size": None, "batch_size": 1}, "BN needs at least 2 examples"),
+    ("bn_x30:digits", {"bn.epsilon": -1e-3}, "bn.epsilon=-0.001"),
+    ("bn_x30:digits", {"bn.momentum": 1.0}, "bn.momentum=1.0: not in [0, 1)"),
+    (
+        "bn_x30:digits",
+        {"bn.per_activation": ("5b",)},
+        "'5b' is no module; choose from inception_3a",
+    ),
+    ("ensemble_4:digits", {"norm": "none"}, "bn.per_activation=('inception_5b',): there is no BN"),
+    ("bn_x30:digits", {"data.name": ""}, "data.name='': empty"),
+    ("bn_x30:digits", {"data.shuffle": "sometimes"}, "choose from none, within_shard, global"),
+    ("bn_x30:digits", {"data.crop": 0.0}, "data.crop=0.0: not in (0, 1]"),
+    ("bn_x30:digits", {"data.shift": 15}, "data.shift=15: not a whole number from 0 to 14"),
+    ("bn_x30:digits", {"data.distortion": 1.5}, "data.distortion=1.5: not in [0, 1]"),
+    ("bn_x30:digits", {"data.holdout": 1.0}, "data.holdout=1.0: not in [0, 1)"),
+    ("bn_x30:digits", {"eval_every": 0}, "eval_every=0"),
+    ("bn_x30:digits", {"checkpoint_every": -5}, "checkpoint_every=-5"),
+    ("bn_x30:digits", {"checkpoint_wait": -0.1}, "checkpoint_wait=-0.1: not in [0, inf)"),
+    ("bn_x30:digits", {"checkpoint_wait": float("inf")}, "checkpoint_wait=inf: not in [0, inf)"),
+    ("bn_x30:digits", {"log_every": 0}, "log_every=0"),
+    ("bn_x30:digits", {"eval_batch_size": 0}, "eval_batch_size=0"),
+    ("bn_x30:digits", {"statistics_batches": 0}, "statistics_batches=0"),
+    ("bn_x30:digits", {"keep_last": 0}, "keep_last=0"),
+    ("bn_x30:digits", {"keep_best": -1}, "keep_best=-1"),
+    ("bn_x30:digits", {"record.activation_every": 0}, "record.activation_every=0"),
+    ("bn_x30:digits", {"record.activation_examples": 33}, "record.activation_examples=33"),
+    ("bn_x30:digits", {"record.activations": ("inception_4e/conv_3x3",)}, "end it with /input"),
+    ("mnist:digits", {"record.activations": ("dense_2/pre_bn",)}, "record /input instead"),
+    (
+        "bn_x30:digits",
+        {"reproducible": True, "batch_size": 96},
+        "batch_size=96: reproducible=True needs bn.group_size=32 times a power of two; use 64",
+    ),
+    ("mnist:digits", {"reproducible": True, "batch_size": 180}, "use 120 or 240"),
+    ("mnist:digits", {"reproducible": True, "bn.group_size": None}, "bn.group_size=None: repro"),
+    ("mnist_bn:digits", {"reproducible": True}, "steps_per_dispatch=250: reproducible=True takes"),
+]
+
+
+@pytest.mark.parametrize(("experiment", "changes", "message"), WRONG)
+def test_wrong_config_is_refused_in_one_line(experiment, changes, message):
+    name, scale = experiment.split(":")
+    config = importlib.import_module(f"configs.{name}").get_config(scale)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    line = str(caught.value)
+    assert message in line
+    assert "\n" not in line
+    assert "; " in line or "use " in line  # the remedy
+    assert caught.value.exit_code == 2
+
+
+def test_the_limits_themselves_are_accepted():
+    config = importlib.import_module("configs.bn_x30").get_config("digits")
+    config.update_from_flattened_dict(
+        {
+            "momentum": 0.0,
+            "decay_rate": 1.0,
+            "l2": 0.0,
+            "total_steps": 1,
+            "checkpoint_wait": 0.0,
+            "keep_best": 0,
+            "bn.group_size": None,
+            "bn.epsilon": 0.0,
+            "data.shift": 0,
+            "data.distortion": 0.0,
+            "record.activations": ("inception_4e/conv_3x3/pre_bn",),
+        }
+    )
+    check(config)
+    config.update_from_flattened_dict({"bn.group_size": 32, "batch_size": 128})
+    check(config)
+    config.norm, config.batch_size = "none", 7  # without BN no group has to divide the batch
+    config.record.activations = ()
+    check(config)

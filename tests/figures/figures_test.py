@@ -1,0 +1,230 @@
+"""Figures read recorded files only; their numbers against hand-made records."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+from train_test import small
+
+from bn_jax import train
+from bn_jax.errors import ConfigError, DiskError
+from bn_jax.figures import __main__ as figures
+from bn_jax.figures import fig1, fig2
+from bn_jax.workdir import reader
+from configs import bn_baseline, bn_x5, inception, inception_x5, mnist, mnist_bn
+
+
+def write_run(workdir, values, top1=(0.5, 0.9)):
+    """A recorded run of one layer; values [T, 3, units] are its percentiles."""
+    workdir.mkdir(parents=True)
+    data = {"name": "digits", "split": "test", "description": "hand-made"}
+    run = {"config": {"name": workdir.name}, "info": {"data": data}, "status": "done"}
+    run |= {"results": {}, "source": {}, "hardware": {}}
+    (workdir / "run.json").write_text(json.dumps(run))
+    lines = [
+        {"step": 10 * t, "kind": "activation", "layer": "dense_2/input"}
+        | {f"p{p}": list(map(float, row)) for p, row in zip((15, 50, 85), at, strict=True)}
+        for t, at in enumerate(values)
+    ]
+    lines += [
+        {"step": 10 * (k + 1), "kind": "eval", "top1": v, "top5": 1.0, "examples": 1000}
+        for k, v in enumerate(top1)
+    ]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_drift_is_the_range_over_the_spread(tmp_path):
+    # unit 0 never moves; unit 1's percentiles all rise by 2, their distance stays 4
+    values = np.array([[[-1, -2], [0, 0], [1, 2]], [[-1, 0], [0, 2], [1, 4]]], float)
+    write_run(tmp_path / "a", values)
+    curves = fig1.percentiles(reader.read_run(tmp_path / "a"), "dense_2/input")
+    np.testing.assert_allclose(fig1.drift(curves), [[0, 0.5]] * 3)
+
+
+def test_the_typical_unit_is_the_median_one():
+    values = np.zeros((2, 3, 5))
+    values[:, 0], values[:, 2] = -1, 1
+    values[1, 1] = [4, 0, 2, 1, 3]  # drift of the medians
+    assert fig1.typical_unit(fig1.Percentiles("x", np.arange(2), values)) == 2
+
+
+def test_fig1_numbers_and_pictures(tmp_path, capsys):
+    still = np.tile(np.array([[[-1.0] * 3, [0.0] * 3, [1.0] * 3]]), (4, 1, 1))
+    moving = still + np.arange(4.0)[:, None, None]
+    write_run(tmp_path / "mnist", moving, top1=(0.4, 0.8))
+    write_run(tmp_path / "mnist_bn", still)
+    paths = fig1.draw_fig1(tmp_path, tmp_path / "out")
+    numbers = json.loads((tmp_path / "out" / "fig1.json").read_text())
+    assert numbers["without BN"]["drift"] == {"15": 1.5, "50": 1.5, "85": 1.5}
+    assert numbers["with BN"]["layer_drift"] == {"15": 0.0, "50": 0.0, "85": 0.0}
+    assert numbers["with BN"]["accuracy"] == 0.9 and numbers["without BN"]["steps"] == 20
+    assert {p.name for p in paths} == {"fig1.png", "fig1.svg", "fig1.json"}
+    assert (tmp_path / "out" / "fig1.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "| with BN | 20 | 90.00% of 1,000 |" in printed and "Data: hand-made." in printed
+    file = tmp_path / "mnist" / "run.json"
+    for key in ("hand-made", '"name": "mnist"'):  # other data, another seed
+        other = {"hand-made": "MNIST", '"name": "mnist"': '"name": "mnist", "seed": 1'}[key]
+        changed = file.read_text()
+        file.write_text(changed.replace(key, other))
+        with pytest.raises(ConfigError, match="mnist_bn make no pair: they differ in"):
+            fig1.draw_fig1(tmp_path, tmp_path / "out")
+        file.write_text(changed)
+
+
+def test_a_folder_without_records_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="holds no recorded run"):
+        reader.read_run(tmp_path)
+
+
+def test_a_place_for_pictures_that_is_none_is_one_line(tmp_path, monkeypatch):
+    write_curve(tmp_path, inception, [0.5, 0.6])
+    (tmp_path / "file").touch()
+    for out, error in ((tmp_path / "file" / "x", ConfigError), ("/proc/x", DiskError)):
+        monkeypatch.setattr(sys, "argv", ["figures", f"--workdir={tmp_path}", f"--out={out}"])
+        with pytest.raises(error, match=f"{out}.*(another folder|writable)"):
+            figures.main()
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_the_claim_of_fig1_on_a_shortened_run(tmp_path, seed):
+    """Section 4.1: with BN the network is more accurate and its distributions are more stable."""
+    numbers = {
+        "total_steps": 2000,
+        "eval_every": 500,
+        "checkpoint_every": 2000,
+        "steps_per_dispatch": 250,
+        "batch_size": 64,
+        "record.activation_every": 250,
+        "seed": seed,
+    }
+    for name, root in (("mnist", mnist), ("mnist_bn", mnist_bn)):
+        train.run(small(root, **numbers), tmp_path / name)
+    result = fig1.fig1_numbers(
+        reader.read_run(tmp_path / "mnist"), reader.read_run(tmp_path / "mnist_bn")
+    )
+    without, with_bn = result["without BN"], result["with BN"]
+    assert with_bn["examples"] == without["examples"] == 1000
+    assert with_bn["accuracy"] > without["accuracy"]
+    for percentile in ("15", "50", "85"):
+        assert with_bn["layer_drift"][percentile] < without["layer_drift"][percentile]
+
+
+def write_curve(folder, root, top1, *, seed=0, status="done", error="", **changes):
+    """A member of a sweep, evaluated every 250 steps."""
+    config = root.get_config("digits")
+    config.update_from_flattened_dict({"seed": seed, **changes})
+    workdir = folder / config.name / f"seed_{seed}"
+    workdir.mkdir(parents=True)
+    data = {"name": "digits", "split": "test", "description": "hand-made", "eval_examples": 1000}
+    data["classes"] = 10
+    run = {"config": config.to_dict(), "info": {"data": data}, "status": status}
+    run |= {"results": {"error": error}, "source": {"commit": "0123456789abcdef"}}
+    run["hardware"] = {"devices": 1, "device_kind": "cpu"}
+    (workdir / "run.json").write_text(json.dumps(run))
+    lines = [{"step": 250 * (k + 1), "kind": "eval", "top1": v} for k, v in enumerate(top1)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return workdir
+
+
+def table(path) -> dict[str, dict[str, str]]:
+    """The first Markdown table of a file: {name: {column: cell}}."""
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in path.read_text().split("## Against the control")[0].splitlines()
+        if line.startswith("| ")
+    ]
+    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+
+
+def test_a_sweep_becomes_fig2_the_table_and_the_ablations(tmp_path, capsys):
+    for seed in (0, 1):
+        write_curve(tmp_path, inception, [0.1, 0.5, 0.7, 0.8], seed=seed)
+        curve, free = [0.6, 0.8 + 0.02 * seed, 0.9, 0.9], {"checkpoint_wait": 0.1 * seed}
+        write_curve(tmp_path, bn_baseline, curve, seed=seed, **free)
+    write_curve(tmp_path, bn_x5, [0.7], status="preempted")
+    diverged = "DivergedError: diverged at step 1,234: loss nan"
+    write_curve(tmp_path, inception_x5, [0.2], status="diverged", error=diverged)
+    paths = figures.draw(tmp_path, tmp_path / "out")
+    names = {"fig2.png", "fig2.svg", "fig2.csv", "fig3.md", "fig3.csv"}
+    names |= {f"ablations.{kind}" for kind in ("png", "svg", "md", "csv")}
+    assert {path.name for path in paths} == names and all(path.stat().st_size for path in paths)
+    shown = table(tmp_path / "out" / "fig3.md")
+    assert shown["bn_baseline"]["steps to max"] == "500"
+    assert shown["bn_baseline"]["speed-up to max"] == "2.00x"
+    assert shown["bn_baseline"]["paper: speed-up"] == "2.33"
+    assert shown["bn_x5"]["steps to 95%"] == "not yet"
+    assert shown["bn_x5"]["remarks"] == "seed 0 partial: step 250 of 5,000"
+    assert shown["inception_x5"]["final accuracy"] == "diverged"
+    assert shown["inception_x5"]["remarks"] == "seed 0 diverged at step 1,234"
+    text = (tmp_path / "out" / "fig3.md").read_text()
+    assert "There is no run of `inception_best_rate`" in text and "commit 0123456789" in text
+    assert "settings differ" in text and text in capsys.readouterr().out
+    changed = table(tmp_path / "out" / "ablations.md")["bn_baseline"]
+    assert changed["change"] == "norm none -> batch_norm" and changed["seeds"] == "2"
+    assert changed["difference"] == "+10.00"
+    points = list(csv.DictReader((tmp_path / "out" / "fig2.csv").open()))
+    assert len(points) == 18 and points[0]["network"] == "inception"
+
+
+def test_without_a_baseline_the_columns_say_so(tmp_path):
+    write_curve(tmp_path, bn_x5, [0.7, 0.9])
+    write_curve(tmp_path, inception, [0.5], status="running")
+    figures.draw(tmp_path, tmp_path / "out")
+    shown = table(tmp_path / "out" / "fig3.md")
+    assert shown["bn_x5"]["speed-up to max"] == "no reference"
+    assert shown["bn_x5"]["final accuracy"] == "90.0%"
+    text = (tmp_path / "out" / "fig3.md").read_text()
+    assert "seed 0: none, seed 0 partial: step 250 of 5,000" in text
+
+
+def test_a_baseline_at_chance_is_said_and_sets_no_level(tmp_path):
+    write_curve(tmp_path, bn_x5, [0.7, 0.9])
+    write_curve(tmp_path, inception, [0.1, 0.11])
+    figures.draw(tmp_path, tmp_path / "out")
+    shown = table(tmp_path / "out" / "fig3.md")
+    assert shown["bn_x5"]["speed-up to 95%"] == "reference at chance"
+    text = (tmp_path / "out" / "fig3.md").read_text()
+    assert "seed 0: none, at chance (11.0% of 10 classes) after all its steps" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data.name": "folder"}, r"data.name \(folder, digits\)"),
+        ({"image_size": 32}, "image_size"),
+        ({"data.holdout": 0.2}, "data.holdout"),
+    ],
+)
+def test_runs_of_different_settings_are_refused(tmp_path, changes, said):
+    write_curve(tmp_path, inception, [0.5])
+    write_curve(tmp_path, bn_x5, [0.5], **changes)
+    with pytest.raises(ConfigError, match=f"differ in .*{said}"):
+        figures.draw(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_seeds_must_be_of_one_experiment(tmp_path):
+    write_curve(tmp_path, inception, [0.5])
+    write_curve(tmp_path, inception, [0.5], seed=1, learning_rate=0.1)
+    with pytest.raises(ConfigError, match=r"learning_rate \(0.0015, 0.1\)"):
+        reader.read_groups(tmp_path)
+    with pytest.raises(ConfigError, match="holds no recorded run"):
+        reader.read_groups(tmp_path / "nothing")
+
+
+def test_half_a_line_at_the_end_is_no_damage(tmp_path):
+    workdir = write_curve(tmp_path, inception, [0.5, 0.6])
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 750, "ki')
+    assert len(reader.read_run(workdir).lines["eval"]) == 2
+    (workdir / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match="damaged"):
+        reader.read_run(workdir)
+
+
+def test_steps_are_of_32_examples(tmp_path):
+    write_curve(tmp_path, inception, [0.5], batch_size=64)
+    assert "inception,0,500.0,0.5" in fig2.curves_csv(reader.read_groups(tmp_path))

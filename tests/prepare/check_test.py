@@ -1,0 +1,43 @@
+"""prepare check: the data doctor."""
+
+import re
+
+import pytest
+
+from bn_jax.errors import DataError
+from bn_jax.prepare import check
+from tests.support import small_sets
+
+JPEG = small_sets.encode(small_sets.photo())
+
+
+def pairs(n: int, first: int = 0) -> list[tuple[bytes, int]]:
+    return [(small_sets.encode(small_sets.photo(seed=first + k)), k % 3) for k in range(n)]
+
+
+def test_doctor_of_a_sound_set(tmp_path, capsys):
+    splits = {"train": [*pairs(5), pairs(1)[0]], "test": pairs(1)}
+    small_sets.write_tfds(tmp_path, splits, file_format="array_record")
+    check.check(tmp_path, "little", threads=2)
+    out = capsys.readouterr().out
+    assert "train: 6 images read, 6 decoded" in out and "/s" in out
+    assert "3 of 3 classes have images, 1 to 3 each" in out
+    assert "1 duplicates" in out and "1 also in another split" in out
+    assert "is sound" in out
+
+
+def test_doctor_of_a_damaged_set(tmp_path, capsys):
+    bad = (JPEG[:-200], 0)
+    splits = {"train": [*pairs(4), bad, (JPEG, 7)], "test": pairs(2)}
+    written = small_sets.write_tfds(tmp_path, splits, file_format="array_record")
+    (written / "little-test.array_record-00001-of-00002").unlink()
+    with pytest.raises(DataError, match="NOT sound, 4 problems"):
+        check.check(tmp_path, "little", threads=2)
+    out = capsys.readouterr().out
+    assert "train: 6 images read, 4 decoded" in out
+    assert re.search(
+        r"record 1 of shard little-train\S+-00001-of-00002: .*premature end", out, re.I
+    )
+    assert "has label 7, the set has 3 classes" in out
+    assert "little-test.array_record-00001-of-00002 is missing" in out
+    assert "1 readable images, 2 expected" in out
