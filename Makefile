@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo fig1 table two pod test check lint slow oracle bench faults docs differences lock clean
+.PHONY: help setup demo fig1 table two pod test check lint slow oracle bench cuda faults docs differences lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -63,6 +63,21 @@ bench: setup  ## benchmarks on this machine, under 20 minutes; PyTorch takes par
 	for name in step mnist startup evaluate batch_norm; do $(RUN) benchmarks.$$name || exit 1; done
 	$(RUN) benchmarks.report
 
+# Not in the lock: jax[cuda13] is larger than all the rest together, and needs Python 3.12. The
+# version is that of the figures in results/bench/cuda.md. CUDA="..." has options of the command.
+CUDA_VENV := .venv-cuda
+CUDA ?=
+cuda: $(CUDA_VENV)/.installed  ## the training step, compiled for an H100 that need not be there
+	$(CUDA_VENV)/bin/python -m benchmarks.cuda $(CUDA)
+
+$(CUDA_VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "jax[cuda13] needs Python >= 3.12: make cuda PYTHON=python3.12")'
+	@echo "installing jax[cuda13] into $(CUDA_VENV): about 5 GB, some minutes"
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  'jax[cuda13]==0.11.2' -e '.[digits]' pytest
+	@touch $@
+
 # Each of the two processes begins with one half of the tests, in this order, and the first to be
 # through takes from the other's. What is promised by the clock is held before, alone; the table at
 # the end, of the rows in BN_JAX_FAULTS, is of all.
@@ -86,5 +101,5 @@ lock:  ## write requirements.lock anew (needs uv)
 	  --no-emit-find-links --no-header --no-annotate --extra digits --extra test --extra docs --extra dev \
 	  pyproject.toml -o requirements.lock
 
-clean:  ## remove the environment and caches; runs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove the environments and caches; runs stay
+	rm -rf $(VENV) $(CUDA_VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -3,9 +3,12 @@
     python -m benchmarks.scale             # Inception at 224 px on 8, 64, 512 virtual CPU devices
     python -m benchmarks.scale --smoke     # the MLP on 8 virtual devices, seconds
     python -m benchmarks.scale --devices= --topologies=v5e:2x4,v4:2x2x4 --out=FILE
+    python -m benchmarks.scale --devices= --topologies=cuda:8 --out=FILE
 
-The last compiles ahead of time for TPUs: none need be there, but libtpu (pip install 'jax[tpu]').
-The step is compiled, not run: 32 examples and one statistic group a device. Read from the compiled
+The last two compile ahead of time for TPUs and for the H100s of one host. None need be there, but
+libtpu (pip install 'jax[tpu]') or jax's CUDA plugin (`make cuda`) must be. --smoke with topologies
+compiles for these instead of the virtual devices. The step is compiled, not run, with the forms of
+`bn_jax.ops` for the backend, 32 examples and one statistic group a device. Read from the compiled
 program: collectives by kind, their bytes, dtypes (for CPUs those of the program as it is cut for
 the devices, too) and memory a device. A cost model (ring all-reduce) turns bytes into weak scaling.
 Writes results/bench/scale.md, but for --smoke, and ends with 1 if a claim does not hold.
@@ -25,7 +28,7 @@ import time
 from collections import Counter
 from typing import Any, NamedTuple
 
-from benchmarks import cost_model, fair
+from benchmarks import cost_model, cuda, fair, hlo
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "bench" / "scale.md"
@@ -41,10 +44,12 @@ class Collective(NamedTuple):
     bytes: dict[str, int]  # by dtype
 
 
-def collectives(hlo: str) -> list[Collective]:
-    """The collectives in the text of a compiled program, asynchronous ones once."""
+def collectives(text: str) -> list[Collective]:
+    """The collectives in the text of a program's HLO, asynchronous ones once."""
     found = []
-    for shape, kind in re.findall(rf"= (\(.*?\)|\S+) ({KINDS})(?:-start)?\(", hlo):
+    for shape, kind in re.findall(rf"= (\(.*?\)|\S+) ({KINDS})(?:-start)?\(", text):
+        if shape.startswith("(("):  # asynchronous, on GPUs: ((operands), results)
+            shape = shape[2 : 2 + hlo.closing(shape[2:])]
         sizes: Counter[str] = Counter()
         for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape):
             count = 1
@@ -86,23 +91,57 @@ def step_config(devices: int, args: argparse.Namespace):
     return config.lock()
 
 
-def compile_here(target: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Compiles the step for a number of CPU devices of this process, or for a TPU topology."""
+def backend_of(target: str) -> str:
+    """The backend of a target: "8" is virtual CPU devices, "cuda:8" is GPUs, "v5e:2x4" is TPUs."""
+    if ":" not in target:
+        return "cpu"
+    return "gpu" if target.startswith("cuda:") else "tpu"
+
+
+def devices_of(target: str) -> list[Any]:
+    """The devices to compile for. Of virtual CPU devices those of this process."""
     import jax
-    import numpy as np
     from jax.experimental import topologies
 
-    from bn_jax import train
+    if backend_of(target) == "cpu":
+        return jax.devices()
+    if backend_of(target) == "gpu":
+        return cuda.devices(int(target.partition(":")[2]))
+    # v4 and v5p: the two cores of a chip are one device, as on Cloud TPU
+    chip = {"chip_config_name": "megacore"} if target.startswith(("v4", "v5p")) else {}
+    return list(topologies.get_topology_desc(target, "tpu", **chip).devices)
+
+
+def require_compilers(targets: list[str]) -> None:
+    """Exits with 2 and a line that says what is missing for one of the targets."""
+    for target in targets:
+        backend = backend_of(target)
+        missing = ""
+        if backend == "tpu" and importlib.util.find_spec("libtpu") is None:
+            missing = "libtpu is not installed (a TPU is not needed): pip install 'jax[tpu]'"
+        if backend == "gpu":
+            if not re.fullmatch(r"cuda:[1-9]\d*", target):
+                missing = "write cuda:N for N H100s of one host"
+            elif not cuda.installed():
+                missing = cuda.MISSING
+        if missing:
+            print(f"benchmarks.scale: --topologies={target}: {missing}", file=sys.stderr)
+            raise SystemExit(2)
+
+
+def compile_here(target: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Compiles the step for a number of CPU devices of this process, or for a topology."""
+    import jax
+    import numpy as np
+
+    from bn_jax import ops, train
     from bn_jax.distributed import mesh
     from bn_jax.experiment import build
 
-    tpu = ":" in target
+    backend = backend_of(target)
     versions = [f"jax {jax.__version__}", f"commit {fair.commit()}"]
-    versions += [f"libtpu {importlib.metadata.version('libtpu')}"] if tpu else []
-    devices = jax.devices()
-    if tpu:  # v4 and v5p: the two cores of a chip are one device, as on Cloud TPU
-        chip = {"chip_config_name": "megacore"} if target.startswith(("v4", "v5p")) else {}
-        devices = topologies.get_topology_desc(target, "tpu", **chip).devices
+    versions += [f"libtpu {importlib.metadata.version('libtpu')}"] if backend == "tpu" else []
+    devices = devices_of(target)
     config = step_config(len(devices), args)
     exp = build.build(config)._replace(mesh=mesh.make(list(devices)))
     state = build.abstract_state(exp)
@@ -110,17 +149,24 @@ def compile_here(target: str, args: argparse.Namespace) -> dict[str, Any]:
     hyper = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), np.float32), exp.hyper)
     start = time.perf_counter()
     function, shardings = train.training_step(exp, 1)
-    lowered = jax.jit(function, donate_argnums=0, **shardings).lower(state, batch, hyper, 0)
-    # Of the machine code nothing is read: HLO, and with it collectives and memory, stays the same.
-    fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    program, cut = (lowered.compile(), []) if tpu else compiled(lowered, fast)  # no dump of libtpu
+    step = jax.jit(function, donate_argnums=0, **shardings)
+    platform = "cuda" if backend == "gpu" else backend
+    with ops.tracing_for(backend):
+        lowered = step.trace(state, batch, hyper, 0).lower(lowering_platforms=(platform,))
+    if backend == "cpu":
+        # Of the machine code nothing is read: HLO, and with it collectives and memory, stays.
+        fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        program, cut = compiled(lowered, fast)
+    else:
+        program = lowered.compile()
+        cut = []  # libtpu dumps nothing
     memory = program.memory_analysis()
 
     def size(tree: Any) -> int:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     return {
-        "target": f"TPU {target}" if tpu else "virtual CPU",
+        "target": {"cpu": "virtual CPU", "tpu": f"TPU {target}", "gpu": "H100"}[backend],
         "devices": len(devices),
         "collectives": collectives(program.as_text()),
         "dtypes": sorted({dtype for c in cut for dtype in c.bytes}),
@@ -189,13 +235,15 @@ def table(reports: list[dict[str, Any]]) -> str:
 
 def origin_of_dtypes(reports: list[dict[str, Any]]) -> str:
     """Which program the dtypes of sums were read from."""
-    on_tpu = [r["target"].startswith("TPU") for r in reports]
+    targets = " ".join(r["target"] for r in reports)
     cpu = (
         "XLA for CPUs keeps more in memory than XLA for accelerators, and widens bfloat16 to"
         " float32: the dtypes of sums are those of the program before that, as it is first cut."
     )
-    tpu = "For TPUs the dtypes of sums are those of the program that their own compiler leaves."
-    return " ".join([cpu] * (not all(on_tpu)) + [tpu] * any(on_tpu))
+    own = "For {} the dtypes of sums are those of the program that their own compiler leaves."
+    found = [cpu] if "CPU" in targets else []
+    found += [own.format(f"{name}s") for name in ("TPU", "H100") if name in targets]
+    return " ".join(found)
 
 
 def document(reports: list[dict[str, Any]], args: argparse.Namespace) -> str:
@@ -224,21 +272,26 @@ def main() -> None:
     """Compiles for every target, prints and writes the document."""
     parser = argparse.ArgumentParser("python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--devices", default="8,64,512", help="numbers of virtual CPU devices")
-    parser.add_argument("--topologies", default="", help="TPU slices, such as v5e:2x4,v4:2x2x4")
+    parser.add_argument(
+        "--topologies", default="", help="TPU slices (v5e:2x4,v4:2x2x4), H100s (cuda:8)"
+    )
     parser.add_argument("--width", type=float, default=1.0, help="of the network (1)")
     parser.add_argument("--image_size", type=int, default=224, help="pixels (224)")
     parser.add_argument("--out", type=pathlib.Path, default=OUT, help="document to write")
-    parser.add_argument("--smoke", action="store_true", help="the MLP, 8 devices; writes nothing")
+    parser.add_argument(
+        "--smoke", action="store_true", help="the MLP, 8 virtual CPU devices; keeps nothing"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(compile_here(args.child, args)))
         return
+    if args.smoke:
+        args.devices = "" if args.topologies else "8"
     targets = [t for t in (args.devices + "," + args.topologies).split(",") if t]
-    if any(":" in t for t in targets) and importlib.util.find_spec("libtpu") is None:
-        raise SystemExit("--topologies needs libtpu, without a TPU too: pip install 'jax[tpu]'")
+    require_compilers(targets)
     reports = []
-    for target in ["8"] if args.smoke else targets:
+    for target in targets:
         reports.append(compile_apart(target, args))
         if not args.smoke:  # after each: the next may take an hour, and fail
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import cost_model, scale
+from benchmarks import cost_model, cuda, scale
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HLO = """
@@ -26,6 +26,15 @@ def test_collectives_are_read():
         ("all-reduce", {"s32": 12}),
         ("all-gather", {"f32": 4 * 32 * 49}),
     ]
+
+
+def test_an_asynchronous_collective_hands_in_its_operands():
+    """On GPUs the shape of a start has both operands and results."""
+    gpu = """
+  %start = ((f32[100]{0:T(8)}, bf16[3]{0}), (f32[100]{0}, bf16[3]{0})) all-reduce-start(%a, %b)
+  %done = (f32[100]{0}, bf16[3]{0}) all-reduce-done(%start)
+"""
+    assert scale.collectives(gpu) == [("all-reduce", {"f32": 400, "bf16": 6})]
 
 
 def report(*found: scale.Collective, dtypes=("f32",)):
@@ -50,6 +59,7 @@ def test_claims_fail_where_they_should():
 
 def test_the_page_says_where_dtypes_were_read():
     cpu, tpu = {"target": "virtual CPU"}, {"target": "TPU v5e:2x4"}
+    assert scale.origin_of_dtypes([{"target": "H100"}]).startswith("For H100s the dtypes of sums")
     assert "first cut" in scale.origin_of_dtypes([cpu])
     assert "TPU" not in scale.origin_of_dtypes([cpu])
     assert "first cut" not in scale.origin_of_dtypes([tpu])
@@ -89,8 +99,34 @@ def test_the_step_has_two_all_reduces_at_most(smoke):
     assert smoke.returncode == 0 and "DOES NOT HOLD" not in smoke.stdout
 
 
-def test_without_libtpu_it_says_so(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["scale", "--topologies=v5e:2x4"])
+@pytest.mark.parametrize(
+    ("topology", "remedy"), [("v5e:2x4", "jax[tpu]"), ("cuda:8", "jax[cuda13]")]
+)
+def test_without_a_compiler_it_says_so(topology, remedy, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scale", f"--topologies={topology}"])
     monkeypatch.setattr(scale.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"libtpu.*jax\[tpu\]"):
+    with pytest.raises(SystemExit, match="^2$"):
         scale.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert topology in line and "not installed" in line and remedy in line
+
+
+def test_a_number_of_gpus_that_is_none_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scale", "--topologies=cuda:2x4"])
+    with pytest.raises(SystemExit, match="^2$"):
+        scale.main()
+    assert "cuda:2x4: write cuda:N" in capsys.readouterr().err
+
+
+def test_a_target_names_its_backend():
+    backends = [scale.backend_of(target) for target in ("8", "v5e:2x4", "cuda:8")]
+    assert backends == ["cpu", "tpu", "gpu"]
+
+
+@pytest.mark.skipif(not cuda.installed(), reason=cuda.MISSING)
+def test_the_step_of_eight_gpus_gathers_nothing():
+    """The MLP, by XLA's compiler for GPUs, without one."""
+    command = [sys.executable, "-m", "benchmarks.scale", "--smoke", "--topologies=cuda:8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "| H100 | 8 |" in done.stdout and "DOES NOT HOLD" not in done.stdout

@@ -15,8 +15,9 @@ Tried and left out, because no gain was seen: the input gradient of a 3x3 as a c
 flipped kernel (it is that in XLA). Weight gradients as shifted products gain too, but less than
 Eigen's convolutions, and take more memory.
 
-Parameters do not depend on the form. The choice is made while tracing, from the default backend;
-`with plain():` forces the plain forms, for comparisons and when compiling for another target.
+Parameters do not depend on the form. The choice is made while tracing, from the default backend.
+`with plain():` forces the plain forms, for comparisons. `with tracing_for("gpu"):` chooses the
+forms of another backend, for a program that is compiled for it here.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ from jax import lax
 from bn_jax.ops import kernel_gradient, mixed
 
 _plain: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)
+_backend: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
 
 
 @contextlib.contextmanager
@@ -46,9 +48,24 @@ def plain() -> Iterator[None]:
         _plain.reset(token)
 
 
+@contextlib.contextmanager
+def tracing_for(backend: str) -> Iterator[None]:
+    """What is traced inside has the forms of this backend ("cpu", "gpu", "tpu")."""
+    token = _backend.set(backend)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def backend() -> str:
+    """The backend whose forms are chosen: that of `tracing_for`, else jax's default backend."""
+    return _backend.get() or jax.default_backend()
+
+
 def hand_tuned() -> bool:
-    """Whether the hand-tuned forms are used: on CPU, outside `plain()`."""
-    return jax.default_backend() == "cpu" and not _plain.get()
+    """Whether the hand-tuned forms are used: for CPU, outside `plain()`."""
+    return backend() == "cpu" and not _plain.get()
 
 
 def conv(

@@ -192,3 +192,19 @@ def test_only_the_1x1_of_stride_1_is_a_product():
 def test_other_backends_use_the_plain_forms(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert not ops.hand_tuned()
+    with ops.tracing_for("cpu"):
+        assert ops.hand_tuned()
+
+
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_a_program_for_another_backend_has_its_forms(backend):
+    x = jax.ShapeDtypeStruct((2, 8, 8, 4), np.float32)
+
+    def traced() -> str:
+        return str(jax.make_jaxpr(lambda x: ops.max_pool(x, 2))(x))
+
+    assert "reduce_window" not in traced()
+    with ops.tracing_for(backend):
+        assert ops.backend() == backend
+        assert "reduce_window" in traced()
+    assert ops.backend() == "cpu" and "reduce_window" not in traced()
