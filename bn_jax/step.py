@@ -159,7 +159,7 @@ def train_steps(
     """Several steps in one dispatch, on a data set that rests on the device.
 
     images [examples, H, W, C], labels [examples]; indices int32 [K, N]: the examples of K batches.
-    Metrics gain a leading axis of K. For small dense networks only: XLA:CPU runs convolutions
+    Metrics gain a leading axis of K. On CPU for dense networks only: there XLA runs convolutions
     inside a loop 3.5 times slower.
     """
 

@@ -35,7 +35,7 @@ def get_config(scale: str = "imagenet") -> ConfigDict:
     config.batch_per_device = 0  # examples; 0: batch_size is meant as it stands (see `_pod`)
     config.total_steps = 31_000_000  # steps (Fig. 3)
     config.seed = 0  # of weights, data order, distortion and dropout
-    config.steps_per_dispatch = 1  # steps in one compiled loop; above 1 for dense networks only
+    config.steps_per_dispatch = 1  # steps in one compiled loop; on a CPU 1 but for dense networks
 
     # Network
     config.activation = "relu"  # relu | sigmoid

@@ -12,6 +12,7 @@ from bn_jax.distributed import preempt
 from bn_jax.errors import ConfigError, DivergedError, Preempted
 from bn_jax.experiment import build
 from configs import bn_x30, mnist, mnist_bn
+from tests.support import small_sets
 
 
 def small(root=mnist_bn, **changes) -> ConfigDict:
@@ -114,7 +115,7 @@ def test_a_run_cannot_end_before_where_it_is(whole):
     [
         ({"batch_size": 6016}, "batch_size=6016 exceeds the 4000 training examples"),
         ({"record.activation_examples": 4032}, "activation_examples=4032 exceeds the 4000"),
-        ({"data.shift": 2}, "steps_per_dispatch=5 is for the MLP on undistorted data"),
+        ({"data.shift": 2}, "steps_per_dispatch=5 is for undistorted data"),
         ({"dtype": "float64"}, "JAX_ENABLE_X64=1"),
         ({"reproducible": True}, "steps_per_dispatch=5: reproducible=True takes single steps"),
     ],
@@ -187,3 +188,42 @@ def test_scale_pod_keeps_the_number_of_examples():
     assert config.batch_size == 256
     assert config.total_steps * 256 == paper.total_steps * 32
     assert config.decay_examples == paper.decay_examples and config.bn.group_size == 32
+
+
+def photographs(folder):
+    """Two classes of pictures in the folders that `data.name=folder` reads: 8 and 4 of each."""
+    for split, count in (("train", 8), ("val", 4)):
+        for k in range(2 * count):
+            place = folder / split / f"class_{k % 2}"
+            place.mkdir(parents=True, exist_ok=True)
+            picture = small_sets.encode(small_sets.photo(32, 32, seed=k % 2), "PNG")
+            (place / f"{k}.png").write_bytes(picture)
+    return folder
+
+
+def test_pictures_rest_on_the_device_where_a_dispatch_has_several_steps(tmp_path):
+    folder = photographs(tmp_path / "data")
+    settings = {
+        "data.name": "folder", "data.dir": str(folder), "image_size": 16, "batch_size": 8,
+        "bn.group_size": 4, "eval_batch_size": 8, "record.activation_examples": 8,
+        "total_steps": 10, "eval_every": 10, "checkpoint_every": 10, "log_every": 1,
+    }  # fmt: skip
+    train.run(small(**settings, steps_per_dispatch=1), tmp_path / "fed")
+    train.run(small(**settings), tmp_path / "resident")
+    fed, resident = (lines(tmp_path / name, "train") for name in ("fed", "resident"))
+    assert [line["step"] for line in fed] == [line["step"] for line in resident]
+    # float32, in two programs, the first of which has a mask
+    for a, b in zip(fed, resident, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+
+
+def test_convolutions_take_one_step_a_dispatch_on_a_cpu(monkeypatch):
+    config = bn_x30.get_config("folder")
+    config.steps_per_dispatch = 2
+    with pytest.raises(ConfigError, match="steps_per_dispatch=2 is for undistorted data"):
+        build.check_dispatch(config)
+    config.data.crop, config.data.mirror, config.data.distortion = 1.0, False, 0.0
+    with pytest.raises(ConfigError, match="steps_per_dispatch=2 is for the MLP on a CPU"):
+        build.check_dispatch(config)
+    monkeypatch.setattr(build, "convolutions_loop_slowly", lambda: False)
+    build.check_dispatch(config)

@@ -1,6 +1,9 @@
 """Encoded records -> rows of a batch: read, decode, crop, resize; and what happens to bad ones."""
 
+import concurrent.futures
+import dataclasses
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -11,9 +14,10 @@ from absl import logging
 
 from bn_jax.data import crops, decode, sources
 from bn_jax.data.distort import Draw
-from bn_jax.errors import DataError
+from bn_jax.errors import ConfigError, DataError
 
 BAD_SHARE, BAD_LEAST = 1e-3, 10  # of the training records may be bad: 0.1%, but 10 in a small set
+HELD_BYTES = 16 * 2**30  # of decoded training images that are kept in memory
 T = TypeVar("T")
 GEOMETRY = (Draw.AREA, Draw.ASPECT, Draw.TOP, Draw.LEFT)
 
@@ -125,6 +129,31 @@ def center_crop(data: bytes, out: np.ndarray) -> None:
     box = crops.center_box(found.height, found.width)
     reduce = decode.reduction(box, len(out))
     decode.resized_crop(decode.pixels(data, found, reduce=reduce), box, reduce, out)
+
+
+def held_in_memory(source: sources.Source, size: int) -> sources.Source:
+    """The set with its training split decoded once, as centre crops of `size` pixels.
+
+    A split that is in memory already stays as it is, and evaluation still reads records. Raises
+    ConfigError for more than HELD_BYTES, DataError for a record that cannot be read.
+    """
+    train = source.train
+    if isinstance(train, sources.Arrays):
+        return source
+
+    need = len(train) * size * size * 3
+    if need > HELD_BYTES:
+        raise ConfigError(
+            f"steps_per_dispatch above 1 keeps the training images in memory: {need / 2**30:.1f} "
+            f"GiB, the limit is {HELD_BYTES / 2**30:.0f}; set steps_per_dispatch=1"
+        )
+
+    threads = os.cpu_count() or 1
+    read = functools.partial(evaluation_rows, train, size=size, num_classes=source.num_classes)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        parts = list(pool.map(read, np.array_split(np.arange(len(train)), 8 * threads)))
+    images, labels, _ = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return dataclasses.replace(source, train=sources.Arrays(images, labels))
 
 
 def _empty(n: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -78,6 +78,8 @@ class View:
 def open_data(config) -> "Data":
     """The data set of a config. Raises ConfigError if it is not there or does not fit it."""
     source = open_source(config.data.name, config.data.dir, config.image_size)
+    if config.steps_per_dispatch > 1:
+        source = load.held_in_memory(source, config.image_size)
     view = View(
         image_size=config.image_size,
         crop=config.data.crop,
@@ -166,6 +168,7 @@ class Data:
             range(start_step, stop_step),
             lambda k: self.train_batch(k, batch_size, rows, seed),
             rows,
+            self._train,
         )
 
     def evaluation(self, batch_size: int, rows: slice) -> Batches:
@@ -177,7 +180,7 @@ class Data:
             indices = np.arange(first + rows.start, first + rows.stop)
             return self._load(self.held, indices, None)
 
-        return self._ahead(range(steps), batch, rows)
+        return self._ahead(range(steps), batch, rows, self.held)
 
     def statistics(self, n: int, batch_size: int, rows: slice, seed: int) -> Batches:
         """n fixed batches of training examples, distorted as in training, for Algorithm 2
@@ -186,7 +189,10 @@ class Data:
         self.steps_per_epoch(batch_size)
         own = order.key(seed, _STATISTICS)
         return self._ahead(
-            range(n), lambda k: self._batch(k, batch_size, rows, own, "global"), rows
+            range(n),
+            lambda k: self._batch(k, batch_size, rows, own, "global"),
+            rows,
+            self._train,
         )
 
     def resident(self, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
@@ -243,11 +249,18 @@ class Data:
             images = distort.shift(images, draws, self.view.shift)
         return distort.photometric(images, draws, self.view.distortion, mask)
 
-    def _ahead(self, steps: range, batch: Callable[[int], Batch], rows: slice) -> Batches:
-        """Prepares batches in threads, a bounded number ahead; of sets in memory in one."""
+    def _ahead(
+        self,
+        steps: range,
+        batch: Callable[[int], Batch],
+        rows: slice,
+        split: sources.Arrays | sources.Records,
+    ) -> Batches:
+        """Prepares batches of a split in threads, a bounded number ahead; of one in memory in
+        one thread."""
         size = (rows.stop - rows.start) * int(np.prod(self.image_shape))
         ahead = max(2, min(64, PREFETCH_BYTES // size))
-        threads = 1 if isinstance(self._train, sources.Arrays) else min(os.cpu_count() or 1, ahead)
+        threads = 1 if isinstance(split, sources.Arrays) else min(os.cpu_count() or 1, ahead)
         return Batches(steps, batch, threads=threads, ahead=ahead)
 
 

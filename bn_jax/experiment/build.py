@@ -73,6 +73,7 @@ def build(config: ConfigDict) -> Experiment:
             "fewer devices"
         )
     check_batch(config.batch_size, mesh.size, config.bn.group_size)
+    check_dispatch(config)
     data = pipeline.open_data(config)
     check_data(config, data)
     return assemble(config, mesh, data)
@@ -96,6 +97,28 @@ def assemble(config: ConfigDict, mesh: Mesh, data: Any) -> Experiment:
     return Experiment(config, mesh, data, model, hyper)
 
 
+def convolutions_loop_slowly() -> bool:
+    """Whether XLA is several times slower with a convolution inside a loop: it is on CPU."""
+    return jax.default_backend() == "cpu"
+
+
+def check_dispatch(config: ConfigDict) -> None:
+    """Raises ConfigError for several steps in one dispatch where they cannot be had."""
+    dispatch, data = config.steps_per_dispatch, config.data
+    if dispatch == 1:
+        return
+    if data.mirror or data.shift or data.distortion or data.crop < 1:
+        raise ConfigError(
+            f"steps_per_dispatch={dispatch} is for undistorted data: set it to 1, or "
+            "data.mirror=False, data.shift=0, data.distortion=0 and data.crop=1"
+        )
+    if config.model.name != "mlp" and convolutions_loop_slowly():
+        raise ConfigError(
+            f"steps_per_dispatch={dispatch} is for the MLP on a CPU, where convolutions in a loop "
+            "are several times slower: set it to 1"
+        )
+
+
 def check_data(config: ConfigDict, data: Any) -> None:
     """Raises ConfigError for a config that does not fit its data set or its number format."""
     data.steps_per_epoch(config.batch_size)
@@ -105,12 +128,6 @@ def check_data(config: ConfigDict, data: Any) -> None:
             f"record.activation_examples={examples} exceeds the {data.num_train} training examples"
         )
     if config.steps_per_dispatch > 1:
-        changed = config.data.mirror or config.data.shift or config.data.distortion
-        if config.model.name != "mlp" or changed:
-            raise ConfigError(
-                f"steps_per_dispatch={config.steps_per_dispatch} is for the MLP on undistorted "
-                "data: set it to 1 for convolutions, mirror, shift or distortion"
-            )
         data.resident()  # raises if the set is not held in memory
     if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ConfigError("dtype=float64 needs JAX_ENABLE_X64=1 in the environment")

@@ -188,7 +188,7 @@ def _optimization(config: ConfigDict) -> None:
     _integer(config, "batch_per_device", 0, hint="0 to use batch_size as it stands")
     _integer(config, "total_steps", 1, hint="train for at least one step")
     _integer(config, "seed", 0, hint="any number from 0 on")
-    _integer(config, "steps_per_dispatch", 1, hint="1 unless the network is small and dense")
+    _integer(config, "steps_per_dispatch", 1, hint="above 1 for small networks on data in memory")
 
 
 def _network(config: ConfigDict) -> None:

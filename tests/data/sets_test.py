@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from bn_jax.data import folder, memory, pipeline, sources, tfds
+from bn_jax.data import folder, load, memory, pipeline, sources, tfds
 from bn_jax.errors import ConfigError, DataError
 from tests.support import small_sets
 
@@ -242,3 +242,25 @@ def test_damaged_digits_end_in_one_line_that_names_the_file(tmp_path, monkeypatc
         assert "\n" not in str(caught.value)
     file.write_bytes(packed(rows))
     assert len(memory.digits().train) == 4000
+
+
+def test_a_training_split_is_held_in_memory(tmp_path):
+    for split, count in (("train", 5), ("val", 2)):
+        for k in range(count):
+            place = tmp_path / split / f"class_{k % 2}"
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{k}.jpg").write_bytes(small_sets.encode(small_sets.photo(seed=k)))
+    records = folder.source(str(tmp_path))
+    held = load.held_in_memory(records, 32)
+    images, labels, mask = load.evaluation_rows(records.train, range(5), size=32, num_classes=2)
+    assert mask.all() and images.any()
+    np.testing.assert_array_equal(held.train.images, images)
+    np.testing.assert_array_equal(held.train.labels, labels)
+    assert held.evaluation is records.evaluation
+    assert load.held_in_memory(held, 32) is held
+
+    (tmp_path / "train" / "class_1" / "1.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="1.jpg"):
+        load.held_in_memory(folder.source(str(tmp_path)), 32)
+    with pytest.raises(ConfigError, match="the limit is 16; set steps_per_dispatch=1"):
+        load.held_in_memory(records, 100_000)
