@@ -1,12 +1,12 @@
-"""Momentum SGD, exponential decay by examples seen, and L2 (paper section 4.2).
+"""The optimizer's numbers: learning rate schedule, momentum and L2 (paper section 4.2).
 
-The rate and its decay are data, not constants of the compiled program, so that networks which
-differ only in numbers (BN-x5, BN-x30, "decay 6 times faster") share one program. No L2 at all is
-another one.
+The numbers are data, not constants of the compiled program, so that networks which differ only in
+them (BN-x5, BN-x30, "decay 6 times faster") share one program. A network without any L2 has a
+program of its own.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,12 @@ import optax
 class Hyper(NamedTuple):
     """The numbers of an experiment that enter the compiled step as data (float32 scalars).
 
-    learning_rate: initial rate. decay_rate, decay_examples: the rate is multiplied by `decay_rate`
-    every `decay_examples` training examples (continuously). l2: coefficient of the L2 loss, or None
-    for none, without its passes over the weights. momentum: share of the velocity kept (GoogLeNet's
-    0.9; the paper gives none).
-    warmup_from, warmup_examples: the share of the rate that the first step has, and the examples
-    over which it grows to the whole (0: at once).
+    learning_rate: the initial rate. decay_rate, decay_examples: the rate is multiplied by
+    `decay_rate` every `decay_examples` training examples (continuously). l2: coefficient of the L2
+    loss, or None for none, which saves its passes over the weights. momentum: share of the velocity
+    that a step keeps (GoogLeNet's 0.9; the paper gives none). warmup_from, warmup_examples: the
+    first step has this share of the rate, which grows to the whole over so many examples (0: the
+    whole at once).
     """
 
     learning_rate: jax.typing.ArrayLike
@@ -33,12 +33,26 @@ class Hyper(NamedTuple):
     warmup_from: jax.typing.ArrayLike = np.float32(1)
     warmup_examples: jax.typing.ArrayLike = np.float32(0)
 
+    @classmethod
+    def from_config(cls, config: Any) -> "Hyper":
+        """The numbers of an experiment's config whose batch_size is the run's own."""
+        factor = rate_factor(config.learning_rate_scaling, config.batch_size, config.bn.group_size)
+        return cls(
+            learning_rate=np.float32(config.learning_rate * factor),
+            decay_rate=np.float32(config.decay_rate),
+            decay_examples=np.float32(config.decay_examples),
+            l2=np.float32(config.l2) if config.l2 else None,
+            momentum=np.float32(config.momentum),
+            warmup_from=np.float32(1 / factor),
+            warmup_examples=np.float32(config.warmup_examples),
+        )
+
 
 SCALINGS = ("none", "linear", "sqrt")
 
 
 def rate_factor(scaling: str, batch_size: int, mini_batch: int | None) -> float:
-    """What a rate for mini-batches of `mini_batch` examples is multiplied by for `batch_size`.
+    """The factor by which a rate for mini-batches of `mini_batch` grows for `batch_size` examples.
 
     "linear": batch_size / mini_batch (Goyal et al. 2017, arXiv:1706.02677, section 2.1). "sqrt":
     its square root, which keeps the variance of a step (Krizhevsky 2014, arXiv:1404.5997, section
@@ -49,6 +63,7 @@ def rate_factor(scaling: str, batch_size: int, mini_batch: int | None) -> float:
     """
     if scaling == "none" or mini_batch is None:
         return 1.0
+
     ratio = batch_size / mini_batch
     return ratio if scaling == "linear" else math.sqrt(ratio)
 
@@ -65,30 +80,36 @@ def decayed_rate(hyper: Hyper, step: jax.Array, batch_size: int) -> jax.Array:
     """
     examples = jnp.asarray(step, jnp.float32) * batch_size
     decay = jnp.power(hyper.decay_rate, examples / hyper.decay_examples)
+
     warmed = jnp.where(
         examples < hyper.warmup_examples, examples / jnp.maximum(hyper.warmup_examples, 1), 1
     )
     # Exactly 1 after the warm-up, and without one.
     warmup = jnp.where(warmed < 1, hyper.warmup_from + (1 - hyper.warmup_from) * warmed, 1)
+
     return decay * hyper.learning_rate * warmup
 
 
-def momentum_sgd() -> optax.GradientTransformationExtraArgs:
-    """SGD with momentum: v = momentum * v + g; w = w - rate * v (not Nesterov).
+def init_velocity(params: optax.Params) -> optax.TraceState:
+    """The optimizer's state before the first step: a velocity of 0, whatever the momentum is."""
+    return optax.trace(decay=0.0).init(params)
 
-    `update(grads, state, params, learning_rate=..., momentum=...)` takes the two numbers as data;
-    with constants it is `optax.sgd(learning_rate, momentum)`. The state is optax's `TraceState`.
+
+def momentum_step(
+    grads: optax.Updates,
+    velocity: optax.TraceState,
+    params: optax.Params,
+    *,
+    learning_rate: jax.typing.ArrayLike,
+    momentum: jax.typing.ArrayLike,
+) -> tuple[optax.Params, optax.TraceState]:
+    """SGD with momentum: v = momentum * v + g; w = w - rate * v (not Nesterov). New params, state.
+
+    It is `optax.sgd(learning_rate, momentum)` with the two numbers as data.
     """
-
-    def init(params: optax.Params) -> optax.TraceState:
-        return optax.TraceState(trace=jax.tree.map(jnp.zeros_like, params))
-
-    def update(grads, state, params=None, *, learning_rate, momentum, **unused):
-        del params, unused
-        trace = jax.tree.map(lambda g, v: g + momentum * v, grads, state.trace)
-        return jax.tree.map(lambda v: -learning_rate * v, trace), optax.TraceState(trace=trace)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    trace, velocity = optax.trace(decay=momentum).update(grads, velocity)
+    updates = jax.tree.map(lambda v: -learning_rate * v, trace)
+    return optax.apply_updates(params, updates), velocity
 
 
 def l2_penalty(params: optax.Params) -> jax.Array:
@@ -99,4 +120,5 @@ def l2_penalty(params: optax.Params) -> jax.Array:
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     kernels = [leaf for path, leaf in leaves if path[-1].key == "kernel"]
-    return 0.5 * sum((jnp.sum(jnp.square(k.astype(jnp.float32))) for k in kernels), jnp.float32(0))
+    squares = (jnp.sum(jnp.square(kernel.astype(jnp.float32))) for kernel in kernels)
+    return 0.5 * sum(squares, jnp.float32(0))

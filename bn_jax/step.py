@@ -42,14 +42,15 @@ def init_state(model: nn.Module, seed: int, image_shape: tuple[int, int, int]) -
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=optim.momentum_sgd().init(params),
+        opt_state=optim.init_velocity(params),
     )
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Sum over the valid examples of -log p(label) in nats, by all N. [N, K], [N], [N] -> scalar.
+    """-log p(label) in nats, summed over the valid rows and divided by all N rows.
 
-    The mean where all rows are valid (mask: None); else N / (number of valid rows) makes it that.
+    [N, K], [N], [N] -> scalar. Without a mask this is the mean; with one it becomes the mean when
+    multiplied by N / (number of valid rows), which `gradients` does.
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     # `where`, not a product: a masked row may hold anything, infinity included.
@@ -70,9 +71,9 @@ def train_step(
 
     batch: image [N, H, W, C] in 0..255, label int32 [N], and where rows may be missing mask bool
     [N] (False: the row takes part in nothing). seed: the run's, an integer. Returns the next state
-    and metrics: `loss` (with the
-    L2 and auxiliary terms) and `cross_entropy` in nats, `top1` (share of the batch),
-    `learning_rate`, `gradient_square` [leaves of params] (their sum is the squared norm).
+    and metrics: `loss` (with the L2 and auxiliary terms) and `cross_entropy` in nats, `top1` (share
+    of the batch), `learning_rate`, `gradient_square` [leaves of params] (their sum is the squared
+    norm).
     """
     key = dropout_key(seed, state.step)
     grads, means, batch_stats = gradients(state.params, state.batch_stats, batch, key, model=model)
@@ -99,20 +100,25 @@ def gradients(
             mutable=["batch_stats"],
         )
         logits, aux = outputs if isinstance(outputs, tuple) else (outputs, ())
+
         main = cross_entropy(logits, labels, mask)
         loss = main + AUX_WEIGHT * sum(cross_entropy(a, labels, mask) for a in aux)
         return loss, (main, logits, updates.get("batch_stats", {}))
 
     (loss, (main, logits, updated)), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    right = label_rank(logits, labels) < 1
-    top1 = jnp.mean(right if mask is None else mask & right, dtype=jnp.float32)
+
+    correct = label_rank(logits, labels) < 1
+    top1 = jnp.mean(correct if mask is None else mask & correct, dtype=jnp.float32)
     means = {"loss": loss, "cross_entropy": main, "top1": top1}
     if mask is None:
         return grads, means, updated
-    # The number of valid rows comes in at the end, by which all is linear: devices add it up with
-    # the gradients, in float32 like these, and the backward pass need not wait for it.
-    whole = mask.size / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
-    return *jax.tree.map(lambda x: x * whole, (grads, means)), updated
+
+    # So far the sums are divided by all N rows. The number of valid rows comes in here, at the end:
+    # everything is linear in it, so devices add it up together with the gradients, in float32 like
+    # these, and the backward pass need not wait for it.
+    scale = mask.size / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
+    grads, means = jax.tree.map(lambda x: x * scale, (grads, means))
+    return grads, means, updated
 
 
 def update(
@@ -128,22 +134,24 @@ def update(
         penalty, decay = jax.value_and_grad(optim.l2_penalty)(state.params)
         grads = jax.tree.map(lambda g, w: g + hyper.l2 * w, grads, decay)
         means = {**means, "loss": means["loss"] + hyper.l2 * penalty}
+
     rate = optim.decayed_rate(hyper, state.step, batch_size)
-    steps, opt_state = optim.momentum_sgd().update(
+    params, opt_state = optim.momentum_step(
         grads, state.opt_state, state.params, learning_rate=rate, momentum=hyper.momentum
     )
+
     metrics = {
         **means,
         "learning_rate": rate,
         "gradient_square": jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]),
     }
-    params = optax.apply_updates(state.params, steps)
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
 
 def dropout_key(seed: jax.typing.ArrayLike, step: jax.typing.ArrayLike) -> jax.Array:
-    """The key of one step's dropout: a stream of its own, apart from the initial weights'."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
+    """The key of one step's dropout, from another stream than the initial weights."""
+    dropout_stream = jax.random.fold_in(jax.random.key(seed), 1)
+    return jax.random.fold_in(dropout_stream, step)
 
 
 def train_steps(
@@ -156,7 +164,7 @@ def train_steps(
     *,
     model: nn.Module,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Several steps in one dispatch, on a data set that rests on the device.
+    """Several steps in one dispatch, on a data set that stays on the device.
 
     images [examples, H, W, C], labels [examples]; indices int32 [K, N]: the examples of K batches.
     Metrics gain a leading axis of K. On CPU for dense networks only: there XLA runs convolutions
@@ -180,7 +188,8 @@ def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
     classes = jnp.arange(logits.shape[-1])
     ahead = (logits > true) | ((logits == true) & (classes < labels[:, None]))
     rank = jnp.sum(ahead, axis=-1)
-    last = max(logits.shape[-1], 5)  # not among the first five of three classes either
+
+    last = max(logits.shape[-1], 5)  # not among the first five, even where there are three classes
     return jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), rank, last)
 
 
@@ -197,6 +206,7 @@ def eval_step(
     )
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     rank = label_rank(logits, labels)
+
     return {
         "cross_entropy": jnp.sum(jnp.where(mask, losses, 0.0)),
         "top1": jnp.sum(mask & (rank < 1)),
@@ -214,9 +224,9 @@ def statistics_step(
     model: nn.Module,
     seed: int,
 ) -> Any:
-    """Algorithm 2, lines 9 and 10: one more training batch in `total`, the population's statistics.
+    """Algorithm 2, lines 9 and 10: adds a training batch to `total`, the population's statistics.
 
-    Start with `layers.fresh_stats(batch_stats)`. All batches of a run have the same dropout.
+    `total` begins as `layers.fresh_stats(batch_stats)`. All batches of a run have the same dropout.
     """
     _, updates = model.apply(
         {"params": params, "batch_stats": layers.fresh_stats(batch_stats)},

@@ -1,7 +1,6 @@
 """The optimizer against optax's own, and the decay against the paper's numbers."""
 
 import json
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -105,32 +104,32 @@ def pod(devices, **changes):
 def test_scale_pod_scales_by_the_devices_that_it_finds(devices):
     config = pod(devices, learning_rate_scaling="linear", warmup_examples=5.0 * EPOCH)
     check(config)
-    data = SimpleNamespace(num_classes=1000)
-    got = build.assemble(config, None, data).hyper
+    got = optim.Hyper.from_config(config)
     assert (config.batch_size, config.bn.group_size) == (32 * devices, 32)
     assert got.learning_rate == np.float32(0.045 * devices)
     assert got.learning_rate * got.warmup_from == pytest.approx(0.045)
     assert got.warmup_examples == np.float32(5 * EPOCH)  # examples, not steps
     # Written into run.json and read again (a resume) it is the same: nothing is scaled twice.
     again = build.for_devices(ConfigDict(json.loads(config.to_json())).lock(), devices)
-    assert build.assemble(again, None, data).hyper == got
-    plain = build.assemble(pod(devices), None, data).hyper
+    assert optim.Hyper.from_config(again) == got
+    plain = optim.Hyper.from_config(pod(devices))
     assert plain.learning_rate == np.float32(0.045) and plain.warmup_from == 1
 
 
-def test_momentum_sgd_is_optax_sgd():
+def test_momentum_step_is_optax_sgd():
     key = jax.random.key(0)
     params = {"a": jax.random.normal(key, (3, 2)), "b": jnp.ones(4)}
-    ours, theirs = optim.momentum_sgd(), optax.sgd(0.1, momentum=0.9)
-    mine, reference = ours.init(params), theirs.init(params)
+    theirs = optax.sgd(0.1, momentum=0.9)
+    velocity, reference = optim.init_velocity(params), theirs.init(params)
     p, q = params, params
     for k in range(5):
         grads = jax.tree.map(lambda x, k=k: jnp.sin(x + k), params)
-        step, mine = ours.update(grads, mine, p, learning_rate=0.1, momentum=0.9)
-        other, reference = theirs.update(grads, reference, q)
-        p, q = optax.apply_updates(p, step), optax.apply_updates(q, other)
+        p, velocity = optim.momentum_step(grads, velocity, p, learning_rate=0.1, momentum=0.9)
+        updates, reference = theirs.update(grads, reference, q)
+        q = optax.apply_updates(q, updates)
     # the same operations in the same order: not a bit apart but for a fused multiply-add
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), p, q)
+    assert jax.tree.structure(velocity) == jax.tree.structure(reference[0])
 
 
 def test_l2_counts_kernels_only():

@@ -81,20 +81,8 @@ def build(config: ConfigDict) -> Experiment:
 
 def assemble(config: ConfigDict, mesh: Mesh, data: Any) -> Experiment:
     """An experiment on this data set, or on what run.json says of it (`Recorded`)."""
-    factor = optim.rate_factor(
-        config.learning_rate_scaling, config.batch_size, config.bn.group_size
-    )
-    hyper = optim.Hyper(
-        learning_rate=np.float32(config.learning_rate * factor),
-        decay_rate=np.float32(config.decay_rate),
-        decay_examples=np.float32(config.decay_examples),
-        l2=np.float32(config.l2) if config.l2 else None,
-        momentum=np.float32(config.momentum),
-        warmup_from=np.float32(1 / factor),
-        warmup_examples=np.float32(config.warmup_examples),
-    )
     model = models.build(config, data.num_classes)
-    return Experiment(config, mesh, data, model, hyper)
+    return Experiment(config, mesh, data, model, optim.Hyper.from_config(config))
 
 
 def convolutions_loop_slowly() -> bool:

@@ -126,7 +126,7 @@ def write(
     params, batch_stats = jax.tree.map(
         lambda leaf: np.asarray(leaf, np.float32), (found["params"], found["batch_stats"])
     )
-    opt_state = jax.device_get(optim.momentum_sgd().init(params))
+    opt_state = jax.device_get(optim.init_velocity(params))
     state = step.TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state)
     data = {
         "name": config.data.name,
