@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from bn_jax import models, ops, optim
+from bn_jax import models, optim
 from bn_jax.layers import BatchNorm, ConvBN
 from bn_jax.step import init_state, train_step
 from configs import bn_x30
@@ -54,7 +54,7 @@ class Tower(nn.Module):
         """[N, H, W, C] to logits [N, 10]."""
         x = images.astype(jnp.float32) / 255
         for i in range(8):
-            conv = ConvBN(16, (3, 3), norm=self.norm, convolve=ops.conv, name=f"conv_{i}")
+            conv = ConvBN(16, (3, 3), norm=self.norm, name=f"conv_{i}")
             x = conv(x, train=train, mask=mask)
         return nn.Dense(10)(jnp.mean(x, (1, 2)))
 

@@ -1,11 +1,12 @@
-"""Thin Flax (Linen) modules around the pure functions: BatchNorm, ConvBN, LocalResponseNorm."""
+"""Thin Flax (Linen) modules around the pure functions: BatchNorm, ConvBN, DenseBN, LRN; folding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax import lax
 
 from bn_jax import batch_norm, ops
@@ -99,14 +100,17 @@ class BatchNorm(nn.Module):
 
 
 class ConvBN(nn.Module):
-    """g(BN(W u)): convolution, normalization, nonlinearity, in the paper's order (section 3.2).
+    """g(BN(W x)): convolution, normalization, nonlinearity, in the paper's order (section 3.2).
 
-    `norm(name="bn")` makes the normalization; None leaves it out and gives the convolution (`conv`)
-    a bias. The inputs of the normalization and of the nonlinearity are sown into `activations`, as
-    `pre_bn` and `input`, where that collection is mutable (but not by `init`).
+    BN replaces the bias of the convolution. Without `norm` the layer is g(W x + b).
 
-    `convolve` takes the arguments of `ops.conv` and returns W u. `precision` is that of the
-    convolution, as `lax.conv_general_dilated` takes it.
+    Attributes:
+      norm: `norm(name="bn")` makes the normalization; None leaves it out.
+      activation: the nonlinearity g.
+      precision: of the convolution, as `lax.conv_general_dilated` takes it.
+
+    Where the collection `activations` is mutable (but not by `init`), the layer records what enters
+    the normalization as `pre_bn` and what enters the nonlinearity as `input`.
     """
 
     features: int
@@ -118,13 +122,11 @@ class ConvBN(nn.Module):
     padding: Any = "SAME"
     dtype: Any = None
     feature_group_count: int = 1
-    convolve: Callable = ops.conv
     precision: Any = None
 
-    @nn.compact
-    def __call__(self, x, *, train: bool, mask=None):
-        """x: [N, H, W, C]; mask: bool [N]. Returns [N, H', W', features]."""
-        x = mixed.Conv(
+    def setup(self):
+        """The submodules `conv` and `bn`."""
+        self.conv = mixed.Conv(
             self.features,
             self.kernel_size,
             self.strides,
@@ -134,24 +136,68 @@ class ConvBN(nn.Module):
             dtype=self.dtype,
             precision=self.precision,
             kernel_init=self.kernel_init,
-            conv_general_dilated=self.convolve,
-            name="conv",
-        )(x)
-        x = x if self.dtype is None else x.astype(self.dtype)  # a float32 bias widens it
-        watched = self.is_mutable_collection("activations") and not self.is_initializing()
+            conv_general_dilated=ops.conv,
+        )
+        self.bn = None if self.norm is None else self.norm(name="bn")
+
+    def __call__(self, x, *, train: bool, mask=None):
+        """x: [N, H, W, C]; mask: bool [N]. Returns [N, H', W', features]."""
+        return _normalize_and_activate(self, self.conv(x), train, mask)
+
+    def kernel(self):
+        """W, [h, w, C / feature_group_count, features]."""
+        return self.conv.variables["params"]["kernel"]
+
+    def from_product(self, product, *, train: bool, mask=None):
+        """The layer's output, from W x [N, H', W', features] that was computed elsewhere."""
         if self.norm is None:
-            if watched:
-                self.sow("activations", "input", x)
-            return self.activation(x)
-        if watched:
-            self.sow("activations", "pre_bn", x)
-        bn = self.norm(name="bn")
-        if isinstance(bn, BatchNorm) and self.activation is nn.relu and not watched:
-            return bn(x, use_running_average=not train, mask=mask, relu=True)
-        x = bn(x, use_running_average=not train, mask=mask)
-        if watched:
-            self.sow("activations", "input", x)
-        return self.activation(x)
+            product = product + self.conv.variables["params"]["bias"]
+        return _normalize_and_activate(self, product, train, mask)
+
+
+class DenseBN(nn.Module):
+    """g(BN(W x)) of a dense layer. Attributes and recorded activations are as in `ConvBN`."""
+
+    features: int
+    norm: Callable | None = BatchNorm
+    activation: Callable = nn.relu
+    kernel_init: Callable = nn.initializers.glorot_normal()
+    dtype: Any = None
+    precision: Any = None
+
+    def setup(self):
+        """The submodules `dense` and `bn`."""
+        self.dense = mixed.Dense(
+            self.features,
+            use_bias=self.norm is None,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            precision=self.precision,
+        )
+        self.bn = None if self.norm is None else self.norm(name="bn")
+
+    def __call__(self, x, *, train: bool, mask=None):
+        """x: [N, inputs]; mask: bool [N]. Returns [N, features]."""
+        return _normalize_and_activate(self, self.dense(x), train, mask)
+
+
+def _normalize_and_activate(layer, u, train, mask):
+    """g(BN(u)) of a ConvBN or DenseBN, whose linear part has given u; records the activations."""
+    if layer.dtype is not None:
+        u = u.astype(layer.dtype)  # a float32 bias has widened it
+    recording = layer.is_mutable_collection("activations") and not layer.is_initializing()
+
+    if layer.bn is not None:
+        if recording:
+            layer.sow("activations", "pre_bn", u)
+        # Our BN applies ReLU itself, which saves memory, but then the input of ReLU is not seen.
+        if isinstance(layer.bn, BatchNorm) and layer.activation is nn.relu and not recording:
+            return layer.bn(u, use_running_average=not train, mask=mask, relu=True)
+        u = layer.bn(u, use_running_average=not train, mask=mask)
+
+    if recording:
+        layer.sow("activations", "input", u)
+    return layer.activation(u)
 
 
 class LocalResponseNorm(nn.Module):
@@ -196,9 +242,11 @@ def merge_stats(total, batch):
 
 def _map_layers(f, *trees):
     """Applies f to the Stats of every layer in trees of `batch_stats`."""
-    if "mean" in trees[0] and "var" in trees[0]:
-        return f(*map(_stats, trees))._asdict()
-    return {name: _map_layers(f, *(t[name] for t in trees)) for name in trees[0]}
+    return jax.tree.map(
+        lambda *leaves: f(*map(_stats, leaves))._asdict(),
+        *trees,
+        is_leaf=lambda tree: isinstance(tree, Mapping) and "mean" in tree and "var" in tree,
+    )
 
 
 def _stats(leaves) -> batch_norm.Stats:
@@ -219,65 +267,27 @@ def fold_variables(variables, *, epsilon: float):
     Raises:
       ValueError: a `bn` that stands beside no or several linear layers, or is per activation.
     """
-    return {"params": _fold_tree(variables["params"], variables["batch_stats"], epsilon, "")}
+    params = traverse_util.flatten_dict(variables["params"])
+    stats = traverse_util.flatten_dict(variables["batch_stats"])
+    folded = {path: leaf for path, leaf in params.items() if "bn" not in path[:-1]}
 
-
-def _fold_tree(params, stats, epsilon, path):
-    folded = {}
-    for name, child in params.items():
-        if name != "bn":
-            inner = stats.get(name, {})
-            nested = hasattr(child, "items")
-            folded[name] = _fold_tree(child, inner, epsilon, f"{path}/{name}") if nested else child
-    if "bn" not in stats:
-        return folded
-    linear = [name for name in ("conv", "dense") if name in folded]
-    if len(linear) != 1:
-        raise ValueError(
-            f"fold_variables: {path or '/'} has a bn beside {len(linear)} layers named conv or "
-            "dense, but needs exactly 1"
+    for layer in sorted({path[:-2] for path in stats if path[-2:-1] == ("bn",)}):
+        linear = [name for name in ("conv", "dense") if (*layer, name, "kernel") in params]
+        if len(linear) != 1:
+            raise ValueError(
+                f"fold_variables: /{'/'.join(layer)} has a bn beside {len(linear)} layers named "
+                "conv or dense, but needs exactly 1"
+            )
+        bn = {path[-1]: leaf for path, leaf in stats.items() if path[:-1] == (*layer, "bn")}
+        kernel, bias = batch_norm.fold(
+            params[*layer, linear[0], "kernel"],
+            params.get((*layer, linear[0], "bias")),
+            params.get((*layer, "bn", "scale")),
+            params.get((*layer, "bn", "bias")),
+            _stats(bn),
+            epsilon=epsilon,
         )
-    layer = folded[linear[0]]
-    bn = params.get("bn", {})
-    bias, scale, offset = (
-        tree.get(leaf) for tree, leaf in ((layer, "bias"), (bn, "scale"), (bn, "bias"))
-    )
-    kernel, bias = batch_norm.fold(
-        layer["kernel"], bias, scale, offset, _stats(stats["bn"]), epsilon=epsilon
-    )
-    return folded | {linear[0]: {**layer, "kernel": kernel, "bias": bias}}
+        folded[*layer, linear[0], "kernel"] = kernel
+        folded[*layer, linear[0], "bias"] = bias
 
-
-class DenseBN(nn.Module):
-    """g(BN(W u)) or, without `norm`, g(W u + b): BN goes before the nonlinearity and replaces b.
-
-    norm: called as norm(name="bn")(x, use_running_average=..., mask=...), or None.
-    precision: of the product, as `lax.dot_general` takes it.
-    Recorded when the collection `activations` is mutable: `pre_bn` [N, features] (W u, only where
-    there is BN) and `input` [N, features], the input of the nonlinearity.
-    """
-
-    features: int
-    norm: Callable[..., Any] | None
-    activation: Callable[[jax.Array], jax.Array]
-    kernel_init: Any
-    dtype: Any = jnp.float32
-    precision: Any = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """[N, inputs] to [N, features]; mask: bool [N]."""
-        x = mixed.Dense(
-            self.features,
-            use_bias=self.norm is None,
-            kernel_init=self.kernel_init,
-            dtype=self.dtype,
-            precision=self.precision,
-            name="dense",
-        )(x)
-        x = x.astype(self.dtype)  # a float32 bias widens it
-        if self.norm is not None:
-            self.sow("activations", "pre_bn", x)
-            x = self.norm(name="bn")(x, use_running_average=not train, mask=mask)
-        self.sow("activations", "input", x)
-        return self.activation(x)
+    return {"params": traverse_util.unflatten_dict(folded)}

@@ -1,6 +1,6 @@
 """Fig. 5 as a table, and how its published readings differ."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from bn_jax.models.initializers import Gaussian, PooledInit
 from bn_jax.ops import mixed
 
 
-class Row(NamedTuple):
+class Fig5Row(NamedTuple):
     """One row of Fig. 5: numbers of filters. `one` 0: no 1x1 branch. `project` 0: pass-through."""
 
     name: str
@@ -30,16 +30,16 @@ class Row(NamedTuple):
 
 TABLE = (
     #         1x1  3x3red 3x3  d3x3red d3x3  pool   proj stride
-    Row("3a", 64, 64, 64, 64, 96, "avg", 32),
-    Row("3b", 64, 64, 96, 64, 96, "avg", 64),
-    Row("3c", 0, 128, 160, 64, 96, "max", 0, 2),
-    Row("4a", 224, 64, 96, 96, 128, "avg", 128),
-    Row("4b", 192, 96, 128, 96, 128, "avg", 128),
-    Row("4c", 160, 128, 160, 128, 160, "avg", 128),
-    Row("4d", 96, 128, 192, 160, 192, "avg", 128),
-    Row("4e", 0, 128, 192, 192, 256, "max", 0, 2),
-    Row("5a", 352, 192, 320, 160, 224, "avg", 128),
-    Row("5b", 352, 192, 320, 192, 224, "max", 128),
+    Fig5Row("3a", 64, 64, 64, 64, 96, "avg", 32),
+    Fig5Row("3b", 64, 64, 96, 64, 96, "avg", 64),
+    Fig5Row("3c", 0, 128, 160, 64, 96, "max", 0, 2),
+    Fig5Row("4a", 224, 64, 96, 96, 128, "avg", 128),
+    Fig5Row("4b", 192, 96, 128, 96, 128, "avg", 128),
+    Fig5Row("4c", 160, 128, 160, 128, 160, "avg", 128),
+    Fig5Row("4d", 96, 128, 192, 160, 192, "avg", 128),
+    Fig5Row("4e", 0, 128, 192, 192, 256, "max", 0, 2),
+    Fig5Row("5a", 352, 192, 320, 160, 224, "avg", 128),
+    Fig5Row("5b", 352, 192, 320, 192, 224, "max", 128),
 )
 
 
@@ -88,63 +88,90 @@ SMALLEST_FOR_POOL2 = 64  # pixels: at 32 px stage 5 would be a single position
 class Block(nn.Module):
     """One Inception module: four branches over the same input, concatenated over channels.
 
-    Submodules: conv_1x1; conv_3x3_reduce, conv_3x3; double_3x3_reduce, double_3x3_1, double_3x3_2;
-    pool_proj. A stride sits on the last 3x3 of each branch and on the pool.
+    Layers: conv_1x1; conv_3x3_reduce, conv_3x3; double_3x3_reduce, double_3x3_1, double_3x3_2;
+    pool_proj. A stride is that of the last 3x3 of each branch and of the pool.
+
+    conv makes a layer, as `layers.ConvBN`. width multiplies the numbers of filters. symmetric: see
+    `Variant`.
     """
 
-    row: Row
+    row: Fig5Row
     conv: Callable[..., Any]
     width: float
     symmetric: bool
-    precision: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
         """[N, H, W, C] to [N, H/stride, W/stride, one + three + double + project (or C)]."""
-        row, last = self.row, strided_3x3(self.row.stride, self.symmetric)
-        merged = self._merged_1x1(x)
+        row = self.row
+        last = strided_3x3(row.stride, self.symmetric)
 
-        def average(x):
-            y = nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=self.symmetric)
-            return y.astype(x.dtype)  # flax divides by float32 numbers of cells
+        def layer(name: str, features: int, kernel: int, **options: Any) -> ConvBN:
+            filters = scaled(features, self.width)
+            return self.conv(filters, (kernel, kernel), name=name, **options)
 
-        def conv(name, features, kernel, x, after=None, **options):
-            if name in merged or after is not None:
+        def run(layer: ConvBN, x: jax.Array) -> jax.Array:
+            return layer(x, train=train, mask=mask)
 
-                def convolve(*args, **kwargs):
-                    y = merged[name] if name in merged else ops.conv(*args, **kwargs)
-                    return y if after is None else after(y)
+        # The layers that read x itself.
+        conv_1x1 = layer("conv_1x1", row.one, 1) if row.one else None
+        conv_3x3_reduce = layer("conv_3x3_reduce", row.three_reduce, 1)
+        double_3x3_reduce = layer("double_3x3_reduce", row.double_reduce, 1)
+        pool_proj = layer("pool_proj", row.project, 1) if row.project else None
+        averaged = pool_proj if row.pool == "avg" else None
+        readers = [conv_1x1, conv_3x3_reduce, double_3x3_reduce, averaged]
+        parallel = Parallel1x1(x, [r for r in readers if r is not None], train=train, mask=mask)
 
-                options["convolve"] = convolve
-            module = self.conv(scaled(features, self.width), (kernel, kernel), name=name, **options)
-            return module(x, train=train, mask=mask)
+        branches = []
+        if conv_1x1 is not None:
+            branches.append(parallel(conv_1x1))
 
-        branches = [conv("conv_1x1", row.one, 1, x)] if row.one else []
-        three = conv("conv_3x3_reduce", row.three_reduce, 1, x)
-        branches.append(conv("conv_3x3", row.three, 3, three, **last))
-        double = conv("double_3x3_reduce", row.double_reduce, 1, x)
-        double = conv("double_3x3_1", row.double, 3, double)
-        branches.append(conv("double_3x3_2", row.double, 3, double, **last))
-        if row.pool == "avg" and ops.hand_tuned():
-            # Both are linear: the average of the projection is the projection of the average.
-            branches.append(conv("pool_proj", row.project, 1, x, after=average))
+        y = parallel(conv_3x3_reduce)
+        y = run(layer("conv_3x3", row.three, 3, **last), y)
+        branches.append(y)
+
+        y = parallel(double_3x3_reduce)
+        y = run(layer("double_3x3_1", row.double, 3), y)
+        y = run(layer("double_3x3_2", row.double, 3, **last), y)
+        branches.append(y)
+
+        if averaged is not None:
+            branches.append(parallel(averaged, pool=self._average))
         else:
-            pooled = ops.max_pool(x, row.stride) if row.pool == "max" else average(x)
-            branches.append(conv("pool_proj", row.project, 1, pooled) if row.project else pooled)
+            y = ops.max_pool(x, row.stride)
+            branches.append(y if pool_proj is None else run(pool_proj, y))
+
         return jnp.concatenate(branches, axis=-1)
 
-    def _merged_1x1(self, x: jax.Array) -> dict[str, jax.Array]:
-        """W u of the 1x1 convolutions of x, by name, from one product; {} where each does its own.
+    def _average(self, x: jax.Array) -> jax.Array:
+        """3x3 average pool of stride 1."""
+        y = nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=self.symmetric)
+        return y.astype(x.dtype)  # flax divides by float32 numbers of cells
 
-        The kernels stay separate parameters: they are read ahead and concatenated.
-        """
-        if self.is_initializing() or not ops.hand_tuned():
-            return {}
-        names = ["conv_1x1"] if self.row.one else []
-        names += ["conv_3x3_reduce", "double_3x3_reduce"]
-        names += ["pool_proj"] if self.row.pool == "avg" else []
-        kernels: list[Any] = [self.get_variable("params", name)["conv"]["kernel"] for name in names]
-        return dict(zip(names, ops.products(x, kernels, self.precision), strict=True))
+
+class Parallel1x1:
+    """The 1x1 layers of a Block that read its input x [N, H, W, C], from one product if that pays.
+
+    The kernels stay the layers' own parameters: they are read ahead and concatenated.
+    """
+
+    def __init__(self, x: jax.Array, layers: Sequence[ConvBN], **call: Any):
+        self._x, self._call = x, call
+        self._products: dict[str | None, jax.Array] = {}
+        if ops.hand_tuned() and not layers[0].is_initializing():
+            kernels = [layer.kernel() for layer in layers]
+            products = ops.products(x, kernels, layers[0].precision)
+            names = [layer.name for layer in layers]
+            self._products = dict(zip(names, products, strict=True))
+
+    def __call__(
+        self, layer: ConvBN, pool: Callable[[jax.Array], jax.Array] = lambda x: x
+    ) -> jax.Array:
+        """The output of a layer of pool(x), g(BN(W pool(x))). pool: linear, keeps the shape."""
+        if layer.name in self._products:
+            # Both are linear: pool(W x) is W pool(x), and has fewer channels to pool.
+            return layer.from_product(pool(self._products[layer.name]), **self._call)
+        return layer(pool(self._x), **self._call)
 
 
 class AuxiliaryHead(nn.Module):
@@ -214,7 +241,6 @@ class Inception(PooledInit):
         """
         conv = partial(
             ConvBN,
-            convolve=ops.conv,
             norm=self.norm,
             activation=self.activation,
             kernel_init=self.kernel_init,
@@ -231,9 +257,8 @@ class Inception(PooledInit):
             local = conv
             if name in self.per_activation and self.norm is not None:
                 local = partial(conv, norm=partial(self.norm, axis=(1, 2, 3)))
-            x = Block(row, local, self.width, variant.symmetric, self.precision, name=name)(
-                x, train=train, mask=mask
-            )
+            block = Block(row, local, self.width, variant.symmetric, name=name)
+            x = block(x, train=train, mask=mask)
             if self.aux and train and row.name in ("4a", "4d"):
                 head = AuxiliaryHead(
                     self.num_classes,

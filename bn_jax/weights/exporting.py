@@ -20,7 +20,7 @@ from jax import export
 from bn_jax import models, ops
 from bn_jax.errors import ConfigError, UserError
 from bn_jax.layers import LocalResponseNorm
-from bn_jax.models.inception import SMALLEST_FOR_POOL2, TABLE, VARIANTS, Row
+from bn_jax.models.inception import SMALLEST_FOR_POOL2, TABLE, VARIANTS, Fig5Row
 from bn_jax.weights import importing, network, tensor_files
 from bn_jax.weights.network import Network, folded
 from bn_jax.workdir import files
@@ -318,7 +318,7 @@ def _lrn(writer: Writer, x: Map) -> Map:
     return x._replace(name=name)
 
 
-def _block(writer: Writer, x: Map, row: Row, *, symmetric: bool) -> Map:
+def _block(writer: Writer, x: Map, row: Fig5Row, *, symmetric: bool) -> Map:
     block = f"inception_{row.name}"
     pads: Callable = (lambda n, window, stride: (1, 1)) if symmetric else same
 

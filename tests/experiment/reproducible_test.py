@@ -39,7 +39,7 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, images, *, train, mask=None):
         norm = functools.partial(BatchNorm, momentum=0.9, epsilon=1e-3, group_size=GROUP)
-        conv = functools.partial(ConvBN, norm=norm, convolve=ops.conv)
+        conv = functools.partial(ConvBN, norm=norm)
         x = conv(6, (3, 3), name="a")(images / 127.5 - 1, train=train, mask=mask)
         x = conv(8, (1, 1), name="b")(ops.max_pool(x, 2), train=train, mask=mask)
         x = nn.Dropout(self.dropout, deterministic=not train)(jnp.mean(x, axis=(1, 2)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from bn_jax import models, ops
+from bn_jax import models
 from bn_jax.layers import BatchNorm, ConvBN
 from bn_jax.models import inception
 from bn_jax.models.inception import Inception
@@ -52,10 +52,8 @@ def test_module_paths():
 
 def test_block_is_the_four_branches_of_fig_5():
     """One module against the same convolutions written out with lax."""
-    row = inception.Row("x", 2, 3, 4, 5, 6, "avg", 7)
-    conv = functools.partial(
-        ConvBN, convolve=ops.conv, norm=None, activation=nn.relu, dtype=jnp.float32
-    )
+    row = inception.Fig5Row("x", 2, 3, 4, 5, 6, "avg", 7)
+    conv = functools.partial(ConvBN, norm=None, activation=nn.relu, dtype=jnp.float32)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6, 3)), jnp.float32)
     for symmetric in (False, True):
         block = inception.Block(row, conv, 1.0, symmetric)
@@ -87,13 +85,12 @@ def test_block_is_the_four_branches_of_fig_5():
 
 def test_strides_and_padding():
     """Caffe pads as much before as after; XLA's SAME starts later by one at stride 2."""
-    row = inception.Row("x", 0, 1, 1, 1, 1, "max", 0, 2)
+    row = inception.Fig5Row("x", 0, 1, 1, 1, 1, "max", 0, 2)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 2)), jnp.float32)
     outputs = []
     for symmetric in (False, True):
         conv = functools.partial(
             ConvBN,
-            convolve=ops.conv,
             norm=None,
             activation=lambda x: x,
             kernel_init=nn.initializers.ones,

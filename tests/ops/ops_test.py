@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from bn_jax import ops
 from bn_jax.layers import BatchNorm, ConvBN
-from bn_jax.models.inception import Block, Inception, Row
+from bn_jax.models.inception import Block, Fig5Row, Inception
 from bn_jax.models.initializers import Gaussian
 
 
@@ -124,9 +124,9 @@ def test_products():
 
 
 ROWS = {
-    "average": Row("x", 2, 3, 4, 5, 6, "avg", 7),
-    "maximum": Row("x", 2, 3, 4, 5, 6, "max", 7),
-    "stride": Row("x", 0, 3, 4, 5, 6, "max", 0, 2),
+    "average": Fig5Row("x", 2, 3, 4, 5, 6, "avg", 7),
+    "maximum": Fig5Row("x", 2, 3, 4, 5, 6, "max", 7),
+    "stride": Fig5Row("x", 0, 3, 4, 5, 6, "max", 0, 2),
 }
 NORM = functools.partial(BatchNorm, dtype=jnp.float64, param_dtype=jnp.float64)
 
@@ -136,9 +136,7 @@ NORM = functools.partial(BatchNorm, dtype=jnp.float64, param_dtype=jnp.float64)
     [("average", NORM, False), ("maximum", None, True), ("stride", None, False)],
 )
 def test_module_has_the_gradients_of_the_plain_one(row, norm, symmetric):
-    conv = functools.partial(
-        ConvBN, convolve=ops.conv, norm=norm, kernel_init=Gaussian(), dtype=jnp.float64
-    )
+    conv = functools.partial(ConvBN, norm=norm, kernel_init=Gaussian(), dtype=jnp.float64)
     check_gradients(Block(ROWS[row], conv, 1.0, symmetric), random((4, 5, 6, 3)), limit=1e-12)
 
 
