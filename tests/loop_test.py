@@ -6,11 +6,11 @@ import time
 import jax
 import pytest
 from jax._src.array import ArrayImpl
-from train_test import small
 
 from bn_jax import train
 from bn_jax.experiment.evaluator import Evaluator
 from configs import bn_baseline
+from tests.train_test import small
 
 TINY = {"model.width": 0.0625, "batch_size": 32, "bn.group_size": 4, "steps_per_dispatch": 1}
 ONE = {"steps_per_dispatch": 1}

@@ -9,8 +9,8 @@ import sys
 import time
 
 import pytest
-from validate_test import WRONG
 
+from tests.experiment.config_test import WRONG
 from tests.support.processes import ROOT
 
 pytestmark = pytest.mark.faults

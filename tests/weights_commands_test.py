@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 from flax import serialization, traverse_util
-from import_weights_test import cadene_names, reference
 
 from bn_jax import export, import_weights, models
 from bn_jax.distributed import mesh
 from bn_jax.errors import ConfigError
 from bn_jax.weights import exporting, importing, tensor_files
 from configs import mnist_bn
+from tests.import_weights_test import cadene_names, reference
 from tests.support.small_networks import variables
 
 GUIDE = (pathlib.Path(__file__).parent.parent / "docs" / "weights.md").read_text()

@@ -13,13 +13,13 @@ import time
 import jax
 import numpy as np
 import pytest
-from train_test import arrays, lines, small
 
 from bn_jax import train
 from bn_jax.distributed import mesh as meshes
 from bn_jax.distributed import preempt
 from bn_jax.errors import Preempted
 from bn_jax.experiment import build
+from tests.train_test import arrays, lines, small
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHORT = {

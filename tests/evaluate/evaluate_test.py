@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from train_test import small
 
 from bn_jax.errors import DataError
 from bn_jax.experiment import build
 from bn_jax.experiment.evaluator import Evaluator
+from tests.train_test import small
 
 
 @pytest.fixture(scope="module")

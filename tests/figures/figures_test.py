@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-from train_test import small
 
 from bn_jax import train
 from bn_jax.errors import ConfigError, DiskError
@@ -14,6 +13,7 @@ from bn_jax.figures import __main__ as figures
 from bn_jax.figures import fig1, fig2
 from bn_jax.workdir import reader
 from configs import bn_baseline, bn_x5, inception, inception_x5, mnist, mnist_bn
+from tests.train_test import small
 
 
 def write_run(workdir, values, top1=(0.5, 0.9)):

@@ -13,7 +13,7 @@ LAUNCH = ROOT / "launch"
 README = (LAUNCH / "README.md").read_text()
 JOBSETS = [LAUNCH / "jobset.yaml", LAUNCH / "jobset_gpu.yaml"]
 
-SCHEMA = ROOT / "tests" / "jobset.schema.json"
+SCHEMA = ROOT / "tests" / "launch" / "jobset.schema.json"
 
 
 @functools.cache

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops_test import float64, random  # noqa: F401 (a fixture of every test)
 
 from bn_jax import ops
 from bn_jax.ops import kernel_gradient
+from tests.ops.ops_test import float64, random  # noqa: F401 (a fixture of every test)
 
 
 def _run(function, arguments):

@@ -4,11 +4,11 @@ import json
 import pathlib
 
 import jax
-from train_test import small
 
 from bn_jax import step
 from bn_jax.experiment import build
 from bn_jax.workdir.checkpoint import Checkpoints
+from tests.train_test import small
 
 
 def save_member(workdir: pathlib.Path, seed: int, **changes) -> pathlib.Path:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
-from train_test import small
 
 from bn_jax import train
 from bn_jax.distributed import mesh
@@ -20,6 +19,7 @@ from bn_jax.experiment import evaluator
 from bn_jax.experiment.evaluator import Evaluator
 from bn_jax.workdir import checkpoint, timing
 from bn_jax.workdir.checkpoint import Checkpoints
+from tests.train_test import small
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import signal
 import time
 
 import pytest
-from kill_test import COMMON, Trainer, go_on
+
+from tests.workdir.kill_test import COMMON, Trainer, go_on
 
 INTERVAL = 40  # steps of 0.05 s at least: 2 s, of which a save is given 4%
 USUAL = {name: value for name, value in COMMON.items() if name != "checkpoint_wait"}
