@@ -1,5 +1,6 @@
 # Everything a developer or CI runs. `make demo` and `make test` need only Python >= 3.11 and an index.
-PYTHON ?= python3
+# PYTHON=/path/to/python3.12 overrides the newest tested one that launch/find_python.sh finds.
+PYTHON ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
@@ -10,12 +11,13 @@ STAMP := $(VENV)/.installed
 help:  ## this list
 	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: $(STAMP)  ## create .venv from the hash-pinned lock, with $(PYTHON)
+setup: $(STAMP)  ## create .venv from the hash-pinned lock, with the newest tested Python or PYTHON=
 
 $(STAMP): requirements.lock pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bn_jax needs Python >= 3.11")'
-	@echo "installing into $(VENV) from requirements.lock: about 600 MB, some minutes"
-	$(PYTHON) -m venv $(VENV)
+	@python="$(PYTHON)"; [ -n "$$python" ] || python=$$(launch/find_python.sh) || exit 2; \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bn_jax needs Python >= 3.11")' || exit 2; \
+	echo "installing into $(VENV) from requirements.lock with $$("$$python" -V): some minutes"; \
+	"$$python" -m venv $(VENV)
 	$(RUN) pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
