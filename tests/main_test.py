@@ -161,6 +161,6 @@ def test_a_short_run_shows_progress_accuracy_and_pictures(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout and "of 1,000 examples" in done.stdout
     assert "not comparable" in done.stdout  # the limits of the set, where accuracy is printed
-    assert "images/s" in done.stdout and "ETA" in done.stdout
+    assert "images/s" in done.stdout and "left" in done.stdout
     assert f"{workdir}/figures/run.png" in done.stdout.splitlines()
     assert (workdir / "figures" / "run.png").stat().st_size > 10_000

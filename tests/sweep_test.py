@@ -97,7 +97,7 @@ def test_a_failed_member_is_named_with_its_log_and_the_others_run(tmp_path, cach
 
 
 def test_dry_run_prints_the_commands_of_the_unfinished(tmp_path, cache):
-    record = {"config": {}, "attempts": [], "status": "done", "results": {}}
+    record = {"config": {}, "info": {}, "attempts": [], "status": "done", "results": {}}
     found = sweep.members(["mnist"], "digits", 2, tmp_path, ["data.holdout=0.2"])
     found[0].workdir.mkdir(parents=True)
     record["config"] = found[0].config.to_dict()
@@ -143,7 +143,7 @@ def test_status_of_what_is_there(tmp_path):
     member.workdir.mkdir(parents=True)
 
     def record(status, **changes):
-        run = {"config": member.config.to_dict() | changes, "attempts": [], "status": status}
+        run = {"config": member.config.to_dict() | changes, "info": {}, "status": status}
         (member.workdir / "run.json").write_text(json.dumps(run))
         return sweep.status(member)
 

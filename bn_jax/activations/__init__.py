@@ -14,8 +14,7 @@ from bn_jax.errors import ConfigError
 from bn_jax.experiment import programs
 from bn_jax.experiment.build import Experiment, abstract_state
 from bn_jax.step import TrainState
-
-PERCENTILES = (15, 50, 85)  # of Fig. 1b,c
+from bn_jax.workdir.lines import PERCENTILES
 
 
 class Taps:

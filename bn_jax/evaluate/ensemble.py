@@ -25,7 +25,7 @@ from bn_jax.evaluate.members import Member, _field, describe, load, workdirs
 from bn_jax.evaluate.predictions import Predictions
 from bn_jax.experiment import build
 from bn_jax.workdir import provenance, reader
-from bn_jax.workdir.timing import CountDisplay
+from bn_jax.workdir.timing import ImageProgress
 
 
 def probabilities(params: Any, batch_stats: Any, images: jax.Array, *, model: nn.Module):
@@ -152,7 +152,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions
     ]
     networks = Networks(members, members[0].exp.config.eval_batch_size)
     began = time.monotonic()
-    progress = CountDisplay(members[0].exp.data.num_eval)
+    progress = ImageProgress(members[0].exp.data.num_eval)
     parts = predict(networks, args.crops, progress.add)
     seconds = time.monotonic() - began
     line = predictions.show(parts)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from bn_jax.errors import DiskError
-from bn_jax.workdir import checkpoint, files, guard
+from bn_jax.workdir import checkpoint, files, guard, reader
 
 FOLDER = "population"
 _HEADER = "header"
@@ -58,17 +58,7 @@ def cached(
 
 def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that statistics may depend on."""
-    flat: dict[str, Any] = {}
-
-    def visit(tree: Mapping[str, Any], prefix: str) -> None:
-        for key, value in tree.items():
-            if isinstance(value, Mapping):
-                visit(value, f"{prefix}{key}.")
-            elif f"{prefix}{key}" not in guard.MAY_CHANGE:
-                flat[f"{prefix}{key}"] = value
-
-    visit(config, "")
-    return flat
+    return {k: v for k, v in reader.flat(config).items() if k not in guard.MAY_CHANGE}
 
 
 def _save(path: pathlib.Path, origin: Mapping[str, Any], statistics: Any) -> None:

@@ -7,7 +7,6 @@ and a line of JSON that says which networks, data and crops they come from.
 import csv
 import io
 import json
-import math
 import pathlib
 import zipfile
 import zlib
@@ -20,6 +19,7 @@ import numpy as np
 from bn_jax import step
 from bn_jax.errors import ConfigError, DataError
 from bn_jax.workdir import files
+from bn_jax.workdir.reader import standard_error
 
 # What predictions must share to be averaged.
 SAME = ("data", "split", "holdout", "class_names", "crops", "views", "statistics")
@@ -180,7 +180,7 @@ def errors(scores: dict[str, Any]) -> str:
     """Errors as in Fig. 4, each with its binomial standard error and count."""
     n, said = scores["examples"], []
     for name, share in (("top-1", 1 - scores["top1"]), ("top-5", 1 - scores["top5"])):
-        spread = 100 * math.sqrt(max(share * (1 - share), 0) / n)
+        spread = 100 * standard_error(share, n)
         said.append(f"{name} error {100 * share:.2f}% +- {spread:.2f} ({round(share * n):,})")
     return f"{', '.join(said)} of {n:,} examples"
 

@@ -1,7 +1,6 @@
 """From a config to what a run is made of: the one place where config values cross into code."""
 
 import functools
-import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from bn_jax.errors import CheckpointError, ConfigError
 from bn_jax.experiment import programs
 from bn_jax.experiment.config import check
 from bn_jax.workdir.checkpoint import Checkpoints
-from bn_jax.workdir.reader import completed
+from bn_jax.workdir.reader import require_record
 
 
 class Experiment(NamedTuple):
@@ -154,14 +153,10 @@ def with_data(exp: Experiment, workdir: pathlib.Path) -> Experiment:
 
 def _read_run(workdir: pathlib.Path) -> tuple[ConfigDict, dict[str, Any]]:
     """Config and data description of run.json."""
-    path = workdir / "run.json"
-    if not path.is_file():
-        raise ConfigError(f"{workdir} is no run: it has no run.json (--workdir of a trained run)")
-    try:
-        info = json.loads(path.read_text())
-        return ConfigDict(completed(info["config"])).lock(), info["info"]["data"]
-    except (ValueError, KeyError, TypeError, AttributeError) as damage:
-        raise ConfigError(f"{path} is damaged: {damage!r}; restore it") from None
+    run = require_record(workdir)
+    if "data" not in run["info"]:
+        raise ConfigError(f"{workdir}/run.json does not say what data the run had: restore it")
+    return ConfigDict(run["config"]).lock(), run["info"]["data"]
 
 
 def abstract_state(exp: Experiment) -> step.TrainState:

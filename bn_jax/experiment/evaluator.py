@@ -19,6 +19,7 @@ from bn_jax.distributed.mesh import put_batch, put_replicated, replicated
 from bn_jax.errors import DataError
 from bn_jax.experiment import build, programs
 from bn_jax.experiment.build import Experiment
+from bn_jax.workdir.reader import standard_error
 
 
 class Evaluator:
@@ -126,7 +127,7 @@ class Evaluator:
 def sentence(exp: Experiment, scores: dict[str, Any]) -> str:
     """Accuracy with the count it rests on and its standard error, in words."""
     n, top1 = scores["examples"], scores["top1"]
-    error = 100 * math.sqrt(top1 * (1 - top1) / n)
+    error = 100 * standard_error(top1, n)
     return (
         f"{exp.data.split} accuracy {100 * top1:.2f}% +- {error:.2f} "
         f"({round(top1 * n):,} of {n:,} examples), top-5 {100 * scores['top5']:.2f}%"

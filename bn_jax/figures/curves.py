@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from bn_jax.workdir.reader import FREE, Run
+from bn_jax.workdir.reader import FREE, Run, standard_error
 
 BASELINE, CONTROL = "inception", "inception_best_rate"
 LEVELS = ("90%", "95%", "max")
@@ -110,7 +110,8 @@ def curve(run: Run) -> Curve:
     """A recorded run's curve."""
     scale = run.config["batch_size"] / 32
     evaluations = run.lines["eval"]
-    steps = [line["step"] for lines in run.lines.values() for line in lines]
+    recorded = (*run.lines["train"], *evaluations, *run.lines["activation"])
+    steps = [line["step"] for line in recorded]
     where = re.search(r"diverged at step ([\d,]+)", run.error)
     return Curve(
         seed=run.config["seed"],
@@ -123,11 +124,6 @@ def curve(run: Run) -> Curve:
         stopped_at=scale * int(where[1].replace(",", "")) if where else None,
         classes=run.data.get("classes"),
     )
-
-
-def standard_error(share: float, examples: int) -> float:
-    """Of an accuracy counted on `examples` examples: sqrt(p (1 - p) / n), binomial."""
-    return math.sqrt(share * (1 - share) / examples)
 
 
 def levels(reference: Curve) -> dict[str, float] | None:

@@ -9,9 +9,8 @@ import numpy as np
 from bn_jax.errors import ConfigError
 from bn_jax.figures.plotting import BLUE, GREY, plot_accuracy, plt, save
 from bn_jax.workdir import reader
+from bn_jax.workdir.lines import PERCENTILES
 from bn_jax.workdir.reader import Run
-
-PERCENTILES = (15, 50, 85)  # of Fig. 1b,c
 
 
 class Percentiles(NamedTuple):

@@ -14,9 +14,8 @@ from bn_jax.figures.curves import (
     Curve,
     curve,
     levels,
-    standard_error,
 )
-from bn_jax.workdir.reader import Run
+from bn_jax.workdir.reader import Run, standard_error
 
 Groups = Mapping[str, Sequence[Run]]
 

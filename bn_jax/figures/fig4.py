@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -98,7 +97,7 @@ def error(row: Row, name: str) -> str:
     """Error of a row: one evaluation's with its standard error, or mean and range of several."""
     shares = [100 * wrong(line, name) for line in row.lines]
     if len(shares) == 1:
-        return f"{shares[0]:.2f}% +- {standard_error(row.lines[0], name):.2f}"
+        return f"{shares[0]:.2f}% +- {100 * error_of_share(row.lines[0], name):.2f}"
     mean = sum(shares) / len(shares)
     return f"{mean:.2f}% ({min(shares):.2f} to {max(shares):.2f})"
 
@@ -109,9 +108,9 @@ def wrong(line: dict[str, Any], name: str) -> float:
     return (n - round(line[name] * n)) / n
 
 
-def standard_error(line: dict[str, Any], name: str) -> float:
-    """Binomial standard error of an accuracy, points."""
-    return 100 * math.sqrt(max(line[name] * (1 - line[name]), 0) / line["examples"])
+def error_of_share(line: dict[str, Any], name: str) -> float:
+    """Binomial standard error of an accuracy, a share."""
+    return reader.standard_error(line[name], line["examples"])
 
 
 def models(row: Row) -> str:
@@ -205,7 +204,7 @@ def as_csv(folder: pathlib.Path) -> str:
     for line in sorted(collect(folder), key=lambda x: (len(x["members"]), x["crops"])):
         several = [" ".join(str(m[k]) for m in line["members"]) for k in ("name", "seed", "step")]
         numbers = [wrong(line, name) for name in ("top1", "top5")]
-        numbers += [standard_error(line, name) / 100 for name in ("top1", "top5")]
+        numbers += [error_of_share(line, name) for name in ("top1", "top5")]
         fields = [line[k] for k in ("crops", "views", "image_size", "examples")]
         writer.writerow([len(line["members"]), *several, *fields, *numbers, line["cross_entropy"]])
     return out.getvalue()

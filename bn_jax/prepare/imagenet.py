@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import simplejpeg
 
 from bn_jax.data import decode, tfds
 from bn_jax.errors import ConfigError, DataError, DiskError
-from bn_jax.workdir.timing import CountDisplay
+from bn_jax.workdir.timing import ImageProgress
 
 BLOCK = 512
 _FILES, _DIRECTORY, _COMMENTS = b"0\0", b"5", b"xg"  # types of members (POSIX 1003.1, pax)
@@ -295,14 +296,15 @@ def build(
         left.unlink()
     todo = [s for s in shards if not s.path.exists()]
     _check_space(folder, todo)
-    progress = CountDisplay(sum(len(s.images) for s in todo))
+    stop = threading.Event()
+    progress = ImageProgress(sum(len(s.images) for s in todo))
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        jobs = [pool.submit(_write, shard, progress) for shard in todo]
+        jobs = [pool.submit(_write, shard, progress, stop) for shard in todo]
         try:
             for job in concurrent.futures.as_completed(jobs):
                 job.result()
         except BaseException:
-            progress.stopped = True
+            stop.set()
             pool.shutdown(cancel_futures=True)
             raise
     _finish(folder, shards)
@@ -343,7 +345,7 @@ def _check_space(folder: pathlib.Path, todo: list[Shard]) -> None:
         )
 
 
-def _write(shard: Shard, progress: "CountDisplay") -> None:
+def _write(shard: Shard, progress: ImageProgress, stop: threading.Event) -> None:
     """Writes one shard under another name and renames it when it is whole and on the disk."""
     from array_record.python import array_record_module
 
@@ -353,7 +355,7 @@ def _write(shard: Shard, progress: "CountDisplay") -> None:
     writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1")
     try:
         for image in shard.images:
-            if progress.stopped:
+            if stop.is_set():
                 raise DataError("preparation was stopped")
             writer.write(record(descriptor, image))
             progress.add(1)

@@ -1,9 +1,8 @@
-"""Files that are either the old or the new one, and errors of a disk in one line.
-
-Nothing here knows about experiments: checkpoints and run records are built on it.
-"""
+"""Files that hold either their old or their new contents, lines of JSON that survive a kill, and a
+disk's errors in one line. Nothing here knows about experiments."""
 
 import contextlib
+import datetime
 import errno
 import json
 import math
@@ -19,8 +18,8 @@ import numpy as np
 
 from bn_jax.errors import DiskError
 
-# What a full, read-only, withdrawn or failing disk raises. Anything else (a directory in the place
-# of a file) is a mistake of the program and keeps its traceback.
+# What a full, read-only, withdrawn or failing disk raises. Any other error (a directory where a
+# file should be) is a mistake of the program and keeps its traceback.
 _DISK_ERRNO = frozenset(
     (
         errno.ENOSPC,
@@ -50,6 +49,9 @@ def reported(path: pathlib.Path, doing: str) -> Iterator[None]:
         ) from error
 
 
+# Whole files
+
+
 def write_atomic(path: pathlib.Path, data: bytes) -> None:
     """Replaces `path` by `data`: after a kill or power loss it holds the old bytes or the new.
 
@@ -68,25 +70,34 @@ def write_atomic(path: pathlib.Path, data: bytes) -> None:
             with contextlib.suppress(OSError):
                 scratch.unlink(missing_ok=True)
             raise
+
         sync_directory(path.parent)
 
 
-def sweep(path: pathlib.Path) -> None:
-    """Removes what killed calls of `write_atomic` have left in the directory `path`."""
-    for scratch in path.glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", scratch.name):
+def is_scratch(path: pathlib.Path) -> bool:
+    """Whether a call of `write_atomic` has made this file; others may have names with dots, too."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
+
+
+def remove_scratch(directory: pathlib.Path) -> None:
+    """Removes what killed calls of `write_atomic` have left in `directory`."""
+    for path in directory.glob(".*.tmp"):
+        if is_scratch(path):
             with contextlib.suppress(OSError):
-                scratch.unlink()
+                path.unlink()
 
 
 def sync_directory(path: pathlib.Path) -> None:
-    """Makes renames inside `path` survive a power loss; file systems that cannot are left alone."""
+    """Makes renames inside `path` survive a power loss, on file systems that can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# Space
 
 
 def existing_parent(path: pathlib.Path) -> pathlib.Path:
@@ -115,32 +126,42 @@ def free_text(path: pathlib.Path) -> str:
         return "free space unknown"
 
 
-# Lines of JSON that survive a kill: what may be a value, and which lines are kept at a restart.
+# Lines of JSON
 
 
 def truncate(path: pathlib.Path, last: int | None) -> list[str]:
-    """Drops torn lines and, given `last`, lines of later steps; returns what there is to say."""
+    """Drops damaged lines and, given `last`, lines of later steps; returns messages for the user.
+
+    Each line is a JSON object with a `step`.
+    """
     if not path.exists():
         return []
+
     data = path.read_bytes()
-    kept, torn = [], 0
+    kept = []
+    damaged = 0
     for line in data.splitlines(keepends=True):
         try:
             step = json.loads(line)["step"]
             whole = line.endswith(b"\n")
         except (ValueError, TypeError, KeyError):
             whole = False
+
         if not whole:
-            torn += 1
+            damaged += 1
         elif last is None or step <= last:
             kept.append(line)
+
     if b"".join(kept) != data:
         write_atomic(path, b"".join(kept))
-    return [f"{path}: dropped {torn} damaged line(s)"] if torn else []
+    return [f"{path}: dropped {damaged} damaged line(s)"] if damaged else []
 
 
 def plain(value: Any) -> Any:
-    """JSON's numbers, strings and lists; a float's repr round-trips, float32 through float64."""
+    """`value` as strict JSON has it: arrays become lists, and NaN and infinity become strings.
+
+    A float's text reads back as the same float; a float32 becomes the float64 of equal value.
+    """
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -152,6 +173,14 @@ def plain(value: Any) -> Any:
     return value if math.isfinite(value) else str(value)
 
 
+# Words for the user and the records
+
+
+def now() -> str:
+    """The time in UTC, for records: '2026-11-27T19:05:04.123456+00:00'. Sorts as text."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+
+
 def warn(line: str) -> None:
-    """One line for the user, on stderr."""
+    """Prints one line for the user on stderr."""
     print(f"bn_jax: {line}", file=sys.stderr, flush=True)

@@ -1,10 +1,5 @@
-"""One run per workdir: `WORKDIR/lock` names its holder, on one host or on a shared file system.
-
-The lock is flock(2): the kernel drops it when the holder dies, however it dies, so a stale lock on
-the same host is taken over at once. Between hosts NFS v4 and Lustre carry it too, gcsfuse does not:
-a lock left by another host is therefore watched for a while before it is taken over, since a live
-holder touches the file every few seconds.
-"""
+"""Guards a workdir: only the config and the data that it was made with may use it, and only one run
+at a time. Both are checked before anything is compiled or written."""
 
 import contextlib
 import errno
@@ -20,137 +15,10 @@ from typing import Any
 
 from bn_jax.errors import ConfigError, DiskError, LockedError
 from bn_jax.workdir import files
-from bn_jax.workdir.reader import completed, read_record
+from bn_jax.workdir.lines import Attempt
+from bn_jax.workdir.reader import completed, flat, read_record
 
-LOCK = "lock"
-BEAT = 5.0  # seconds between heartbeats
-WATCH = 20.0  # seconds without one after which a holder on another host is taken for dead
-
-
-class WorkdirLock:
-    """Holds the workdir from construction to release() or the end of the process.
-
-    Args:
-      workdir: exists.
-      watch: seconds to look for a heartbeat of a holder on another host.
-
-    Raises:
-      LockedError: another run holds it.
-      DiskError: the lock cannot be written.
-    """
-
-    def __init__(self, workdir: pathlib.Path, watch: float = WATCH):
-        self.path = workdir / LOCK
-        self.taken_over = ""  # one line on a stale lock, if there was one
-        with files.reported(workdir, "cannot lock"):
-            self._file = _open_locked(self.path)
-        try:
-            holder = _holder(self._file)
-            if holder:
-                if holder["host"] != socket.gethostname():
-                    _watch(self._file, holder, self.path, watch)
-                self.taken_over = f"took over the lock of a run that is gone ({_name(holder)})"
-            started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            me = {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
-            with files.reported(workdir, "cannot lock"):
-                os.ftruncate(self._file, 0)
-                os.pwrite(self._file, json.dumps(me).encode() + b"\n", 0)
-                os.fsync(self._file)  # in an object store others see it only from here on
-        except BaseException:
-            os.close(self._file)
-            raise
-        self._stop = threading.Event()
-        self._beat = threading.Thread(target=self._heartbeat, name="lock", daemon=True)
-        self._beat.start()
-
-    def _heartbeat(self) -> None:
-        while not self._stop.wait(BEAT):
-            with contextlib.suppress(OSError):
-                os.utime(self._file)
-                os.fsync(self._file)
-
-    def release(self) -> None:
-        """Gives the workdir back; a second call does nothing."""
-        if self._stop.is_set():
-            return
-        self._stop.set()
-        self._beat.join()  # it must not touch a descriptor that is closed and used again
-        with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
-        os.close(self._file)
-
-
-def refuse_if_held(workdir: pathlib.Path) -> None:
-    """Raises LockedError if a live process has the flock of `workdir`; writes nothing."""
-    path = workdir / LOCK
-    try:
-        file = os.open(path, os.O_RDWR)
-    except OSError:
-        return
-    try:
-        _flock(file, path)
-    finally:
-        os.close(file)
-
-
-def _open_locked(path: pathlib.Path) -> int:
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _flock(file, path)
-            # Its last holder may have removed the file between our open and our flock.
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-                return file
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)
-
-
-def _flock(file: int, path: pathlib.Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise _in_use(path, _holder(file)) from None
-    except OSError:
-        pass  # a file system without flock: the heartbeat alone decides
-
-
-def _watch(file: int, holder: dict[str, Any], path: pathlib.Path, seconds: float) -> None:
-    before = os.fstat(file).st_mtime_ns
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        time.sleep(min(1.0, seconds / 4))
-        if path.stat().st_mtime_ns != before:
-            raise _in_use(path, holder)
-
-
-def _in_use(path: pathlib.Path, holder: dict[str, Any]) -> LockedError:
-    return LockedError(
-        f"{path.parent} is in use by another run ({_name(holder)}): wait for it, stop it, or "
-        "choose another --workdir"
-    )
-
-
-def _holder(file: int) -> dict[str, Any]:
-    """What the lock file says; {} where it says nothing whole."""
-    try:
-        value = json.loads(os.pread(file, 4096, 0))
-        return value if {"host", "pid", "started"} <= value.keys() else {}
-    except (OSError, ValueError, AttributeError):
-        return {}
-
-
-def _name(holder: dict[str, Any]) -> str:
-    if not holder:
-        return "holder unknown"
-    return f"host {holder['host']}, pid {holder['pid']}, since {holder['started']}"
-
-
-# May this workdir be used for this config? Asked before anything is compiled or written.
-
-
-# A resumed run may change how long it goes on and what it keeps and shows, not what it computes.
+# A resumed run may change how long it trains and what it keeps and shows, not what it computes.
 MAY_CHANGE = frozenset(
     (
         "total_steps",
@@ -167,13 +35,22 @@ MAY_CHANGE = frozenset(
     )
 )
 
-# Of run.json's info.data; the description may name a folder, which may change.
+# Of run.json's info.data. The description is not compared: it may name a folder, which may change.
 SAME_DATA = (
-    "name", "split", "train_examples", "eval_examples", "classes", "class_names", "image_shape",
+    "name",
+    "split",
+    "train_examples",
+    "eval_examples",
+    "classes",
+    "class_names",
+    "image_shape",
     "digest",
-)  # fmt: skip
+)
 
 ANY_THREADS = "BN_JAX_ANY_THREADS"  # environment variable
+
+
+# Config, data and machine
 
 
 def check_workdir(
@@ -185,7 +62,7 @@ def check_workdir(
 ) -> None:
     """Refuses a workdir that cannot be used for `config`, before anything is written.
 
-    The lock is looked at by process 0 only (`is_main`): the others would find process 0's own.
+    Only process 0 (`is_main`) looks at the lock: the others would find process 0's own.
 
     Raises:
       ConfigError: not a directory, not writable, of another config (MAY_CHANGE apart), or trained
@@ -196,73 +73,27 @@ def check_workdir(
     parent = files.existing_parent(workdir)
     if not parent.is_dir():
         raise ConfigError(f"workdir {workdir}: {parent} is not a directory; choose another")
-    if not os.access(parent, os.W_OK | os.X_OK):
+    if not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
         raise ConfigError(f"workdir {workdir}: {parent} is not writable; choose another")
+
     run = read_record(workdir)
     if run is not None:
         require_same_config(workdir, run["config"], config)
         before = run["info"]
-        if info and "data" in info and "data" in before and "imported" not in before:
+        imported = "imported" in before  # its data says where the weights come from
+        if info and "data" in info and "data" in before and not imported:
             require_same_data(workdir, before["data"], info["data"])
+
     if is_main:
         refuse_if_held(workdir)
-
-
-def require_same_threads(workdir: pathlib.Path, platform: str, threads: int) -> None:
-    """Refuses to go on with a CPU run under another size of XLA's thread pool: other bits.
-
-    Raises:
-      ConfigError: the run in `workdir` used another number of threads, and BN_JAX_ANY_THREADS=1
-        does not say that this does not matter.
-    """
-    run = read_record(workdir)
-    if run is None or os.environ.get(ANY_THREADS) == "1":
-        return
-    before = run["hardware"]
-    if before["platform"] == platform == "cpu" and before["cpu_threads"] != threads:
-        raise ConfigError(
-            f"{workdir} was trained with {before['cpu_threads']} CPU threads, this process has "
-            f"{threads}: sums would be split otherwise and the bits differ. Set "
-            f"NPROC={before['cpu_threads']}, or {ANY_THREADS}=1 to go on all the same."
-        )
-
-
-def new_attempt(attempts: list[dict[str, Any]], resume_step: int, origin: dict[str, Any]) -> None:
-    """Adds an attempt that begins now to those of run.json."""
-    for attempt in attempts:  # killed ones could not say so themselves
-        if attempt["status"] == "running":
-            attempt["status"] = "killed"
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": now()}
-    attempts.append(me | {"resume_step": resume_step, "status": "running"} | origin)
-
-
-def now() -> str:
-    """The local time, with its zone."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def create(workdir: pathlib.Path) -> None:
-    """Makes the directory if it is absent.
-
-    Raises:
-      ConfigError: it cannot be there at all.
-      DiskError: the disk is full.
-    """
-    try:
-        with files.reported(workdir, "cannot create"):
-            workdir.mkdir(parents=True, exist_ok=True)
-    except DiskError as error:
-        cause = error.__cause__
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ConfigError(f"workdir {workdir} cannot be created; choose another") from error
 
 
 def require_same_config(
     workdir: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> None:
     """Raises ConfigError naming the fields that differ, MAY_CHANGE apart."""
-    old, new = _flat(completed(old)), _flat(completed(json.loads(json.dumps(new))))
+    old = flat(completed(old))
+    new = flat(completed(json.loads(json.dumps(new))))  # tuples are lists in run.json
     absent = "absent"
     differs = [
         f"{key} ({old.get(key, absent)} there, {new.get(key, absent)} here)"
@@ -301,9 +132,203 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
-        flat.update(inner if inner is not None else {f"{prefix}{key}": value})
-    return flat
+def require_same_threads(workdir: pathlib.Path, platform: str, threads: int) -> None:
+    """Refuses to resume a CPU run with another size of XLA's thread pool: the bits would differ.
+
+    Raises:
+      ConfigError: the run in `workdir` used another number of threads, and BN_JAX_ANY_THREADS=1
+        does not say that this does not matter.
+    """
+    run = read_record(workdir)
+    if run is None or os.environ.get(ANY_THREADS) == "1":
+        return
+
+    before = run["hardware"]
+    if before["platform"] == platform == "cpu" and before["cpu_threads"] != threads:
+        raise ConfigError(
+            f"{workdir} was trained with {before['cpu_threads']} CPU threads, this process has "
+            f"{threads}: sums would be split differently, and the bits would differ. Set "
+            f"NPROC={before['cpu_threads']}, or {ANY_THREADS}=1 to resume all the same."
+        )
+
+
+# The workdir itself and its attempts
+
+
+def create(workdir: pathlib.Path) -> None:
+    """Makes the directory if it is absent.
+
+    Raises:
+      ConfigError: it cannot be made there at all.
+      DiskError: the disk is full.
+    """
+    try:
+        with files.reported(workdir, "cannot create"):
+            workdir.mkdir(parents=True, exist_ok=True)
+    except DiskError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(f"workdir {workdir} cannot be created; choose another") from error
+
+
+def new_attempt(attempts: list[Attempt], resume_step: int, origin: Mapping[str, Any]) -> None:
+    """Adds an attempt that begins now to those of run.json."""
+    for attempt in attempts:
+        if attempt["status"] == "running":  # it was killed, and could not record that itself
+            attempt["status"] = "killed"
+
+    attempts.append(
+        {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": files.now(),
+            "resume_step": resume_step,
+            "status": "running",
+            "source": origin["source"],
+            "versions": origin["versions"],
+            "hardware": origin["hardware"],
+        }
+    )
+
+
+# The lock: WORKDIR/lock names the run that holds the workdir, on one host or on a shared disk.
+#
+# It is flock(2). The kernel drops it when the holder dies, however it dies, so a lock that was left
+# on the same host is taken over at once. Between hosts NFS v4 and Lustre carry it too, gcsfuse does
+# not. A lock left by another host is therefore watched for a while before it is taken over: a live
+# holder touches the file every few seconds.
+
+
+LOCK = "lock"
+BEAT = 5.0  # seconds between heartbeats
+WATCH = 20.0  # seconds without one after which a holder on another host is taken for dead
+
+
+class WorkdirLock:
+    """Holds the workdir from construction to release() or the end of the process.
+
+    Args:
+      workdir: exists.
+      watch: seconds to look for a heartbeat of a holder on another host.
+
+    Raises:
+      LockedError: another run holds it.
+      DiskError: the lock cannot be written.
+    """
+
+    def __init__(self, workdir: pathlib.Path, watch: float = WATCH):
+        self.path = workdir / LOCK
+        self.taken_over = ""  # a line for the user if a run that is gone had left its lock
+        with files.reported(workdir, "cannot lock"):
+            self._file = _open_locked(self.path)
+
+        try:
+            holder = _holder(self._file)
+            if holder:
+                if holder["host"] != socket.gethostname():
+                    _watch(self._file, holder, self.path, watch)
+                self.taken_over = f"took over the lock of a run that is gone ({_name(holder)})"
+            with files.reported(workdir, "cannot lock"):
+                self._sign()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+        self._stop = threading.Event()
+        self._beat = threading.Thread(target=self._heartbeat, name="lock", daemon=True)
+        self._beat.start()
+
+    def _sign(self) -> None:
+        """Writes into the file whose it is."""
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": files.now()}
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps(me).encode() + b"\n", 0)
+        os.fsync(self._file)  # in an object store others see it only from here on
+
+    def _heartbeat(self) -> None:
+        while not self._stop.wait(BEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self._file)
+                os.fsync(self._file)
+
+    def release(self) -> None:
+        """Gives the workdir back; a second call does nothing."""
+        if self._stop.is_set():
+            return
+
+        self._stop.set()
+        self._beat.join()  # it must not touch a descriptor that is closed and used again
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+        os.close(self._file)
+
+
+def refuse_if_held(workdir: pathlib.Path) -> None:
+    """Raises LockedError if a live process on this host holds `workdir`; writes nothing."""
+    path = workdir / LOCK
+    try:
+        file = os.open(path, os.O_RDWR)
+    except OSError:
+        return
+    try:
+        _flock(file, path)
+    finally:
+        os.close(file)
+
+
+def _open_locked(path: pathlib.Path) -> int:
+    """Opens and locks the file. Raises LockedError if another process has the lock."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _flock(file, path)
+            # Its last holder may have removed the file between our open and our flock.
+            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _flock(file: int, path: pathlib.Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(path, _holder(file)) from None
+    except OSError:
+        pass  # a file system without flock: the heartbeat alone decides
+
+
+def _watch(file: int, holder: dict[str, Any], path: pathlib.Path, seconds: float) -> None:
+    """Raises LockedError if there is a heartbeat within `seconds`."""
+    before = os.fstat(file).st_mtime_ns
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, seconds / 4))
+        if path.stat().st_mtime_ns != before:
+            raise _in_use(path, holder)
+
+
+def _in_use(path: pathlib.Path, holder: dict[str, Any]) -> LockedError:
+    return LockedError(
+        f"{path.parent} is in use by another run ({_name(holder)}): wait for it, stop it, or "
+        "choose another --workdir"
+    )
+
+
+def _holder(file: int) -> dict[str, Any]:
+    """What the lock file says; {} where it says nothing whole."""
+    try:
+        value = json.loads(os.pread(file, 4096, 0))
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(value, dict) and {"host", "pid", "started"} <= value.keys()
+    return value if whole else {}
+
+
+def _name(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "holder unknown"
+    return f"host {holder['host']}, pid {holder['pid']}, since {holder['started']}"

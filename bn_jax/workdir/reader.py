@@ -1,15 +1,21 @@
-"""May this workdir be used for this config? Asked before anything is compiled or written."""
+"""What runs have recorded: the one place where run.json, metrics.jsonl and evaluations.jsonl are
+read, and the question of which runs may be compared."""
 
-import datetime
 import json
+import math
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 from bn_jax.errors import ConfigError, DiskError
 from bn_jax.workdir import files
+from bn_jax.workdir.lines import EvaluationLine, MetricLines, RunRecord
 
-# Fields that older records lack, each with the value that stands for what runs did then.
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+
+# Fields that older records lack, each with the value that describes what runs did then.
 ADDED = {
     "reproducible": False,
     "checkpoint_wait": 0.0,
@@ -20,18 +26,45 @@ ADDED = {
 }
 
 
-def read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """WORKDIR/run.json; None if there is none. Raises ConfigError if it is not one."""
-    path = workdir / "run.json"
+# One run
+
+
+def read_record(workdir: pathlib.Path) -> RunRecord | None:
+    """WORKDIR/run.json with a complete config; None if there is none.
+
+    Raises:
+      ConfigError: the file is there but is not the record of a run, or cannot be read.
+    """
+    path = workdir / RUN
     try:
         run = json.loads(path.read_bytes())
-        if {"config", "attempts"} <= run.keys():
-            return run
+        if isinstance(run["info"], dict):
+            run["config"] = completed(run["config"])
+            return cast(RunRecord, run)
+        reason = "its info is not an object"
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, AttributeError):
-        pass
-    raise ConfigError(f"{path} cannot be read as a run's record; move it away or choose another")
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except KeyError as error:
+        reason = f"it has no {error}"
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = f"it is damaged: {error}"
+    raise ConfigError(
+        f"{path} cannot be read as the record of a run ({reason}): restore it, or use another "
+        "workdir"
+    )
+
+
+def require_record(workdir: pathlib.Path) -> RunRecord:
+    """As `read_record`. Raises ConfigError also where there is no run."""
+    run = read_record(workdir)
+    if run is None:
+        raise ConfigError(
+            f"{workdir} is not a run directory: it has no {RUN}. Give the --workdir of a trained "
+            "run"
+        )
+    return run
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,14 +72,89 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(config)
     for field, value in ADDED.items():
         section, _, name = field.rpartition(".")
-        if section and name not in found.get(section, {}):
-            found[section] = {**found.get(section, {}), name: value}
-        elif not section:
+        if not section:
             found.setdefault(name, value)
+        elif name not in found.get(section, {}):
+            found[section] = {**found.get(section, {}), name: value}
     return found
 
 
-# What runs, finished or not, have recorded: run.json and metrics.jsonl, nothing else.
+class Run(NamedTuple):
+    """One recorded run: its config, what run.json says of its data, metrics.jsonl by kind.
+
+    `status` as in run.json (done, running, preempted, diverged, failed), `error` the line that
+    ended it, `origin` its commit and hardware.
+    """
+
+    workdir: pathlib.Path
+    config: dict[str, Any]
+    data: dict[str, Any]
+    lines: MetricLines
+    status: str
+    error: str
+    origin: dict[str, Any]
+
+
+def read_run(workdir: pathlib.Path) -> Run:
+    """Reads a run's records. Raises ConfigError if there are none, or if they are damaged."""
+    if not is_run(workdir):
+        raise ConfigError(
+            f"{workdir} holds no recorded run ({RUN} and {METRICS}): "
+            "train one with `python -m bn_jax.main --config=... --workdir=...`"
+        )
+    run = require_record(workdir)
+    try:
+        lines = _read_metrics(workdir)
+        return Run(
+            workdir=workdir,
+            config=run["config"],
+            data=run["info"]["data"],
+            lines=lines,
+            status=run["status"],
+            error=str(run["results"].get("error", "")),
+            origin={"source": run["source"], "hardware": run["hardware"]},
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"{workdir / METRICS} cannot be read: {error.strerror}; make it readable"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as damage:
+        raise ConfigError(
+            f"the records in {workdir} are damaged ({damage!r}): restore them, or move the folder "
+            "away"
+        ) from None
+
+
+def _read_metrics(workdir: pathlib.Path) -> MetricLines:
+    found: MetricLines = {"train": [], "eval": [], "activation": []}
+    text = (workdir / METRICS).read_text()
+
+    # A run that is still training, or was killed, may have half a line at the end.
+    whole = text[: text.rfind("\n") + 1]
+
+    for line in map(json.loads, whole.splitlines()):
+        if line["kind"] in found:
+            found[line["kind"]].append(line)
+    return found
+
+
+def is_run(folder: pathlib.Path) -> bool:
+    """Whether a run has recorded something in `folder`."""
+    return (folder / RUN).is_file() and (folder / METRICS).is_file()
+
+
+def find_runs(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The workdirs in `folder`, at any depth, in the order of their names."""
+    if is_run(folder):
+        yield folder
+        return
+
+    if folder.is_dir():
+        for child in sorted(child for child in folder.iterdir() if child.is_dir()):
+            yield from find_runs(child)
+
+
+# Several runs: which ones may be compared
 
 
 # Runs that are compared must agree in these; what experiments change (rate, BN, ...) is not here.
@@ -61,6 +169,7 @@ SETTING = (
     "data.name",
     "data.holdout",
 )
+
 # What may differ between the seeds of one experiment: it does not change what is computed.
 FREE = (
     "seed",
@@ -73,62 +182,6 @@ FREE = (
 )
 
 
-class Run(NamedTuple):
-    """One recorded run: its config, what run.json says of its data, metrics.jsonl by kind.
-
-    `status` as in run.json (done, running, preempted, diverged, failed), `error` the line that
-    ended it, `origin` its commit and hardware.
-    """
-
-    workdir: pathlib.Path
-    config: dict[str, Any]
-    data: dict[str, Any]
-    lines: dict[str, list[dict[str, Any]]]
-    status: str
-    error: str
-    origin: dict[str, Any]
-
-
-def read_run(workdir: pathlib.Path) -> Run:
-    """Reads a run's records. Raises ConfigError if there are none, or if they are damaged."""
-    if not is_run(workdir):
-        raise ConfigError(
-            f"{workdir} holds no recorded run (run.json and metrics.jsonl): "
-            "train one with `python -m bn_jax.main --config=... --workdir=...`"
-        )
-    lines: dict[str, list[dict[str, Any]]] = {"train": [], "eval": [], "activation": []}
-    text = (workdir / "metrics.jsonl").read_text()
-    try:
-        # A run at work, or a killed one, may have half a line at the end.
-        for line in map(json.loads, text[: text.rfind("\n") + 1].splitlines()):
-            lines.setdefault(line["kind"], []).append(line)
-        info = json.loads((workdir / "run.json").read_text())
-        error = str(info["results"].get("error", ""))
-        origin = {"source": info["source"], "hardware": info["hardware"]}
-        data, status = info["info"]["data"], info["status"]
-        config = completed(info["config"])
-        return Run(workdir, config, data, lines, status, error, origin)
-    except (ValueError, KeyError, TypeError, AttributeError) as damage:
-        raise ConfigError(
-            f"the records in {workdir} are damaged: {damage!r}; move it away"
-        ) from None
-
-
-def is_run(folder: pathlib.Path) -> bool:
-    """Whether a run has recorded something in `folder`."""
-    return (folder / "run.json").is_file() and (folder / "metrics.jsonl").is_file()
-
-
-def find_runs(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The workdirs in `folder`, at any depth, in the order of their names."""
-    if is_run(folder):
-        yield folder
-        return
-    if folder.is_dir():
-        for child in sorted(child for child in folder.iterdir() if child.is_dir()):
-            yield from find_runs(child)
-
-
 def read_groups(folder: pathlib.Path) -> dict[str, list[Run]]:
     """The runs in `folder` as {experiment: its seeds}, comparable with each other.
 
@@ -136,115 +189,114 @@ def read_groups(folder: pathlib.Path) -> dict[str, list[Run]]:
 
     Raises:
       ConfigError: no runs; runs of different scales or data; an experiment whose seeds differ in
-        more than the seed, or has one twice.
+        more than the seed, or that has a seed twice.
     """
     groups: dict[str, list[Run]] = {}
     for workdir in find_runs(folder):
         parts = workdir.relative_to(folder).parts
-        label = "/".join(parts[:-1] if parts and parts[-1].startswith("seed_") else parts)
-        groups.setdefault(label or workdir.resolve().parent.name, []).append(read_run(workdir))
+        if parts and parts[-1].startswith("seed_"):
+            parts = parts[:-1]
+        label = "/".join(parts) or workdir.resolve().parent.name
+        groups.setdefault(label, []).append(read_run(workdir))
     if not groups:
         raise ConfigError(f"{folder} holds no recorded run: train some with bn_jax.sweep")
-    runs = [run for group in groups.values() for run in group]
-    for run in runs[1:]:
-        _require_same(runs[0], run, SETTING, "cannot be compared")
+
+    first, *others = [run for group in groups.values() for run in group]
+    for run in others:
+        _require_same(first, run, SETTING, "cannot be compared")
+
     for label, group in groups.items():
-        seeds = [run.config["seed"] for run in group]
-        if len(set(seeds)) < len(seeds):
-            raise ConfigError(
-                f"{folder}: {label} has a seed twice ({sorted(seeds)}); move one away"
-            )
-        for run in group[1:]:
-            fields = sorted((flat(group[0].config).keys() | flat(run.config).keys()) - set(FREE))
-            fields = [field for field in fields if not field.startswith("record.")]
-            _require_same(group[0], run, fields, "are no seeds of one experiment")
+        _require_one_experiment(folder, label, group)
         group.sort(key=lambda run: run.config["seed"])
     return groups
+
+
+def _require_one_experiment(folder: pathlib.Path, label: str, group: Sequence[Run]) -> None:
+    seeds = [run.config["seed"] for run in group]
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(
+            f"{folder}: {label} has a seed twice ({sorted(seeds)}); move one of them away"
+        )
+
+    first = group[0]
+    for run in group[1:]:
+        fields = flat(first.config).keys() | flat(run.config).keys()
+        decisive = sorted(f for f in fields if f not in FREE and not f.startswith("record."))
+        _require_same(first, run, decisive, "are not seeds of one experiment")
 
 
 def read_pair(one: pathlib.Path, other: pathlib.Path) -> tuple[Run, Run]:
     """Two runs of one seed on the same data, as Fig. 1 compares them; ConfigError otherwise."""
     a, b = read_run(one), read_run(other)
-    _require_same(a, b, (*SETTING, "seed", "total_steps"), "make no pair")
+    _require_same(a, b, (*SETTING, "seed", "total_steps"), "cannot be compared as a pair")
     return a, b
 
 
-def _require_same(a: Run, b: Run, fields, why: str) -> None:
+def _require_same(a: Run, b: Run, fields: Iterable[str], why: str) -> None:
     one, two = flat(a.config), flat(b.config)
-    differs = [f for f in fields if one.get(f, "absent") != two.get(f, "absent")]
-    if a.data.get("eval_examples") != b.data.get("eval_examples"):
-        differs.append("number of evaluated examples")
-    if a.data["description"] != b.data["description"]:
-        differs.append("data.description")
+    differs = [
+        f"{field} ({one.get(field, 'absent')}, {two.get(field, 'absent')})"
+        for field in fields
+        if one.get(field, "absent") != two.get(field, "absent")
+    ]
+    for name, label in (
+        ("eval_examples", "number of evaluated examples"),
+        ("description", "data.description"),
+    ):
+        if a.data.get(name) != b.data.get(name):
+            differs.append(f"{label} ({a.data.get(name, '?')}, {b.data.get(name, '?')})")
+
     if differs:
-        shown = ", ".join(f"{f} ({one.get(f, '?')}, {two.get(f, '?')})" for f in differs[:4])
+        shown = ", ".join(differs[:4])
         raise ConfigError(
-            f"{a.workdir} and {b.workdir} {why}: they differ in {shown}; separate them"
+            f"{a.workdir} and {b.workdir} {why}: they differ in {shown}. Keep them in separate "
+            "folders"
         )
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     """{'data': {'name': 1}} -> {'data.name': 1}."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = isinstance(value, dict)
-        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found
+    # Imported here, since flax brings jax: the figures of a single run do without it.
+    from flax import traverse_util
+
+    return traverse_util.flatten_dict(dict(tree), sep=".")
 
 
-# What evaluations were made of a run: WORKDIR/evaluations.jsonl, a JSON object a line.
-#
-# Separate from metrics.jsonl, whose lines come from training alone and are the same at every
-# resume.
+def standard_error(share: float, examples: int) -> float:
+    """Binomial standard error of a share that was counted on `examples`: sqrt(p (1 - p) / n)."""
+    return math.sqrt(share * (1 - share) / examples)
 
 
-EVALUATIONS = "evaluations.jsonl"
-FIELDS = frozenset(
-    (
-        "time",
-        "members",
-        "member_scores",
-        "crops",
-        "views",
-        "statistics",
-        "top1",
-        "top5",
-        "cross_entropy",
-        "examples",
-        "data",
-        "description",
-        "split",
-        "holdout",
-        "image_size",
-    )
-)
+# evaluations.jsonl. It is separate from metrics.jsonl, whose lines come from training alone and are
+# the same after every resume.
 
 
 def append_evaluation(folder: pathlib.Path, line: Mapping[str, Any]) -> None:
-    """Adds a line and its `time` (UTC); where the disk cannot be written, stderr says so."""
+    """Adds a line and its `time`; where the disk cannot be written, stderr says so."""
     path = folder / EVALUATIONS
-    now = datetime.datetime.now(datetime.UTC).isoformat()
-    data = json.dumps(files.plain({"time": now, **line})).encode() + b"\n"
+    data = json.dumps(files.plain({"time": files.now(), **line})).encode() + b"\n"
     try:
         with files.reported(path, "cannot write"), path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, 2)
-                if file.read() != b"\n":  # a line that was cut off stays apart, and is skipped
+                if file.read() != b"\n":
+                    # The last line was cut off. It stays on a line of its own, and is skipped.
                     data = b"\n" + data
             file.write(data)
     except DiskError as error:
-        files.warn(f"evaluation not recorded: {error}")
+        files.warn(f"the evaluation was not recorded: {error}")
 
 
-def read_evaluations(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The lines of one folder; damaged ones are skipped and said."""
+def read_evaluations(folder: pathlib.Path) -> Iterator[EvaluationLine]:
+    """The lines of one folder; damaged ones are skipped, and stderr names them."""
     path = folder / EVALUATIONS
     for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
             line = json.loads(text)
-            whole = line.keys() >= FIELDS
+            whole = line.keys() >= EvaluationLine.__required_keys__
         except (ValueError, AttributeError):
             whole = False
+
         if whole:
             yield line
         elif text:

@@ -1,10 +1,12 @@
-"""What a run leaves behind: run.json, metrics.jsonl, timing.jsonl, events for TensorBoard or W&B.
+"""Writes what a run leaves behind: run.json, metrics.jsonl, timing.jsonl, events for TensorBoard or
+Weights & Biases. `lines` has every field of them.
 
 * run.json: config, versions, commit, hardware (also of each attempt), status, results, ledger.
 * metrics.jsonl: one JSON object a line, `step` and `kind` first. It holds nothing that depends on
   when or how often the run was interrupted: after a resume it is, byte for byte, the file of the
   uninterrupted run.
-* timing.jsonl: wall time and its parts, a line for each training line, attempts apart.
+* timing.jsonl: wall time and its parts, after each training line; the lines of each attempt have
+  its number.
 """
 
 import json
@@ -13,14 +15,16 @@ import pathlib
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import jax
 
 from bn_jax.errors import DivergedError, Preempted
 from bn_jax.workdir import files, guard, provenance, reader, trackers
+from bn_jax.workdir.lines import RunRecord, TimingLine
 from bn_jax.workdir.timing import Ledger, Progress, account, process_started
 
+TIMING = "timing.jsonl"
 STATUSES = ("running", "done", "diverged", "preempted", "failed")
 
 
@@ -38,10 +42,12 @@ class Recorder:
       total_steps: of the whole run.
       tensorboard, wandb: also write events to WORKDIR/tensorboard, to Weights & Biases.
       is_main: whether this is process 0.
-      started: time.monotonic() of the program's start (ledger.process_started()); default: now.
+      started: time.monotonic() of the program's start (timing.process_started()); default: now.
 
-    Raises ConfigError (workdir of another config or not writable; no wandb), LockedError,
-    DiskError.
+    Raises:
+      ConfigError: the workdir is of another config or cannot be written; wandb is not installed.
+      LockedError: another run holds the workdir.
+      DiskError: the disk is full.
     """
 
     def __init__(
@@ -59,87 +65,114 @@ class Recorder:
         trackers.check(wandb and is_main)
         guard.check_workdir(workdir, config, info, is_main=is_main)
         guard.require_same_threads(workdir, jax.default_backend(), provenance.cpu_threads())
+
         self.workdir = pathlib.Path(workdir)
+        self._config = config
+        self._info = info
+        self._total = total_steps
+        self._main = is_main
+        self._step = 0
+        self._begun = False
         self._ledger = Ledger(time.monotonic() if started is None else started)
-        self._main, self._step, self._begun = is_main, 0, False
-        self._config, self._info = config, info
         self._asked = {"tensorboard": tensorboard, "wandb": wandb}
         self._writers: list[trackers.Writer] = []
         self._lock: guard.WorkdirLock | None = None
+
         if is_main:
             self._progress = Progress(total_steps)
             guard.create(self.workdir)
             self._lock = guard.WorkdirLock(self.workdir)
             for folder in (self.workdir, self.workdir / "figures"):
-                files.sweep(folder)
+                files.remove_scratch(folder)
             if self._lock.taken_over:
                 self.say(self._lock.taken_over)
 
     def begin(self, resume_step: int) -> None:
         """Starts the records after `resume_step` (0: from scratch); later lines are dropped."""
-        self._step, self._begun = resume_step, True
+        self._step = resume_step
+        self._begun = True
         if not self._main:
             return
-        before = reader.read_record(self.workdir) or {"attempts": []}
+
         # From scratch, the lines of step 0 are written again, too.
-        for warning in files.truncate(self.workdir / "metrics.jsonl", resume_step or -1):
+        for warning in files.truncate(self.workdir / reader.METRICS, resume_step or -1):
             self.say(warning)
-        for warning in files.truncate(self.workdir / "timing.jsonl", None):
+        for warning in files.truncate(self.workdir / TIMING, None):
             self.say(warning)
-        attempts = before["attempts"]
+
+        self._run = self._new_record(resume_step)
+        self._write_run()
+        with files.reported(self.workdir, "cannot write in"):
+            self._metrics = (self.workdir / reader.METRICS).open("a", encoding="utf-8")
+            self._timing = (self.workdir / TIMING).open("a", encoding="utf-8")
+        self._mark()
+
+        self._writers = trackers.writers(
+            self.workdir, resume_step, self._config, self.say, **self._asked
+        )
+
+    def _new_record(self, resume_step: int) -> RunRecord:
+        """run.json with one more attempt, and a line if that runs on other code or versions."""
+        before = reader.read_record(self.workdir)
+        attempts = [] if before is None else before.get("attempts", [])
         origin = provenance.origin()
-        # `before` for attempts without an origin of their own: older records.
-        if attempts and (changed := provenance.changes(before | attempts[-1], origin)):
-            self.say(f"{self.workdir}: not as in the attempt before: {changed}")
+        if before is not None and attempts:
+            # Attempts in older records have no origin of their own, the record as a whole has.
+            changed = provenance.changes({**before, **attempts[-1]}, origin)
+            if changed:
+                self.say(f"{self.workdir}: differs from the previous attempt: {changed}")
+
         guard.new_attempt(attempts, resume_step, origin)
-        self._run: dict[str, Any] = {
+        return {
             "status": "running",
             "config": dict(self._config),
             "info": dict(self._info),
-            **origin,  # the latest attempt's
+            "source": origin["source"],
+            "versions": origin["versions"],
+            "hardware": origin["hardware"],
             "attempts": attempts,
             "results": {},
             "ledger": None,
         }
-        self._write_run()
-        with files.reported(self.workdir, "cannot write in"):
-            self._metrics = (self.workdir / "metrics.jsonl").open("a", encoding="utf-8")
-            self._timing = (self.workdir / "timing.jsonl").open("a", encoding="utf-8")
-        self._mark()
-        self._writers = trackers.writers(
-            self.workdir, resume_step, self._config, self.say, **self._asked
-        )
 
     # While it runs
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Appends a line to metrics.jsonl. Call it for step k before saving checkpoint k.
 
-        Values are numbers, strings, or (nested lists of) arrays of numbers; not-finite ones become
-        the strings 'nan', 'inf', '-inf', which float() reads. No wall-clock values: they would
-        differ after a resume; they go to timing.jsonl by themselves.
+        Args:
+          kind: train, eval or activation.
+          step: 1-based; 0 is the initial state.
+          values: numbers, strings, or (nested lists of) arrays of numbers, as `lines` has them for
+            the kind. None of them may depend on the clock, or they would differ after a resume.
 
         Raises:
-          DiskError: full or unwritable; a torn line is dropped at the next start.
+          DiskError: the disk is full or cannot be written; the next start drops half a line.
         """
         self._step = max(self._step, step)
         if not self._main:
             return
-        line = {"step": int(step), "kind": kind} | {k: files.plain(v) for k, v in values.items()}
-        self._append(self._metrics, line)
+
+        plain = {name: files.plain(value) for name, value in values.items()}
+        self._append(self._metrics, {"step": int(step), "kind": kind, **plain})
         if kind == "train":
             self._mark()
-        numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
-        for writer in self._writers if numbers else ():
-            writer.write(step, {f"{kind}/{name}": value for name, value in numbers.items()})
 
-    def progress(self, step: int, loss: Any, examples: int) -> None:
-        """`examples` more are done, up to `step`; shown now and then. See Progress.update."""
+        scalars = {f"{kind}/{k}": v for k, v in plain.items() if isinstance(v, (int, float))}
+        for writer in self._writers if scalars else ():
+            writer.write(step, scalars)
+
+    def progress(self, step: int, loss: float, examples: int) -> None:
+        """Tells that `examples` more are done, up to `step`; shown now and then."""
         self._step = max(self._step, step)
-        if self._main:
-            wall, parts = self._ledger.snapshot()
-            aside = parts["startup"] + parts["compile"] + parts["save"] + parts["evaluate"]
-            self._progress.update(step, loss, examples, wall - aside)
+        if not self._main:
+            return
+
+        # images/s is the speed of training alone.
+        wall, parts = self._ledger.snapshot()
+        other = parts["startup"] + parts["compile"] + parts["save"] + parts["evaluate"]
+        text = f"step {step}/{self._total}  loss {loss:.4f}"
+        self._progress.update(step, text, examples, wall - other)
 
     def say(self, text: str) -> None:
         """A line for the person who watches; process 0 only."""
@@ -147,7 +180,7 @@ class Recorder:
             self._progress.say(text)
 
     def timed(self, part: str) -> AbstractContextManager[None]:
-        """Charges the time inside to `part`, one of ledger.PARTS; inner parts pause outer ones."""
+        """Charges the time inside to `part`, one of timing.PARTS; inner parts pause outer ones."""
         return self._ledger.timed(part)
 
     def at(self) -> tuple[str, float]:
@@ -171,9 +204,12 @@ class Recorder:
         """
         if status not in STATUSES:
             raise ValueError(f"{status!r} is not one of {STATUSES}")
-        held, self._lock = self._lock, None
+
+        held = self._lock
+        self._lock = None
         if held is None:
             return
+
         try:
             if self._begun:
                 self._end(status, results)
@@ -188,10 +224,14 @@ class Recorder:
             self._timing.close()
         for writer in self._writers:
             writer.close(status)
-        self._run["attempts"][-1] |= {"status": status, "finished": guard.now()}
+
+        attempt = self._run["attempts"][-1]
+        attempt["status"] = status
+        attempt["finished"] = files.now()
         self._run["status"] = status
         self._run["results"] = {k: files.plain(v) for k, v in results.items()}
-        text = (self.workdir / "timing.jsonl").read_text(encoding="utf-8")
+
+        text = (self.workdir / TIMING).read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text.splitlines()]
         resumed = [attempt["resume_step"] for attempt in self._run["attempts"]]
         self._run["ledger"] = account(lines, resumed)
@@ -201,7 +241,10 @@ class Recorder:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.finish("done") if error is None else self.fail(error)
+        if error is None:
+            self.finish("done")
+        else:
+            self.fail(error)
 
     def fail(self, error: BaseException) -> None:
         """Finishes with the status that `error` stands for; also from another thread."""
@@ -210,6 +253,7 @@ class Recorder:
             status = "diverged"
         elif isinstance(error, (Preempted, KeyboardInterrupt)):
             status = "preempted"
+
         try:
             self.finish(status, error=f"{type(error).__name__}: {error}".splitlines()[0])
         except Exception as second:
@@ -219,22 +263,31 @@ class Recorder:
     # Files
 
     def _mark(self) -> None:
+        """Appends where the time went so far to timing.jsonl."""
         wall, parts = self._ledger.snapshot()
-        line = {"attempt": len(self._run["attempts"]) - 1, "step": self._step, "wall": wall}
-        self._append(self._timing, line | {"parts": parts})
+        line: TimingLine = {
+            "attempt": len(self._run["attempts"]) - 1,
+            "step": self._step,
+            "wall": wall,
+            "parts": parts,
+        }
+        self._append(self._timing, line)
 
-    def _append(self, file: Any, line: Mapping[str, Any]) -> None:
+    def _append(self, file: TextIO, line: Mapping[str, Any]) -> None:
         with files.reported(self.workdir, "cannot write in"):
             file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()
 
     def _write_run(self) -> None:
         text = json.dumps(self._run, indent=1, allow_nan=False) + "\n"
-        files.write_atomic(self.workdir / "run.json", text.encode())
+        files.write_atomic(self.workdir / reader.RUN, text.encode())
 
 
 def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any], **info: Any) -> Recorder:
-    """The Recorder of this process for a run of `config`, timed from the start of the process."""
+    """The Recorder of this process for a run of `config`; its time counts from the process's start.
+
+    info: more for run.json, plain JSON. Raises as `Recorder` does.
+    """
     return Recorder(
         workdir,
         config=config,

@@ -1,13 +1,13 @@
-"""Where the time of a run went, attempts that were killed included.
+"""Where the time of a run went, attempts that were killed included, and the line that shows how far
+it is.
 
-Parts are exclusive: a part inside another one pauses the outer, so that parts and `other` sum to
-the wall time. All times are seconds.
+The parts of the time are exclusive: a part inside another one pauses the outer one, so that the
+parts and `other` sum to the wall time. All times are seconds.
 """
 
 import collections
 import contextlib
 import itertools
-import math
 import os
 import pathlib
 import sys
@@ -16,62 +16,60 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+from tqdm.std import tqdm
+
+from bn_jax.workdir.lines import TimingLine
+
 PARTS = ("startup", "compile", "input", "step", "save", "evaluate", "figures")
 
-_FIRST = itertools.count()
+_CALLS = itertools.count()
 
 
 def process_started() -> float:
     """time.monotonic() at which this process began: importing jax is part of a run's start-up.
 
-    Only the first call says so; later ones say now, as the first run of a process pays for it.
+    Only the first call returns this. Later calls return the present time: of several runs in one
+    process, the first one pays for the imports.
     """
-    if next(_FIRST):
+    if next(_CALLS):
         return time.monotonic()
+
     try:
         fields = pathlib.Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
-        ticks = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since boot; field 22 of proc(5)
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks
+        since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5)
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot
     except (OSError, IndexError, ValueError, AttributeError):  # not Linux
         return time.monotonic()
     return time.monotonic() - max(age, 0.0)
 
 
 class Ledger:
-    """A stop-watch of exclusive parts. One thread uses it; others may look.
+    """A stop-watch of exclusive parts. One thread uses it; others may read it.
 
     Args:
       started: time.monotonic() at which the wall time begins; until now counts as `startup`.
     """
 
     def __init__(self, started: float):
-        self._started = self._since = started
-        self._lock = threading.Lock()  # the watchdog finishes the records of a loop that is stuck
+        self._started = started
+        self._since = started  # what came before has been charged to a part
         self._stack = ["startup"]
         self._parts = dict.fromkeys(PARTS, 0.0)
+        # The watchdog closes the records, and with them this ledger, when the loop is stuck.
+        self._lock = threading.Lock()
         self._enter("other")
-
-    def _charge(self) -> None:
-        with self._lock:
-            now = time.monotonic()
-            part = self._stack[-1]
-            self._parts[part] = self._parts.get(part, 0.0) + now - self._since
-            self._since = now
 
     @property
     def part(self) -> str:
-        """Where the time goes at this moment."""
+        """The part that time is charged to now."""
         return self._stack[-1]
-
-    def _enter(self, part: str) -> None:
-        self._charge()
-        self._stack.append(part)
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
         """Charges the time inside to `part`."""
         if part not in PARTS:
             raise ValueError(f"{part!r} is not one of {PARTS}")
+
         self._enter(part)
         try:
             yield
@@ -84,12 +82,24 @@ class Ledger:
         self._charge()
         return self._since - self._started, dict(self._parts)
 
+    def _enter(self, part: str) -> None:
+        self._charge()
+        self._stack.append(part)
 
-def account(lines: Sequence[dict[str, Any]], resumed: Sequence[int]) -> dict[str, Any]:
-    """The ledger of a run: all its attempts, with the work that was lost as a part of its own.
+    def _charge(self) -> None:
+        """Adds the time since the last call to the part that is under way."""
+        with self._lock:
+            now = time.monotonic()
+            part = self._stack[-1]
+            self._parts[part] = self._parts.get(part, 0.0) + now - self._since
+            self._since = now
+
+
+def account(lines: Sequence[TimingLine], resumed: Sequence[int]) -> dict[str, Any]:
+    """The ledger of a run: the times of all its attempts, and of the work that was lost.
 
     Args:
-      lines: of timing.jsonl, each with attempt (0, 1, ...), step, wall and parts.
+      lines: of timing.jsonl.
       resumed: the step that each attempt resumed from.
 
     Returns:
@@ -98,17 +108,21 @@ def account(lines: Sequence[dict[str, Any]], resumed: Sequence[int]) -> dict[str
         that attempts spent after the last line that a later one could resume from.
     """
     parts = dict.fromkeys((*PARTS, "other"), 0.0)
-    wall = lost = 0.0
+    wall = 0.0
+    lost = 0.0
     for attempt in range(len(resumed)):
         own = [line for line in lines if line["attempt"] == attempt]
         if not own:
             continue
+
+        # A later attempt kept only what came before the step that it resumed from.
         limit = min(resumed[attempt + 1 :], default=own[-1]["step"])
         kept = [line for line in own if line["step"] <= limit]
         wall += own[-1]["wall"]
         lost += own[-1]["wall"] - (kept[-1]["wall"] if kept else 0.0)
         for part, seconds in kept[-1]["parts"].items() if kept else ():
             parts[part] = parts.get(part, 0.0) + seconds
+
     return {
         "wall": round(wall, 3),
         "parts": {part: round(seconds, 3) for part, seconds in parts.items()},
@@ -117,84 +131,130 @@ def account(lines: Sequence[dict[str, Any]], resumed: Sequence[int]) -> dict[str
     }
 
 
-# What a person sees while a run goes on: step, loss, images/s, time left.
+# The line that shows how far a run is: step, loss, images/s, time left.
 
 
-_WINDOW = 30.0  # seconds of training that the rate is averaged over
+_WINDOW = 30.0  # seconds of work that the rate is averaged over
+
+
+class _Line(tqdm):
+    """tqdm's rewritten line on a terminal; elsewhere, such as in a log file, plain lines."""
+
+    monitor_interval = 0  # no thread beside the loop: every update comes from the loop itself
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
+        """Shows `msg`, by default the line."""
+        if self.fp.isatty():
+            return super().display(msg, pos)
+        if msg is None:
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+        return False
+
+
+# tqdm's own default is a lock between processes, for which some Pythons start a process.
+_Line.set_lock(threading.RLock())
 
 
 class Progress:
-    """One rewritten line on a terminal, a plain line every few seconds elsewhere.
+    """Shows how far a loop of known length is, with images/s and the time left.
 
     Args:
-      total_steps: of the run.
+      total: steps, or whatever is counted.
       stream: default stdout.
       every: seconds between lines; default 0.2 on a terminal, 5 elsewhere.
     """
 
-    def __init__(self, total_steps: int, stream: TextIO | None = None, every: float | None = None):
-        self._total = total_steps
+    def __init__(self, total: int, stream: TextIO | None = None, every: float | None = None):
+        self._total = total
         self._stream = stream or sys.stdout
-        self._terminal = self._stream.isatty()
-        self._every = every if every is not None else (0.2 if self._terminal else 5.0)
-        self._next = -math.inf
-        self._examples = 0
-        self._width = 0  # of the line to be rewritten
-        self._seen: collections.deque[tuple[float, int, int]] = collections.deque()
+        self._every = every
+        self._line: _Line | None = None
+        self._images = 0
+        self._seen: collections.deque[tuple[float, int]] = collections.deque()  # clock, images
 
-    def update(self, step: int, loss: Any, examples: int, clock: float | None = None) -> None:
-        """Tells that `step` steps are done, `examples` examples since the last call.
+    def update(self, done: int, what: str, images: int, clock: float | None = None) -> None:
+        """Shows the line if it is due, and at the end.
 
         Args:
-          step: 1-based count of finished steps.
-          loss: a number, or an array that is fetched only if a line is written.
-          examples: seen since the last call.
-          clock: seconds of training so far, without compiling, evaluation and saving, so that
-            the rate is that of training; default: the wall clock.
+          done: of the total.
+          what: the beginning of the line, such as "step 5/100  loss 2.3".
+          images: how many more are done since the last call.
+          clock: seconds of the work that images/s is the rate of, for example without evaluation;
+            default: the wall clock. The time left is always that of the wall clock.
         """
         clock = time.monotonic() if clock is None else clock
-        self._examples += examples
-        self._seen.append((clock, step, self._examples))
+        self._images += images
+        self._seen.append((clock, self._images))
         while len(self._seen) > 2 and clock - self._seen[0][0] > _WINDOW:
             self._seen.popleft()
-        now = time.monotonic()
-        if now < self._next and step < self._total:
+
+        text = f"{what}{self._rate()}"
+        if self._line is None:
+            self._line = self._begin(done, text)
             return
-        self._next = now + self._every
-        self._show(self._line(step, float(loss)))
 
-    def _line(self, step: int, loss: float) -> str:
-        then, first, examples = self._seen[0]
-        seconds, steps = self._seen[-1][0] - then, step - first
-        text = f"step {step}/{self._total}  loss {loss:.4f}"
-        if seconds > 0 and steps > 0:
-            rate = (self._examples - examples) / seconds
-            left = (self._total - step) * seconds / steps
-            text += f"  {rate:.0f} images/s  ETA {duration(left)}"
-        return text
+        self._line.set_description_str(text, refresh=False)
+        shown = self._line.update(done - self._line.n)
+        if done >= self._total and not shown:
+            self._line.refresh()
 
-    def _show(self, text: str) -> None:
-        if self._terminal:
-            self._stream.write("\r" + text.ljust(self._width))
-            self._width = len(text)
-        else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+    def _begin(self, done: int, text: str) -> _Line:
+        """The line, which is shown for the first time."""
+        terminal = self._stream.isatty()
+        every = self._every
+        if every is None:
+            every = 0.2 if terminal else 5.0
+        return _Line(
+            desc=text,
+            total=self._total,
+            initial=done,
+            file=self._stream,
+            bar_format="{desc}  {remaining} left",
+            mininterval=every,
+            miniters=1,
+            smoothing=0,  # the time left is that at the mean rate, evaluations included
+            dynamic_ncols=True,
+            leave=terminal,
+        )
+
+    def _rate(self) -> str:
+        """'  1,234 images/s', or nothing as long as the rate is not known."""
+        seconds = self._seen[-1][0] - self._seen[0][0]
+        images = self._seen[-1][1] - self._seen[0][1]
+        return f"  {images / seconds:,.0f} images/s" if seconds > 0 and images > 0 else ""
 
     def say(self, text: str) -> None:
-        """A line of its own; it stays."""
-        if self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._width = 0
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        """Prints a line of its own, which stays, above the one that is rewritten."""
+        if self._line is not None and self._stream.isatty():
+            self._line.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
 
     def end(self) -> None:
-        """Leaves the rewritten line as it is and begins a new one."""
-        if self._width:
-            self._stream.write("\n")
-            self._stream.flush()
-            self._width = 0
+        """Leaves the line as it is; what is said afterwards comes below."""
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
+
+class ImageProgress:
+    """`Progress` of a loop over images, on stderr; any thread may count."""
+
+    def __init__(self, total: int):
+        self._total = total
+        self._done = 0
+        self._progress = Progress(total, sys.stderr)
+        self._lock = threading.Lock()
+
+    def add(self, images: int) -> None:
+        """Counts images that are done."""
+        with self._lock:
+            self._done += images
+            text = f"{self._done:,} of {self._total:,} images"
+            self._progress.update(self._done, text, images)
+            if self._done >= self._total:
+                self._progress.end()
 
 
 def duration(seconds: float) -> str:
@@ -202,33 +262,3 @@ def duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-class CountDisplay:
-    """A line with images, images/s and the time left: on a terminal in place, else every 10 s."""
-
-    def __init__(self, total: int):
-        self.total, self.done, self.stopped = total, 0, False
-        self._began = self._shown = time.monotonic()
-        self._every = 0.2 if sys.stderr.isatty() else 10.0
-        self._lock = threading.Lock()
-
-    def add(self, n: int) -> None:
-        """Counts images; shows the line when it is due, and at the end."""
-        with self._lock:
-            self.done += n
-            now = time.monotonic()
-            if now - self._shown < self._every and self.done < self.total:
-                return
-            self._shown = now
-            rate = self.done / max(now - self._began, 1e-9)
-            left = (self.total - self.done) / rate
-            end = "\n" if self.done == self.total or not sys.stderr.isatty() else ""
-            start = "\r" if sys.stderr.isatty() else ""
-            print(
-                f"{start}{self.done:,} of {self.total:,} images, {rate:,.0f} images/s, "
-                f"{left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f} left",
-                end=end,
-                file=sys.stderr,
-                flush=True,
-            )

@@ -69,7 +69,7 @@ def test_fig1_numbers_and_pictures(tmp_path, capsys):
         other = {"hand-made": "MNIST", '"name": "mnist"': '"name": "mnist", "seed": 1'}[key]
         changed = file.read_text()
         file.write_text(changed.replace(key, other))
-        with pytest.raises(ConfigError, match="mnist_bn make no pair: they differ in"):
+        with pytest.raises(ConfigError, match="cannot be compared as a pair: they differ in"):
             fig1.draw_fig1(tmp_path, tmp_path / "out")
         file.write_text(changed)
 
