@@ -147,7 +147,7 @@ def write_set(files: list[bytes], folder: pathlib.Path, file_format: str) -> pat
 
 def open_set(folder: pathlib.Path, distortion: float) -> pipeline.Data:
     """The set as training sees it."""
-    view = pipeline.View(SIZE, crop=0.08, mirror=True, distortion=distortion)
+    view = distort.Augmentation(SIZE, crop=0.08, mirror=True, distortion=distortion)
     return pipeline.Data(tfds.source("imagenet2012", str(folder)), view, shuffle="within_shard")
 
 

@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 
 from bn_jax import step
 from bn_jax.activations import Taps
-from bn_jax.data import pipeline
 from bn_jax.distributed import preempt, watchdog
 from bn_jax.distributed.mesh import along_batch, put, put_batch, put_replicated, replicated, rows
 from bn_jax.distributed.watchdog import Watchdog
@@ -52,7 +51,7 @@ def run(
     config, taps = exp.config, Taps(exp)
     watch = watch or Watchdog()  # not entered, it does nothing
     info = build.describe(exp)
-    info["data"]["digest"] = pipeline.data_digest(exp.data)
+    info["data"]["digest"] = exp.data.digest()
     records = recorder.open_workdir(workdir, config.to_dict(), **info)
     keep = {"keep_last": config.keep_last, "keep_best": config.keep_best}
     with records, Checkpoints(workdir / "checkpoints", **keep) as checkpoints, watch.blaming():

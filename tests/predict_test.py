@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from bn_jax import predict
-from bn_jax.data import memory, pipeline
+from bn_jax.data import distort, memory, pipeline
 from bn_jax.errors import CheckpointError, ConfigError
 from bn_jax.evaluate import ensemble, members
 from bn_jax.experiment import build
@@ -128,7 +128,7 @@ def test_class_names_are_those_of_the_data(tmp_path):
         made = write_tfds(where, {"train": few, "test": few}, file_format="tfrecord")
         (made / "label.labels.txt").write_text(labels)
         assert tfds.source("little", str(where)).class_names == expected
-    data = pipeline.Data(memory.digits(), pipeline.View(28), shuffle="none")
+    data = pipeline.Data(memory.digits(), distort.Augmentation(28), shuffle="none")
     assert data.class_names == tuple("0123456789")
-    held = pipeline.Data(memory.digits(), pipeline.View(28), shuffle="none", holdout=0.5)
+    held = pipeline.Data(memory.digits(), distort.Augmentation(28), shuffle="none", holdout=0.5)
     assert held.class_names == data.class_names

@@ -1,21 +1,19 @@
-"""Training distortions: shifts, mirrors and colours (crops are in crops.py).
+"""Training distortions: mirrors, shifts and colours (crops are in crops.py).
 
-Every function is pure: what happens to an example follows from its row of uniform draws
-(order.uniforms), whose columns are named by `Draw`. Geometry after GoogLeNet (sec. 6), colours
-after Howard (2013, arXiv 1312.5402) and Krizhevsky et al. (2012, PCA lighting).
+What happens to an example follows from its row of uniform draws (order.uniforms) alone, whose
+columns are named by `Draw`. The geometry follows GoogLeNet (sec. 6), the colours follow Howard
+(2013, arXiv 1312.5402) and Krizhevsky et al. (2012, PCA lighting).
 """
 
 import enum
 import itertools
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-cv2.setNumThreads(0)  # the pipeline has its own threads, one a batch
-
-FACTOR = (
-    0.5  # at strength 1 brightness, contrast and saturation are multiplied by U[1 - 0.5, 1 + 0.5]
-)
+# At strength 1 brightness, contrast and saturation are multiplied by U[1 - 0.5, 1 + 0.5].
+FACTOR = 0.5
 LIGHTING = 0.1  # standard deviation of PCA lighting at strength 1 (Krizhevsky et al.)
 LUMA = np.array([0.299, 0.587, 0.114])  # grey of an RGB colour (BT.601)
 # Principal components of ImageNet's colours, of pixels in 0..1 (Krizhevsky et al.; numbers of
@@ -45,6 +43,53 @@ class Draw(enum.IntEnum):
 DRAWS = 15
 
 
+@dataclass(frozen=True)
+class Augmentation:
+    """What training does to an image, in the units of the config.
+
+    Attributes:
+      image_size: pixels of a side after cropping.
+      crop: the smallest area of a random crop as a share of the image (1: no random crop).
+      mirror: whether half of the images are mirrored.
+      shift: the largest shift in pixels.
+      distortion: the strength of the distortion of colours.
+    """
+
+    image_size: int
+    crop: float = 1.0
+    mirror: bool = False
+    shift: int = 0
+    distortion: float = 0.0
+
+
+def augment(
+    images_NHWC: np.ndarray,
+    draws: np.ndarray,
+    augmentation: Augmentation,
+    mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """All distortions but the crop, in their order. May change the images in place.
+
+    Args:
+      images_NHWC: uint8, cropped already.
+      draws: float64 [N, DRAWS].
+      augmentation: which distortions, and how strong.
+      mask: bool [N]; where it is False the image is empty and stays empty.
+    """
+    if augmentation.mirror:
+        images_NHWC = mirror(images_NHWC, draws)
+    if augmentation.shift:
+        images_NHWC = shift(images_NHWC, draws, augmentation.shift)
+    return photometric(images_NHWC, draws, augmentation.distortion, mask)
+
+
+def mirror(images_NHWC: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Mirrors, in place, the images whose draw is below one half."""
+    for row in np.flatnonzero(draws[:, Draw.MIRROR] < 0.5):
+        cv2.flip(images_NHWC[row], 1, dst=images_NHWC[row])
+    return images_NHWC
+
+
 def shift(images_NHWC: np.ndarray, draws: np.ndarray, most: int) -> np.ndarray:
     """Moves each image by up to `most` pixels each way, independently per axis; what enters is
     0."""
@@ -54,12 +99,6 @@ def shift(images_NHWC: np.ndarray, draws: np.ndarray, most: int) -> np.ndarray:
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
     moved = windows[np.arange(n), places[:, 0], places[:, 1]]  # [N, C, H, W]
     return np.ascontiguousarray(moved.transpose(0, 2, 3, 1))
-
-
-def mirror(images_NHWC: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Mirrors the images whose draw is below one half."""
-    chosen = draws[:, Draw.MIRROR, None, None, None] < 0.5
-    return np.where(chosen, images_NHWC[:, :, ::-1], images_NHWC)
 
 
 def color_maps(means_NC: np.ndarray, draws: np.ndarray, strength: float) -> np.ndarray:

@@ -4,13 +4,14 @@ import os
 import pathlib
 
 from bn_jax.data import sources
+from bn_jax.data.load import BadRecordError, Record
 from bn_jax.errors import ConfigError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TRAIN, EVALUATION = ("train",), ("val", "validation", "test")
 
 
-class Files:
+class Files(sources.Records):
     """A split: (path, label) of each picture, sorted by class and name."""
 
     def __init__(self, root: pathlib.Path, classes: list[str]):
@@ -23,22 +24,19 @@ class Files:
                 pictures = [f for f in files if f.lower().endswith(SUFFIXES)]
                 self.skipped += len(files) - len(pictures)
                 self.items += [(f"{name}/{f}", label) for f in pictures]
+        super().__init__(len(self.items), len(classes))
 
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> sources.Record:
+    def __getitem__(self, index: int) -> Record:
         name, label = self.items[index]
         try:
-            return sources.Record((self.root / name).read_bytes(), label, str(self.root / name))
+            return Record((self.root / name).read_bytes(), label, str(self.root / name))
         except OSError as e:
-            raise sources.BadRecordError(str(self.root / name), str(e)) from None
+            raise BadRecordError(str(self.root / name), str(e)) from None
 
 
-def source(directory: str) -> sources.Source:
-    """Opens a folder. Its classes are the folders of train/, in sorted order. Raises ConfigError if
-    a split is absent or empty, or val/ has a class that train/ has not."""
-    root = pathlib.Path(directory).expanduser()
+def open_splits(root: pathlib.Path) -> tuple[Files, Files, list[str]]:
+    """The training and the evaluation split, and the classes: the folders of train/, sorted. Raises
+    ConfigError if a split is absent or empty, or val/ has a class that train/ has not."""
     train, evaluation = (_split(root, names) for names in (TRAIN, EVALUATION))
     classes, others = _classes(train), _classes(evaluation)
     strange = sorted(set(others) - set(classes))
@@ -53,16 +51,23 @@ def source(directory: str) -> sources.Source:
             raise ConfigError(
                 f"no pictures in {split.root}: it needs CLASS/* of {', '.join(SUFFIXES)}"
             )
-    skipped = sum(s.skipped for s in splits)
+    return splits[0], splits[1], classes
+
+
+def source(directory: str) -> sources.Source:
+    """Opens a folder. Raises ConfigError as `open_splits` does."""
+    root = pathlib.Path(directory).expanduser()
+    train, evaluation, classes = open_splits(root)
+    skipped = train.skipped + evaluation.skipped
     return sources.Source(
-        train=splits[0],
-        evaluation=splits[1],
+        train=train,
+        evaluation=evaluation,
         num_classes=len(classes),
         channels=3,
         split="validation",
         class_names=tuple(classes),
         description=(
-            f"folder {root}: {len(splits[0]):,} training and {len(splits[1]):,} evaluation "
+            f"folder {root}: {len(train):,} training and {len(evaluation):,} evaluation "
             f"pictures of {len(classes)} classes"
             + (f", {skipped} other files skipped" if skipped else "")
         ),

@@ -1,29 +1,55 @@
-"""Encoded records -> rows of a batch: read, decode, crop, resize; and what happens to bad ones."""
+"""Encoded records to rows of a batch: read, decode, crop, resize; and what happens to bad ones."""
 
-import concurrent.futures
-import dataclasses
 import functools
-import os
 import threading
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
-import cv2
 import numpy as np
 from absl import logging
 
-from bn_jax.data import crops, decode, sources
+from bn_jax.data import crops, decode
 from bn_jax.data.distort import Draw
-from bn_jax.errors import ConfigError, DataError
+from bn_jax.errors import DataError
 
-BAD_SHARE, BAD_LEAST = 1e-3, 10  # of the training records may be bad: 0.1%, but 10 in a small set
-HELD_BYTES = 16 * 2**30  # of decoded training images that are kept in memory
 T = TypeVar("T")
-GEOMETRY = (Draw.AREA, Draw.ASPECT, Draw.TOP, Draw.LEFT)
+
+# How many of the training records may be bad: 0.1% of them, but 10 in a small set.
+BAD_SHARE = 1e-3
+BAD_LEAST = 10
+
+GEOMETRY = (Draw.AREA, Draw.ASPECT, Draw.TOP, Draw.LEFT)  # the draws of a random crop
+
+
+class Record(NamedTuple):
+    """One encoded example; `name` is what an error message calls it."""
+
+    data: bytes
+    label: int
+    name: str
+
+
+class BadRecordError(Exception):
+    """A record that cannot be read: its name and the reason."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+
+class Readable(Protocol):
+    """Records that are read by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record:
+        """Raises BadRecordError."""
+        ...
 
 
 class BadRecords:
-    """The bad training records met so far; too many end the run. Threads share it."""
+    """The bad training records met so far; too many of them end the run. Threads share it."""
 
     def __init__(self, total: int):
         self.limit = max(BAD_LEAST, int(BAD_SHARE * total))
@@ -31,7 +57,7 @@ class BadRecords:
         self._lock = threading.Lock()
 
     def add(self, name: str, reason: str) -> None:
-        """Logs a record the first time. Raises DataError beyond the limit."""
+        """Logs a record when it is met for the first time. Raises DataError beyond the limit."""
         with self._lock:
             if name in self.names:
                 return
@@ -45,18 +71,27 @@ class BadRecords:
             )
 
 
+def checked_label(record: Record, num_classes: int) -> int:
+    """The label. Raises DataError if it is out of range: then the set's metadata are wrong."""
+    if not 0 <= record.label < num_classes:
+        raise DataError(
+            f"{record.name} has label {record.label}, the set has {num_classes} classes: its "
+            "labels or metadata are wrong, prepare it again"
+        )
+    return record.label
+
+
 def train_rows(
-    records: sources.Records,
+    records: Readable,
     indices: Iterable[int],
     draws: np.ndarray,
     *,
     size: int,
     min_area: float,
-    mirror: bool,
     num_classes: int,
     bad: BadRecords,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(images uint8 [n, S, S, 3], labels int32 [n], mask bool [n]) with random crops and mirrors.
+    """(images uint8 [n, S, S, 3], labels int32 [n], mask bool [n]) with random crops.
 
     min_area 1 stands for no random crop: the centre crop of evaluation. A record that cannot be
     read or decoded leaves a masked row of zeros, so that no other row moves. Raises DataError for a
@@ -66,37 +101,41 @@ def train_rows(
     for row, index in enumerate(indices):
         try:
             record = records[int(index)]
-            label = sources.checked_label(record, num_classes)
-            _crop(record.data, images[row], draws[row], min_area)
-        except sources.BadRecordError as e:
+            label = checked_label(record, num_classes)
+            _train_crop(record.data, images[row], draws[row], min_area)
+        except BadRecordError as e:
             bad.add(e.name, e.reason)
         except decode.BadImageError as e:
             bad.add(record.name, str(e))
         else:
-            labels[row], mask[row] = label, True
-            if mirror and draws[row, Draw.MIRROR] < 0.5:
-                cv2.flip(images[row], 1, dst=images[row])
+            labels[row] = label
+            mask[row] = True
     return images, labels, mask
 
 
-def _crop(data: bytes, out: np.ndarray, draws: np.ndarray, min_area: float) -> None:
+def _train_crop(data: bytes, out: np.ndarray, draws: np.ndarray, min_area: float) -> None:
+    """Writes a random crop of an encoded image into `out` [S, S, 3]. Raises BadImageError."""
     found = decode.frame(data)
     if min_area < 1:
         area, aspect, top, left = (float(draws[d]) for d in GEOMETRY)
         box = crops.random_box(found.height, found.width, (area, aspect, top, left), min_area)
     else:
         box = crops.center_box(found.height, found.width)
+
     reduce = decode.reduction(box, len(out))
+    # The fast inverse DCT is good enough here: its errors are far below those of any distortion.
     image = decode.pixels(data, found, reduce=reduce, exact=False)
     decode.resized_crop(image, box, reduce, out)
 
 
 def evaluation_rows(
-    records: sources.Records, indices: Iterable[int], *, size: int, num_classes: int
+    records: Readable, indices: Iterable[int], *, size: int, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As train_rows, with the centre crop. Raises DataError, with the record's name, for every bad
-    one: an evaluation that leaves examples out is not exact. Indices past the end leave masked
-    rows."""
+    """As train_rows, with the centre crop. Indices past the end leave masked rows.
+
+    Raises DataError, with the record's name, for every bad one: an evaluation that leaves examples
+    out is not exact.
+    """
     places = list(indices)
     images, labels, mask = _empty(len(places), size)
     for row, index in enumerate(places):
@@ -108,15 +147,15 @@ def evaluation_rows(
 
 
 def evaluation_example(
-    records: sources.Records, index: int, num_classes: int, look: Callable[[bytes], T]
+    records: Readable, index: int, num_classes: int, look: Callable[[bytes], T]
 ) -> tuple[T, int]:
     """What `look` makes of the encoded image of one record, and its label. Raises DataError, with
     the record's name, if it is bad."""
     try:
         record = records[int(index)]
-    except sources.BadRecordError as e:
+    except BadRecordError as e:
         raise DataError(f"{e.name}: {e.reason}; evaluation leaves nothing out") from None
-    label = sources.checked_label(record, num_classes)
+    label = checked_label(record, num_classes)
     try:
         return look(record.data), label
     except decode.BadImageError as e:
@@ -131,30 +170,20 @@ def center_crop(data: bytes, out: np.ndarray) -> None:
     decode.resized_crop(decode.pixels(data, found, reduce=reduce), box, reduce, out)
 
 
-def held_in_memory(source: sources.Source, size: int) -> sources.Source:
-    """The set with its training split decoded once, as centre crops of `size` pixels.
+def lazily(data: bytes) -> tuple[int, int, Callable[[int], np.ndarray]]:
+    """Height and width of an encoded image, and a function that decodes it reduced by 1, 2, 4 or 8.
 
-    A split that is in memory already stays as it is, and evaluation still reads records. Raises
-    ConfigError for more than HELD_BYTES, DataError for a record that cannot be read.
+    Every reduction is decoded once. This and the function raise BadImageError.
     """
-    train = source.train
-    if isinstance(train, sources.Arrays):
-        return source
+    found = decode.frame(data)
 
-    need = len(train) * size * size * 3
-    if need > HELD_BYTES:
-        raise ConfigError(
-            f"steps_per_dispatch above 1 keeps the training images in memory: {need / 2**30:.1f} "
-            f"GiB, the limit is {HELD_BYTES / 2**30:.0f}; set steps_per_dispatch=1"
-        )
+    @functools.cache
+    def decoded(reduce: int) -> np.ndarray:
+        return decode.pixels(data, found, reduce=reduce)
 
-    threads = os.cpu_count() or 1
-    read = functools.partial(evaluation_rows, train, size=size, num_classes=source.num_classes)
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(read, np.array_split(np.arange(len(train)), 8 * threads)))
-    images, labels, _ = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return dataclasses.replace(source, train=sources.Arrays(images, labels))
+    return found.height, found.width, decoded
 
 
 def _empty(n: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images, labels and mask of n rows that hold no example yet."""
     return np.zeros((n, size, size, 3), np.uint8), np.zeros(n, np.int32), np.zeros(n, bool)

@@ -6,11 +6,13 @@ import pathlib
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 
 from bn_jax.data import order
-from bn_jax.data.sources import Arrays, Source
+from bn_jax.data.distort import Augmentation
+from bn_jax.data.sources import Arrays, Batch, Source
 from bn_jax.errors import ConfigError, DataError
 
 IMAGENET_TRAIN = 1_281_167  # the synthetic set's training images, too
@@ -101,7 +103,9 @@ def synthetic(image_size: int) -> Source:
 
 class Random(Arrays):
     """A split of `n` random examples drawn from a small pool, so that it costs no memory and no
-    time."""
+    time. It stands for a set whose records can be bad: its batches have a mask."""
+
+    masked = True
 
     def __init__(self, n: int, size: int, channels: int, classes: int):
         pool = order.hashes(order.key(3), -(-_POOL * size * size * channels // 8)).view(np.uint8)
@@ -113,11 +117,24 @@ class Random(Arrays):
         """Copies of these examples, each one of the pool."""
         return self.images[indices % _POOL], self.labels[indices]
 
-    def materialize(self) -> tuple[np.ndarray, np.ndarray]:
+    def rows(
+        self, indices: np.ndarray, augmentation: Augmentation, draws: np.ndarray | None = None
+    ) -> Batch:
+        """The rows of a batch, undistorted: random pixels stay random pixels."""
+        return self._evaluation_rows(indices)
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """All images and labels, if they are as small as MNIST's. Raises ConfigError otherwise."""
         if self.images[0].size > 32 * 32:
             raise ConfigError("synthetic images of this size are not kept in memory")
         return self.take(np.arange(len(self)))
+
+    def content(self) -> Iterator[bytes | memoryview]:
+        """The shape of the pool: its content follows from a fixed seed."""
+        yield repr(self.images.shape).encode()
+
+    def check(self, shape: tuple[int, ...], augmentation: Augmentation) -> None:
+        """Accepts everything: images are made in the size that is asked for."""
 
 
 IDX_FILES = {

@@ -1,76 +1,109 @@
-"""Where examples come from: what the sets of memory.py, tfds.py and folder.py have in common."""
+"""What all data sets have in common: two splits, whose examples are read by index.
 
+A split is either held in memory (`Arrays`) or consists of encoded images (`Records`). Both answer
+the same questions, so that no reader has to ask which of the two a split is.
+"""
+
+import abc
+import concurrent.futures
+import functools
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TypeVar
 
 import numpy as np
 
-from bn_jax.data import order
-from bn_jax.errors import DataError
+from bn_jax.data import distort, load, order
+from bn_jax.data.distort import Augmentation
+from bn_jax.data.load import BadRecordError, BadRecords, Record
+from bn_jax.errors import ConfigError
+
+T = TypeVar("T")
+
+# Rows of a batch: image uint8 [n, H, W, C] in 0..255, label int32 [n] and, unless the split is in
+# memory and the batch is for training, mask bool [n] (False: the row holds no example).
+Batch = dict[str, np.ndarray]
+
+# Height and width of an image, and a function that decodes it at 1/1, 1/2, 1/4 or 1/8 of its size.
+Look = Callable[[int, int, Callable[[int], np.ndarray]], T]
+
+HELD_BYTES = 16 * 2**30  # of decoded training images that are kept in memory
+SAMPLES = 32  # records of each split that a digest reads, where a set is not held in memory
 
 
-@dataclass(frozen=True)
-class Arrays:
-    """A split in memory: images uint8 [N, H, W, C], labels int32 [N]."""
+class Split(abc.ABC):
+    """The examples of one split of a data set, read by index from any thread.
 
-    images: np.ndarray
-    labels: np.ndarray
+    Attributes:
+      in_memory: reading takes so little time that one thread is enough.
+      masked: training batches have a mask, because records can be bad.
+    """
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    in_memory = False
+    masked = True
 
-    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Copies of these examples: images [n, H, W, C], labels [n]."""
-        return self.images[indices], self.labels[indices]
-
-    def materialize(self) -> tuple[np.ndarray, np.ndarray]:
-        """All images and labels."""
-        return self.images, self.labels
-
-
-class Record(NamedTuple):
-    """One encoded example; `name` is what an error message calls it."""
-
-    data: bytes
-    label: int
-    name: str
-
-
-class BadRecordError(Exception):
-    """A record that cannot be read: its name and the reason."""
-
-    def __init__(self, name: str, reason: str):
-        super().__init__(f"{name}: {reason}")
-        self.name, self.reason = name, reason
-
-
-def checked_label(record: Record, num_classes: int) -> int:
-    """The label. Raises DataError if it is out of range: then the set's metadata are wrong."""
-    if not 0 <= record.label < num_classes:
-        raise DataError(
-            f"{record.name} has label {record.label}, the set has {num_classes} classes: its "
-            "labels or metadata are wrong, prepare it again"
-        )
-    return record.label
-
-
-class Records(Protocol):
-    """A split of encoded images, read by index from any thread."""
-
+    @abc.abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Record:
-        """Raises BadRecordError."""
-        ...
+    @abc.abstractmethod
+    def rows(
+        self, indices: np.ndarray, augmentation: Augmentation, draws: np.ndarray | None = None
+    ) -> Batch:
+        """The rows of a batch that hold these examples.
+
+        Args:
+          indices: int [n]; those past the end of the split leave masked rows.
+          augmentation: what training does to an image; evaluation uses its image_size only.
+          draws: float64 [n, distort.DRAWS] for training, None for evaluation.
+
+        Raises:
+          DataError: a label is out of range, an example of an evaluation is bad, or too many
+            examples of training are.
+        """
+
+    @abc.abstractmethod
+    def example(self, index: int, look: Look[T]) -> tuple[T, int]:
+        """What `look` makes of one image, and the label. Raises DataError if the example is bad."""
+
+    @abc.abstractmethod
+    def subset(self, indices: np.ndarray) -> "Split":
+        """The split that has only these examples."""
+
+    @abc.abstractmethod
+    def decoded(self, size: int) -> "Split":
+        """The split in memory, as centre crops of `size` pixels if it was not there before.
+
+        Raises ConfigError for more than HELD_BYTES, DataError for a record that cannot be read.
+        """
+
+    @abc.abstractmethod
+    def content(self) -> Iterator[bytes | memoryview]:
+        """The bytes by which the split is known again: all of one in memory, else a sample."""
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8 [N, H, W, C] and labels int32 [N]. Raises ConfigError if they are not held
+        in memory."""
+        raise ConfigError("this set is not held in memory")
+
+    @abc.abstractmethod
+    def check(self, shape: tuple[int, ...], augmentation: Augmentation) -> None:
+        """Raises ConfigError if images of this shape (H, W, C), or this augmentation, cannot be had
+        from the split."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Both splits of a data set. `shards`: the files the training split is stored in. `split`:
-    what the evaluated examples are called. `class_names`: empty where a class is its number."""
+    """Both splits of a data set.
 
-    train: Arrays | Records
-    evaluation: Arrays | Records
+    Attributes:
+      shards: the number of files that the training split is stored in.
+      split: what the evaluated examples are called.
+      class_names: empty where a class is called by its number.
+    """
+
+    train: Split
+    evaluation: Split
     num_classes: int
     channels: int
     description: str
@@ -80,19 +113,169 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some records of a split."""
+class Arrays(Split):
+    """A split in memory: images uint8 [N, H, W, C], labels int32 [N]."""
 
-    records: Records
-    indices: np.ndarray
+    images: np.ndarray
+    labels: np.ndarray
+
+    in_memory = True
+    masked = False
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Copies of these examples: images [n, H, W, C], labels [n]."""
+        return self.images[indices], self.labels[indices]
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """All images and labels."""
+        return self.images, self.labels
+
+    def rows(
+        self, indices: np.ndarray, augmentation: Augmentation, draws: np.ndarray | None = None
+    ) -> Batch:
+        """The rows of a batch; see Split."""
+        if draws is None:
+            return self._evaluation_rows(indices)
+        images, labels = self.take(indices)
+        return {"image": distort.augment(images, draws, augmentation), "label": labels}
+
+    def _evaluation_rows(self, indices: np.ndarray) -> Batch:
+        mask = indices < len(self)
+        images, labels = self.take(np.where(mask, indices, 0))
+        images[~mask] = 0
+        labels[~mask] = 0
+        return {"image": images, "label": labels, "mask": mask}
+
+    def example(self, index: int, look: Look[T]) -> tuple[T, int]:
+        """What `look` makes of one image, and the label."""
+        (image,), (label,) = self.take(np.array([index]))
+        # Images in memory have the network's own size, which no crop is larger than: they are never
+        # reduced.
+        return look(image.shape[0], image.shape[1], lambda reduce: image), int(label)
+
+    def subset(self, indices: np.ndarray) -> "Arrays":
+        """Copies of these examples."""
+        return Arrays(*self.take(indices))
+
+    def decoded(self, size: int) -> "Arrays":
+        """The split as it is."""
+        return self
+
+    def content(self) -> Iterator[bytes | memoryview]:
+        """All images and labels."""
+        for array in self.arrays():
+            yield np.ascontiguousarray(array).data
+
+    def check(self, shape: tuple[int, ...], augmentation: Augmentation) -> None:
+        """Raises ConfigError for another image size and for random crops."""
+        stored = self.images.shape[1:]
+        if stored != shape:
+            raise ConfigError(
+                f"image_size={augmentation.image_size}, but this set's images are {stored[0]} "
+                f"pixels: set image_size={stored[0]}"
+            )
+        if augmentation.crop < 1:
+            raise ConfigError(
+                f"data.crop={augmentation.crop}, but this set's small images are not cropped: set "
+                "data.crop=1"
+            )
+
+
+class Records(Split):
+    """A split of encoded images. A subclass says how one is read: `__getitem__`, which raises
+    BadRecordError for an image that cannot be read.
+
+    Attributes:
+      num_classes: labels are 0 to num_classes - 1.
+      bad: the bad records that training has met so far.
+    """
+
+    def __init__(self, length: int, num_classes: int):
+        self.num_classes = num_classes
+        self.bad = BadRecords(length)
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int, /) -> Record: ...
+
+    def rows(
+        self, indices: np.ndarray, augmentation: Augmentation, draws: np.ndarray | None = None
+    ) -> Batch:
+        """The rows of a batch; see Split."""
+        size = augmentation.image_size
+        if draws is None:
+            images, labels, mask = load.evaluation_rows(
+                self, indices, size=size, num_classes=self.num_classes
+            )
+        else:
+            images, labels, mask = load.train_rows(
+                self,
+                indices,
+                draws,
+                size=size,
+                min_area=augmentation.crop,
+                num_classes=self.num_classes,
+                bad=self.bad,
+            )
+            images = distort.augment(images, draws, augmentation, mask)
+        return {"image": images, "label": labels, "mask": mask}
+
+    def example(self, index: int, look: Look[T]) -> tuple[T, int]:
+        """What `look` makes of one image, and the label."""
+        return load.evaluation_example(
+            self, index, self.num_classes, lambda data: look(*load.lazily(data))
+        )
+
+    def subset(self, indices: np.ndarray) -> "Records":
+        """These records, which are still read from where they are."""
+        return Part(self, indices)
+
+    def decoded(self, size: int) -> Arrays:
+        """All examples as evaluation sees them, decoded by threads."""
+        need = len(self) * size * size * 3
+        if need > HELD_BYTES:
+            raise ConfigError(
+                f"steps_per_dispatch above 1 keeps the training images in memory: "
+                f"{need / 2**30:.1f} GiB, the limit is {HELD_BYTES / 2**30:.0f}; set "
+                "steps_per_dispatch=1"
+            )
+
+        threads = os.cpu_count() or 1
+        read = functools.partial(
+            load.evaluation_rows, self, size=size, num_classes=self.num_classes
+        )
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            parts = list(pool.map(read, np.array_split(np.arange(len(self)), 8 * threads)))
+        images, labels, _ = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return Arrays(images, labels)
+
+    def content(self) -> Iterator[bytes | memoryview]:
+        """`SAMPLES` records with their labels, evenly spread."""
+        for index in np.linspace(0, len(self) - 1, SAMPLES, dtype=np.int64):
+            try:
+                record = self[int(index)]
+            except BadRecordError:
+                yield b"bad"  # training masks it, too
+            else:
+                yield str(record.label).encode() + record.data
+
+    def check(self, shape: tuple[int, ...], augmentation: Augmentation) -> None:
+        """Accepts everything: encoded images are cropped and resized."""
+
+
+class Part(Records):
+    """Some records of a split."""
+
+    def __init__(self, records: Records, indices: np.ndarray):
+        super().__init__(len(indices), records.num_classes)
+        self._records = records
+        self._indices = indices
 
     def __getitem__(self, index: int) -> Record:
-        return self.records[int(self.indices[index])]
-
-
-def subset(split: Arrays | Records, indices: np.ndarray) -> Arrays | Records:
-    """The examples of a split at these indices."""
-    return Arrays(*split.take(indices)) if isinstance(split, Arrays) else Part(split, indices)
+        return self._records[int(self._indices[index])]

@@ -27,6 +27,7 @@ import numpy as np
 from absl import logging
 
 from bn_jax.data import decode, order, sources
+from bn_jax.data.load import BadRecordError, Record, checked_label
 from bn_jax.errors import ConfigError, DataError
 
 try:
@@ -362,7 +363,7 @@ class Metadata:
     splits: dict[str, list[tuple[pathlib.Path, int]]]
 
 
-class Shards:
+class Shards(sources.Records):
     """The records of a split, by index over all its shards."""
 
     def __init__(self, meta: Metadata, split: str):
@@ -372,6 +373,7 @@ class Shards:
             if not path.is_file():
                 raise DataError(f"shard {path} is missing: fetch or prepare it again")
         self.starts = [0, *itertools.accumulate(length for _, length in self.files)]
+        super().__init__(self.starts[-1], meta.num_classes)
         self._open()
 
     def _open(self) -> None:
@@ -380,49 +382,44 @@ class Shards:
     def _read(self, shard: int, place: int) -> bytes:
         raise NotImplementedError
 
-    def __len__(self) -> int:
-        return self.starts[-1]
-
     def where(self, index: int) -> tuple[int, int]:
         """(shard, place in it) of a record."""
         shard = bisect.bisect_right(self.starts, index) - 1
         return shard, index - self.starts[shard]
 
     def raw(self, index: int) -> bytes:
-        """The serialized Example. Raises sources.BadRecordError if it is damaged."""
+        """The serialized Example. Raises BadRecordError if it is damaged."""
         shard, place = self.where(index)
         try:
             return self._read(shard, place)
         except (ValueError, RuntimeError, OSError) as e:
-            raise sources.BadRecordError(self.name(index), " ".join(str(e).split())) from None
+            raise BadRecordError(self.name(index), " ".join(str(e).split())) from None
 
     def name(self, index: int) -> str:
         """What messages call a record."""
         shard, place = self.where(index)
         return f"record {place} of shard {self.files[shard][0].name}"
 
-    def __getitem__(self, index: int) -> sources.Record:
+    def __getitem__(self, index: int) -> Record:
         return self._record(index, self.raw(index))
 
-    def __iter__(self) -> Iterator[sources.Record]:
+    def __iter__(self) -> Iterator[Record]:
         """All records in their order, cheaper than one by one. Raises BadRecordError."""
         for index in range(len(self)):
             yield self[index]
 
-    def _record(self, index: int, data: bytes) -> sources.Record:
+    def _record(self, index: int, data: bytes) -> Record:
         try:
             features = parse(data)
             (image,), (label,) = features[self.meta.image], features[self.meta.label]
             if not isinstance(image, bytes) or not isinstance(label, int):
                 raise ValueError("image or label has the wrong type")
         except (ValueError, KeyError) as e:
-            raise sources.BadRecordError(
-                self.name(index), f"not an image with a label: {e}"
-            ) from None
+            raise BadRecordError(self.name(index), f"not an image with a label: {e}") from None
         file_name = features.get("file_name", [b""])[0]
         name = file_name.decode(errors="replace") if isinstance(file_name, bytes) else ""
         name = f"{name} ({self.name(index)})" if name else self.name(index)
-        return sources.Record(image, label, name)
+        return Record(image, label, name)
 
     def _check_lengths(self, counts: list[int]) -> None:
         for (path, length), count in zip(self.files, counts, strict=True):
@@ -476,7 +473,7 @@ class ArrayRecordShards(Shards):
     def _read(self, shard: int, place: int) -> bytes:
         return self._readers[shard].read([place])[0]
 
-    def __iter__(self) -> Iterator[sources.Record]:
+    def __iter__(self) -> Iterator[Record]:
         """All records in their order: calls for many records are cheaper than calls for one."""
         for shard, (_, length) in enumerate(self.files):
             for start in range(0, length, _AT_ONCE):
@@ -638,7 +635,7 @@ def _in_memory(records: Shards) -> sources.Arrays:
             images.append(decode.pixels(record.data, decode.frame(record.data))[..., :1])
         except decode.BadImageError as e:
             raise DataError(f"{record.name}: {e}") from None
-        labels.append(sources.checked_label(record, records.meta.num_classes))
+        labels.append(checked_label(record, records.meta.num_classes))
     return sources.Arrays(np.stack(images), np.array(labels, np.int32))
 
 

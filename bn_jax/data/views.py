@@ -1,17 +1,17 @@
 """The evaluation split as rows of views: every example under one, 10 or 144 crops.
 
-Where the crops lie is said in crops.py. Views that coincide are computed once and weighted.
+crops.py says where the crops lie. Views that coincide are computed once and weighted.
 """
 
-import os
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from bn_jax.data import crops, decode, load, sources
-from bn_jax.data.pipeline import PREFETCH_BYTES, Batches, Data
+from bn_jax.data import crops, decode, load
+from bn_jax.data.pipeline import Batches, Data
 from bn_jax.errors import ConfigError
 
 CROPS = (1, 10, 144)
@@ -70,28 +70,34 @@ def of_file(data: bytes, number: int, size: int, mirror: bool) -> tuple[np.ndarr
         image = np.empty((1, size, size, 3), np.uint8)
         load.center_crop(data, image[0])
         return image, np.ones(1, np.float32)
-    frame = decode.frame(data)
-    cache: dict[int, np.ndarray] = {}
-
-    def decoded(reduce: int) -> np.ndarray:
-        if reduce not in cache:
-            cache[reduce] = decode.pixels(data, frame, reduce=reduce)
-        return cache[reduce]
-
-    looks = crops.views(frame.height, frame.width, number, size, mirror)
-    return render(decoded, looks, size, 3), np.array(list(looks.values()), np.float32)
+    height, width, decoded = load.lazily(data)
+    return _rendered(height, width, decoded, channels=3, number=number, size=size, mirror=mirror)
 
 
 def of_array(image: np.ndarray, number: int, mirror: bool) -> tuple[np.ndarray, np.ndarray]:
     """Views of an image [S, S, C] of the network's own size; one crop is the image itself."""
-    size, _, channels = image.shape
     if number == 1:
         return image[None], np.ones(1, np.float32)
-    looks = crops.views(size, size, number, size, mirror)
-    return (
-        render(lambda reduce: image, looks, size, channels),
-        np.array(list(looks.values()), np.float32),
+    size, _, channels = image.shape
+    return _rendered(
+        size, size, lambda reduce: image, channels=channels, number=number, size=size, mirror=mirror
     )
+
+
+def _rendered(
+    height: int,
+    width: int,
+    decoded: Callable[[int], np.ndarray],
+    *,
+    channels: int,
+    number: int,
+    size: int,
+    mirror: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels and the weights of all views of an image."""
+    looks = crops.views(height, width, number, size, mirror)
+    weights = np.array(list(looks.values()), np.float32)
+    return render(decoded, looks, size, channels), weights
 
 
 def batches(data: Data, number: int, size: int) -> Iterator[Rows]:
@@ -103,15 +109,11 @@ def batches(data: Data, number: int, size: int) -> Iterator[Rows]:
     if number == 1:
         yield from _single(data, size)
         return
-    image_bytes = number * int(np.prod(data.image_shape))
-    ahead = max(2, min(64, PREFETCH_BYTES // image_bytes))
-    in_memory = isinstance(data.held, sources.Arrays)
-    threads = 1 if in_memory else min(os.cpu_count() or 1, ahead)
     examples = Batches(
         range(data.num_eval),
         lambda index: _example(data, index, number),
-        threads=threads,
-        ahead=ahead,
+        size=number * int(np.prod(data.image_shape)),
+        one_thread=data.held.in_memory,
     )
     yield from in_batches(examples, size)
 
@@ -143,14 +145,15 @@ def _single(data: Data, size: int) -> Iterator[Rows]:
 
 
 def _example(data: Data, index: int, number: int) -> dict[str, np.ndarray]:
-    size, mirror = data.view.image_size, data.view.mirror
-    if isinstance(data.held, sources.Arrays):
-        (image,), (label,) = data.held.take(np.array([index]))
-        images, weights = of_array(image, number, mirror)
-    else:
-        (images, weights), label = load.evaluation_example(
-            data.held, index, data.num_classes, lambda b: of_file(b, number, size, mirror)
-        )
+    """The views of one example of the evaluation split."""
+    look = functools.partial(
+        _rendered,
+        channels=data.image_shape[2],
+        number=number,
+        size=data.augmentation.image_size,
+        mirror=data.augmentation.mirror,
+    )
+    (images, weights), label = data.held.example(index, look)
     return {"image": images, "weight": weights, "label": np.asarray(label, np.int32)}
 
 

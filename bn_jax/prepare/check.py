@@ -11,7 +11,8 @@ from itertools import islice
 
 import numpy as np
 
-from bn_jax.data import decode, folder, sources, tfds
+from bn_jax.data import decode, folder, tfds
+from bn_jax.data.load import BadRecordError, Readable, Record, checked_label
 from bn_jax.errors import ConfigError, DataError
 from bn_jax.prepare import imagenet
 
@@ -60,7 +61,7 @@ def check(directory: pathlib.Path, name: str, *, threads: int) -> None:
 
 def _splits(
     directory: pathlib.Path, name: str
-) -> Iterator[tuple[str, sources.Records, int, int | None, list[str]]]:
+) -> Iterator[tuple[str, Readable, int, int | None, list[str]]]:
     """(split, readable records, classes, expected count, what is wrong with shards)."""
     found = tfds.find(name, str(directory))
     if found is None:
@@ -69,10 +70,9 @@ def _splits(
                 f"{directory} holds neither the TFDS set {name!r} (--name) nor pictures in "
                 "train/CLASS/*"
             )
-        source = folder.source(str(directory))
-        for split, records in (("train", source.train), ("evaluation", source.evaluation)):
-            assert not isinstance(records, sources.Arrays)
-            yield split, records, source.num_classes, None, []
+        train, evaluation, classes = folder.open_splits(directory)
+        yield "train", train, len(classes), None, []
+        yield "evaluation", evaluation, len(classes), None, []
         return
     meta = tfds.metadata(found)
     for split, files in meta.splits.items():
@@ -98,12 +98,12 @@ class Joined:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getitem__(self, index: int) -> sources.Record:
+    def __getitem__(self, index: int) -> Record:
         part = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.parts[part][index - int(self.starts[part])]
 
 
-def _examine(records: sources.Records, classes: int, threads: int) -> Report:
+def _examine(records: Readable, classes: int, threads: int) -> Report:
     """Reads and decodes all records, a bounded number at a time."""
     report = Report()
     ranges = iter(range(k, min(k + _CHUNK, len(records))) for k in range(0, len(records), _CHUNK))
@@ -118,10 +118,10 @@ def _examine(records: sources.Records, classes: int, threads: int) -> Report:
     return report
 
 
-Result = tuple[str, str, sources.Record | None, decode.Frame | None, bytes]
+Result = tuple[str, str, Record | None, decode.Frame | None, bytes]
 
 
-def _some(records: sources.Records, indices: range, classes: int) -> list[Result]:
+def _some(records: Readable, indices: range, classes: int) -> list[Result]:
     """(name, problem or "", record without data, header, digest) of some records."""
     results: list[Result] = []
     for index in indices:
@@ -129,10 +129,10 @@ def _some(records: sources.Records, indices: range, classes: int) -> list[Result
         try:
             record = records[index]
             digest = hashlib.blake2b(record.data, digest_size=16).digest()
-            sources.checked_label(record, classes)
+            checked_label(record, classes)
             found = decode.frame(record.data)
             decode.pixels(record.data, found)
-        except sources.BadRecordError as e:
+        except BadRecordError as e:
             results.append((e.name, e.reason, None, None, b""))
             continue
         except (DataError, decode.BadImageError) as e:
@@ -146,7 +146,7 @@ def _add(
     report: Report,
     name: str,
     problem: str,
-    record: sources.Record | None,
+    record: Record | None,
     found: decode.Frame | None,
     digest: bytes,
 ) -> None:

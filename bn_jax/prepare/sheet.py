@@ -5,7 +5,7 @@ import pathlib
 import cv2
 import numpy as np
 
-from bn_jax.data import decode, distort, load, memory, order, sources
+from bn_jax.data import decode, distort, load, memory, order
 from bn_jax.errors import ConfigError
 
 COLUMNS, GAP = 8, 4  # pictures a row; pixels between them
@@ -38,31 +38,31 @@ def _draws(seed: int) -> np.ndarray:
 
 def _picture(path: pathlib.Path, strength: float, size: int, seed: int) -> np.ndarray:
     try:
-        record = sources.Record(path.read_bytes(), 0, str(path))
+        record = load.Record(path.read_bytes(), 0, str(path))
         found = decode.frame(record.data)
         original = decode.pixels(record.data, found)
     except (OSError, decode.BadImageError) as e:
         raise ConfigError(f"{path} is no picture: {e}") from None
-    rows = load.train_rows(
+    images, _, _ = load.train_rows(
         [record],
         [0] * (COLUMNS - 1),
         _draws(seed),
         size=size,
         min_area=0.08,
-        mirror=True,
         num_classes=1,
         bad=load.BadRecords(1),
     )
-    distorted = distort.photometric(rows[0], _draws(seed), strength)
+    augmentation = distort.Augmentation(size, mirror=True, distortion=strength)
+    distorted = distort.augment(images, _draws(seed), augmentation)
     return np.concatenate([_resize(original, size)[None], distorted])
 
 
 def _digits(strength: float, seed: int) -> np.ndarray:
-    train = memory.digits().train
-    assert isinstance(train, sources.Arrays)
-    digit = train.images[:1]
-    moved = distort.shift(np.repeat(digit, COLUMNS - 1, axis=0), _draws(seed), 2)
-    distorted = distort.photometric(moved, _draws(seed), strength)
+    images, _ = memory.digits().train.arrays()
+    digit = images[:1]
+    augmentation = distort.Augmentation(len(digit[0]), shift=2, distortion=strength)
+    repeated = np.repeat(digit, COLUMNS - 1, axis=0)
+    distorted = distort.augment(repeated, _draws(seed), augmentation)
     return np.repeat(np.concatenate([digit, distorted]), 3, axis=-1)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bn_jax.data import decode, load, order, sources
+from bn_jax.data import decode, load, order
 from bn_jax.data.distort import DRAWS
 from bn_jax.errors import DataError
 from tests.support import small_sets
@@ -103,18 +103,18 @@ def test_training_masks_and_evaluation_stops(what, data, expected):
     """A bad training image leaves a masked row of zeros in its place and moves no other example; in
     evaluation it ends the run, by name."""
     records = [
-        sources.Record(JPEG, 1, "a"),
-        sources.Record(data, 2, "b"),
-        sources.Record(JPEG, 0, "c"),
+        load.Record(JPEG, 1, "a"),
+        load.Record(data, 2, "b"),
+        load.Record(JPEG, 0, "c"),
     ]
     draws = order.uniforms(0, 0, slice(0, 3), DRAWS)
     options = {"size": SIZE, "num_classes": 3}
     bad = load.BadRecords(10)
     images, labels, mask = load.train_rows(
-        records, range(3), draws, min_area=0.5, mirror=True, bad=bad, **options
+        records, range(3), draws, min_area=0.5, bad=bad, **options
     )
     good, _, _ = load.train_rows(
-        [records[0]] * 3, range(3), draws, min_area=0.5, mirror=True, bad=bad, **options
+        [records[0]] * 3, range(3), draws, min_area=0.5, bad=bad, **options
     )
     assert np.array_equal(images[[0, 2]], good[[0, 2]])
     if expected is not None:
@@ -136,7 +136,7 @@ def test_cmyk_agrees_with_pillow():
 
 def test_labels_out_of_range_end_the_run():
     for label in (-1, 3):
-        records = [sources.Record(JPEG, label, "shard 5")]
+        records = [load.Record(JPEG, label, "shard 5")]
         with pytest.raises(DataError, match=r"shard 5 has label -?\d, the set has 3 classes"):
             load.evaluation_rows(records, [0], size=SIZE, num_classes=3)
         with pytest.raises(DataError, match="3 classes"):
@@ -147,7 +147,6 @@ def test_labels_out_of_range_end_the_run():
                 size=SIZE,
                 num_classes=3,
                 min_area=1,
-                mirror=False,
                 bad=load.BadRecords(1),
             )
 

@@ -97,6 +97,6 @@ def test_mirror():
     images = np.arange(2 * 3 * 4 * 1, dtype=np.uint8).reshape(2, 3, 4, 1)
     u = np.full((2, distort.DRAWS), 0.9)
     u[1, Draw.MIRROR] = 0.1
-    mirrored = distort.mirror(images, u)
+    mirrored = distort.mirror(images.copy(), u)
     assert np.array_equal(mirrored[0], images[0])
     assert np.array_equal(mirrored[1], images[1, :, ::-1])

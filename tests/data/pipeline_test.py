@@ -21,25 +21,23 @@ def digits() -> pipeline.Data:
     return pipeline.open_data(bn_x5.get_config("digits"))
 
 
-class Pictures:
+class Pictures(sources.Records):
     """Encoded records: pictures that differ, some of them bad."""
 
-    def __init__(self, n: int, bad: tuple[int, ...] = ()):
-        self.n, self.bad = n, bad
+    def __init__(self, n: int, broken: tuple[int, ...] = ()):
+        super().__init__(n, num_classes=7)
+        self.broken = broken
         self.files = [small_sets.encode(small_sets.photo(40, 50, k)) for k in range(5)]
 
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, index: int) -> sources.Record:
-        data = b"bad" if index in self.bad else self.files[index % 5]
-        return sources.Record(data, index % 7, f"picture {index}")
+    def __getitem__(self, index: int) -> load.Record:
+        data = b"bad" if index in self.broken else self.files[index % 5]
+        return load.Record(data, index % 7, f"picture {index}")
 
 
 def pictures(n: int = 70, bad: tuple[int, ...] = (), **view) -> pipeline.Data:
     source = sources.Source(Pictures(n, bad), Pictures(19), 7, 3, "pictures")
     seen = {"image_size": 16, "crop": 0.08, "mirror": True, "distortion": 0.5, **view}
-    return pipeline.Data(source, pipeline.View(**seen), shuffle="within_shard")
+    return pipeline.Data(source, distort.Augmentation(**seen), shuffle="within_shard")
 
 
 def digest(batch: pipeline.Batch) -> str:
@@ -132,7 +130,7 @@ def test_bad_training_records_leave_masked_rows():
         assert np.array_equal(a["image"][b["mask"]], b["image"][b["mask"]])
         assert not b["image"][~b["mask"]].any()
     assert masked == 3
-    assert broken.bad_records.names == {f"picture {k}" for k in bad}
+    assert broken._train.bad.names == {f"picture {k}" for k in bad}
 
 
 def test_too_many_bad_records_stop_training_and_one_stops_evaluation():
@@ -140,7 +138,7 @@ def test_too_many_bad_records_stop_training_and_one_stops_evaluation():
     with pytest.raises(DataError, match=f"limit is {load.BAD_LEAST}"):
         list(data.train(0, 2, 35, slice(0, 35), seed=0))
     source = sources.Source(Pictures(70), Pictures(19, (5,)), 7, 3, "pictures")
-    data = pipeline.Data(source, pipeline.View(16), shuffle="none")
+    data = pipeline.Data(source, distort.Augmentation(16), shuffle="none")
     with pytest.raises(DataError, match="picture 5"):
         list(data.evaluation(4, slice(0, 4)))
 
@@ -193,11 +191,13 @@ def test_impossible_requests():
         pipeline.open_data(config)
     with pytest.raises(ConfigError, match="within_shard"):
         pipeline.Data(
-            sources.Source(Pictures(1), Pictures(1), 7, 3, ""), pipeline.View(8), shuffle="x"
+            sources.Source(Pictures(1), Pictures(1), 7, 3, ""), distort.Augmentation(8), shuffle="x"
         )
     with pytest.raises(ConfigError, match="empty"):
         pipeline.Data(
-            sources.Source(Pictures(1), Pictures(0), 7, 3, ""), pipeline.View(8), shuffle="none"
+            sources.Source(Pictures(1), Pictures(0), 7, 3, ""),
+            distort.Augmentation(8),
+            shuffle="none",
         )
     with pytest.raises(ConfigError, match="not held in memory"):
         pictures().resident()

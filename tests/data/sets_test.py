@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from bn_jax.data import folder, load, memory, pipeline, sources, tfds
+from bn_jax.data import distort, folder, load, memory, pipeline, tfds
 from bn_jax.errors import ConfigError, DataError
 from tests.support import small_sets
 
@@ -72,7 +72,7 @@ def test_flipped_bits_are_noticed(tmp_path, file_format):
     damaged[at + 300 if at > 0 else len(damaged) // 2] ^= 0x04
     shard.write_bytes(damaged)
     records = tfds.source("little", str(tmp_path)).train
-    with pytest.raises(sources.BadRecordError, match=r"record \d of shard little-train"):
+    with pytest.raises(load.BadRecordError, match=r"record \d of shard little-train"):
         [records[k] for k in range(3)]
 
 
@@ -205,7 +205,7 @@ def test_an_empty_split_is_refused(tmp_path, file_format, shards_of_it):
     (written / "dataset_info.json").write_text(json.dumps(info))
     source = tfds.source("little", str(tmp_path))
     with pytest.raises(ConfigError, match="empty"):
-        pipeline.Data(source, pipeline.View(16), shuffle="none")
+        pipeline.Data(source, distort.Augmentation(16), shuffle="none")
 
 
 def test_damaged_digits_end_in_one_line_that_names_the_file(tmp_path, monkeypatch):
@@ -251,16 +251,15 @@ def test_a_training_split_is_held_in_memory(tmp_path):
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{k}.jpg").write_bytes(small_sets.encode(small_sets.photo(seed=k)))
     records = folder.source(str(tmp_path))
-    held = load.held_in_memory(records, 32)
+    held = records.train.decoded(32)
     images, labels, mask = load.evaluation_rows(records.train, range(5), size=32, num_classes=2)
     assert mask.all() and images.any()
-    np.testing.assert_array_equal(held.train.images, images)
-    np.testing.assert_array_equal(held.train.labels, labels)
-    assert held.evaluation is records.evaluation
-    assert load.held_in_memory(held, 32) is held
+    np.testing.assert_array_equal(held.images, images)
+    np.testing.assert_array_equal(held.labels, labels)
+    assert held.decoded(32) is held
 
     (tmp_path / "train" / "class_1" / "1.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match="1.jpg"):
-        load.held_in_memory(folder.source(str(tmp_path)), 32)
+        folder.source(str(tmp_path)).train.decoded(32)
     with pytest.raises(ConfigError, match="the limit is 16; set steps_per_dispatch=1"):
-        load.held_in_memory(records, 100_000)
+        records.train.decoded(100_000)

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from bn_jax.data import crops, memory, pipeline, sources, views
+from bn_jax.data import crops, distort, load, memory, pipeline, sources, views
 from bn_jax.errors import ConfigError, DataError
 from tests.support.small_sets import encode, photo
 
@@ -102,22 +102,33 @@ def test_a_png_of_any_shape_gives_all_views():
 def test_one_crop_is_the_crop_of_evaluation():
     data = encode(photo(60, 80))
     image, weight = views.of_file(data, 1, 32, True)
-    (records,) = ([sources.Record(data, 0, "a")],)
-    held = data_of(records, size=32)
+    held = data_of([load.Record(data, 0, "a")], size=32)
     np.testing.assert_array_equal(image, next(held.evaluation(1, slice(0, 1)))["image"])
     assert weight.tolist() == [1]
 
 
+class Listed(sources.Records):
+    """Records of a list."""
+
+    def __init__(self, records: list[load.Record]):
+        super().__init__(len(records), num_classes=5)
+        self.records = records
+
+    def __getitem__(self, index: int) -> load.Record:
+        return self.records[index]
+
+
 def data_of(records, size: int = 24, mirror: bool = True) -> pipeline.Data:
-    source = sources.Source(records, records, num_classes=5, channels=3, description="few")
-    return pipeline.Data(source, pipeline.View(size, mirror=mirror), shuffle="none")
+    listed = Listed(records)
+    source = sources.Source(listed, listed, num_classes=5, channels=3, description="few")
+    return pipeline.Data(source, distort.Augmentation(size, mirror=mirror), shuffle="none")
 
 
 @pytest.mark.parametrize("mirror", [True, False])
 @pytest.mark.parametrize("number", views.CROPS)
 def test_every_example_comes_once_under_all_its_views(number, mirror):
     shapes = [(30, 40), (40, 30), (30, 30), (31, 90), (24, 24)]
-    records = [sources.Record(encode(photo(*s, k)), k, str(k)) for k, s in enumerate(shapes)]
+    records = [load.Record(encode(photo(*s, k)), k, str(k)) for k, s in enumerate(shapes)]
     seen: collections.Counter[int] = collections.Counter()
     labels, batch = {}, 37
     for rows in views.batches(data_of(records, mirror=mirror), number, batch):
@@ -134,7 +145,7 @@ def test_every_example_comes_once_under_all_its_views(number, mirror):
 
 def test_digits_are_not_mirrored_and_stay_grey():
     digits = memory.digits()
-    data = pipeline.Data(digits, pipeline.View(28), shuffle="none")
+    data = pipeline.Data(digits, distort.Augmentation(28), shuffle="none")
     rows = next(views.batches(data, 144, 24))  # 24 different views of a square image
     assert rows.image.shape == (24, 28, 28, 1) and set(rows.weight) == {3} and not any(rows.example)
     image = digits.evaluation.images[0]
@@ -143,7 +154,7 @@ def test_digits_are_not_mirrored_and_stay_grey():
 
 
 def test_a_bad_picture_is_named_and_a_wrong_number_refused():
-    records = [sources.Record(encode(photo()), 0, "good"), sources.Record(b"junk", 1, "bad.jpg")]
+    records = [load.Record(encode(photo()), 0, "good"), load.Record(b"junk", 1, "bad.jpg")]
     with pytest.raises(DataError, match=r"bad\.jpg: not a JPEG.*leaves nothing out"):
         list(views.batches(data_of(records), 10, 8))
     with pytest.raises(ConfigError, match="--crops=7 is none of 1, 10, 144"):
