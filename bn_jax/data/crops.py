@@ -38,8 +38,8 @@ def center_box(height: int, width: int) -> Box:
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-class View(NamedTuple):
-    """One look at an image in multicrop evaluation: `square` (a box of the image) resized to `side`
+class Crop(NamedTuple):
+    """One of the crops of multicrop evaluation: `square` (a box of the image) resized to `side`
     pixels; then the network's input is cut from it at `corner` (top, left), or, with corner None,
     is all of it, resized again; mirrored or not."""
 
@@ -49,7 +49,7 @@ class View(NamedTuple):
     mirror: bool
 
 
-def views(height: int, width: int, crops: int, size: int, mirror: bool) -> Counter[View]:
+def views(height: int, width: int, crops: int, size: int, mirror: bool) -> Counter[Crop]:
     """GoogLeNet's 144 looks at an image (its section 7), or AlexNet's 10 (its section 4.1).
 
     144: four sizes of the shorter side (`SIDES` at 224 px, in this ratio at any `size`); of each
@@ -61,7 +61,7 @@ def views(height: int, width: int, crops: int, size: int, mirror: bool) -> Count
     each view of it has the count 3. The counts sum to `crops`, or to half of it without `mirror`.
     """
     sides = [round(side * size / 224) for side in (SIDES if crops == 144 else SIDES[:1])]
-    found: Counter[View] = Counter()
+    found: Counter[Crop] = Counter()
     for side in sides:
         low, middle = side - size, (side - size) // 2
         corners: list[tuple[int, int] | None]
@@ -71,7 +71,7 @@ def views(height: int, width: int, crops: int, size: int, mirror: bool) -> Count
         for square in _squares(height, width)[slice(None) if crops == 144 else slice(1, 2)]:
             for corner in corners:
                 for mirrored in (False, True) if mirror else (False,):
-                    found[View(square, side, corner, mirrored)] += 1
+                    found[Crop(square, side, corner, mirrored)] += 1
     return found
 
 

@@ -39,7 +39,7 @@ def total_weight(number: int, mirror: bool) -> int:
 
 
 def render(
-    decoded: Callable[[int], np.ndarray], looks: Iterable[crops.View], size: int, channels: int
+    decoded: Callable[[int], np.ndarray], looks: Iterable[crops.Crop], size: int, channels: int
 ) -> np.ndarray:
     """uint8 [views, size, size, channels]: the pixels of these views. `decoded(reduce)` is
     the image reduced by 1, 2, 4 or 8."""

@@ -32,7 +32,7 @@ def test_googlenets_144_boxes(height, width, squares):
     found = crops.views(height, width, 144, 224, True)
     assert sum(found.values()) == 144
     expected = {
-        crops.View(square, side, corner, mirror)
+        crops.Crop(square, side, corner, mirror)
         for side, corners in CORNERS.items()
         for square in squares
         for corner in corners
