@@ -137,7 +137,8 @@ def _traced(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _surroundings() -> list:
     """What a trace depends on besides its arguments; contexts and settings may change any time."""
-    return [_source(), ops.hand_tuned(), *(str(getattr(jax.config, name)) for name in SETTINGS)]
+    forms = [form for form in ops.FORMS if ops.hand_tuned(form)]
+    return [_source(), forms, *(str(getattr(jax.config, name)) for name in SETTINGS)]
 
 
 @functools.cache

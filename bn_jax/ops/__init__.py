@@ -1,19 +1,21 @@
-"""Hand-tuned forms of a few operations: exact, each kept because it made a step on CPU faster.
+"""Hand-tuned forms of a few operations: exact, each kept because it is faster somewhere.
 
-    operation              plain form                        hand-tuned form
-    max_pool               reduce_window, select-and-scatter  keeps the maxima's places as uint8
-    conv, 1x1 of stride 1  convolution                        matrix product
-    conv, larger kernels   gradient by YNNPACK                gradient by Eigen (kernel_gradient.py)
-    products               one convolution each               one product (models/inception.py)
-    average pool           before its projection              after it (models/inception.py)
+    form             plain                              hand-tuned                          runs on
+    max_pool         reduce_window, select-and-scatter  keeps the maxima's places as uint8  CPU, GPU
+    conv_1x1         convolution                        matrix product (stride 1)           CPU
+    kernel_gradient  gradient by YNNPACK                by Eigen (kernel_gradient.py)       CPU
+    products         one convolution each               one product (models/inception.py)   CPU
+                     average pool, then projection      projection, then average pool
 
-    runs on                CPU         GPU                   TPU
-    all of them            hand-tuned  plain (not measured)  plain (not measured)
+`FORMS` is the one place that says which form runs on which backend; on a TPU all are plain. On GPUs
+max pooling is ours because XLA's gradient adds with atomics, in an order that changes from run to
+run, and where it must not, it sorts millions of keys. That was read in compiled programs; nothing
+was measured on a GPU or a TPU.
 
-`python -m benchmarks.step` times them, with BN, beside plain Flax; results/bench/ has the figures.
-Tried and left out, because no gain was seen: the input gradient of a 3x3 as a convolution with the
-flipped kernel (it is that in XLA). Weight gradients as shifted products gain too, but less than
-Eigen's convolutions, and take more memory.
+`python -m benchmarks.step` times the forms, with BN, beside plain Flax; results/bench/ has the
+figures. Tried and left out, because no gain was seen: the input gradient of a 3x3 as a convolution
+with the flipped kernel (it is that in XLA). Weight gradients as shifted products gain too, but less
+than Eigen's convolutions, and take more memory.
 
 Parameters do not depend on the form. The choice is made while tracing, from the default backend.
 `with plain():` forces the plain forms, for comparisons. `with tracing_for("gpu"):` chooses the
@@ -33,6 +35,13 @@ from flax import linen as nn
 from jax import lax
 
 from bn_jax.ops import kernel_gradient, mixed
+
+FORMS = {
+    "max_pool": ("cpu", "gpu"),
+    "conv_1x1": ("cpu",),
+    "kernel_gradient": ("cpu",),
+    "products": ("cpu",),
+}
 
 _plain: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)
 _backend: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
@@ -63,9 +72,9 @@ def backend() -> str:
     return _backend.get() or jax.default_backend()
 
 
-def hand_tuned() -> bool:
-    """Whether the hand-tuned forms are used: for CPU, outside `plain()`."""
-    return backend() == "cpu" and not _plain.get()
+def hand_tuned(form: str) -> bool:
+    """Whether the hand-tuned form of one of FORMS is used: on its backends, outside `plain()`."""
+    return backend() in FORMS[form] and not _plain.get()
 
 
 def conv(
@@ -90,8 +99,9 @@ def conv(
     if kernel.dtype != x.dtype:
         return mixed.conv(x, kernel, strides, padding, feature_group_count, precision)
     dilations = {*(lhs_dilation or (1,)), *(options.get("rhs_dilation") or (1,))}
-    simple = hand_tuned() and feature_group_count == 1 and dilations == {1}
-    if simple and kernel.shape[:-2] == (1, 1) and {*strides} == {1}:
+    simple = feature_group_count == 1 and dilations == {1}
+    pointwise = simple and kernel.shape[:-2] == (1, 1) and {*strides} == {1}
+    if pointwise and hand_tuned("conv_1x1"):
         y = lax.dot_general(
             x.reshape(-1, x.shape[-1]),
             kernel[0, 0],
@@ -100,7 +110,7 @@ def conv(
             preferred_element_type=preferred_element_type,
         )
         return y.reshape(*x.shape[:3], -1)
-    simple = simple and preferred_element_type is None
+    simple = simple and preferred_element_type is None and hand_tuned("kernel_gradient")
     if simple and kernel_gradient.pays(x, kernel, strides, padding):
         return kernel_gradient.conv(x, kernel, strides, padding, precision)
     return lax.conv_general_dilated(
@@ -131,7 +141,7 @@ def max_pool(x: jax.Array, stride: int) -> jax.Array:
 
     Of equal values the first of a window, row by row, takes the gradient, as in XLA's.
     """
-    if hand_tuned():
+    if hand_tuned("max_pool"):
         return _max_pool(x, stride)
     return nn.max_pool(x, (3, 3), (stride, stride), "SAME")
 
