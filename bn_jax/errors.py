@@ -4,6 +4,7 @@ A message is one line: what is wrong, the value, the limit, the remedy.
 """
 
 import argparse
+import pathlib
 import re
 import signal
 import sys
@@ -90,6 +91,17 @@ def run_command(main: Callable[[], None]) -> None:
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     fail(f"{message}; {parser.prog} --help names the options", ConfigError.exit_code)
+
+
+def expand_path(text: str) -> pathlib.Path:
+    """A path with ~ as the user's home. Raises ConfigError for a user without a home directory,
+    as some containers have."""
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{text}: this user has no home directory; set HOME or give the path without ~"
+        ) from None
 
 
 def require_paths(argv: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ import pathlib
 
 from bn_jax.data import sources
 from bn_jax.data.load import BadRecordError, Record
-from bn_jax.errors import ConfigError
+from bn_jax.errors import ConfigError, expand_path
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TRAIN, EVALUATION = ("train",), ("val", "validation", "test")
@@ -56,7 +56,7 @@ def open_splits(root: pathlib.Path) -> tuple[Files, Files, list[str]]:
 
 def source(directory: str) -> sources.Source:
     """Opens a folder. Raises ConfigError as `open_splits` does."""
-    root = pathlib.Path(directory).expanduser()
+    root = expand_path(directory)
     train, evaluation, classes = open_splits(root)
     skipped = train.skipped + evaluation.skipped
     return sources.Source(

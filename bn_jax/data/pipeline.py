@@ -8,7 +8,6 @@ function of (seed, k), so that nothing has to be saved but the step.
 
 import hashlib
 import os
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,7 +19,7 @@ from absl import logging
 from bn_jax.data import distort, folder, memory, order, sources, tfds
 from bn_jax.data.distort import Augmentation
 from bn_jax.data.sources import Batch
-from bn_jax.errors import ConfigError
+from bn_jax.errors import ConfigError, expand_path
 
 PREFETCH_BYTES = 512 * 2**20  # at most this much is decoded ahead of the step
 
@@ -53,7 +52,7 @@ def open_source(name: str, directory: str, image_size: int) -> sources.Source:
     if name == "folder":
         return folder.source(directory)
     if name == "mnist" and directory:
-        found = memory.mnist_idx(pathlib.Path(directory).expanduser())
+        found = memory.mnist_idx(expand_path(directory))
         if found is not None:
             return found
     return tfds.source(name, directory)

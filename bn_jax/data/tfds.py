@@ -1,10 +1,9 @@
-"""CRC-32C (Castagnoli, RFC 3720 appendix B.4), the checksum of TFRecord files, in NumPy.
+"""Data sets in TFDS' format, read by random access, without TensorFlow and TFDS.
 
-The register is linear over GF(2), so a message need not be walked byte by byte: words that lie a
-power of two apart are worked on together, and the results are folded in halves, the left half being
-advanced over the zeros that the right one occupies. 0.3 ms for 77 KB amid JPEG decoding, a quarter
-of that decoding; tables are small (4 KB a power of two), because decoding leaves little of the
-cache to others.
+A directory of one version holds dataset_info.json (splits, shard lengths, file names),
+features.json (which feature is the image, which the label) and the shards: ArrayRecord or TFRecord
+files of serialized tf.train.Example messages. This file goes from the outside to the inside: the
+set, its metadata, its shards, the index of a TFRecord file, the messages.
 """
 
 import bisect
@@ -23,335 +22,130 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from absl import logging
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from bn_jax.data import decode, order, sources
 from bn_jax.data.load import BadRecordError, Record, checked_label
-from bn_jax.errors import ConfigError, DataError
+from bn_jax.errors import ConfigError, DataError, expand_path
 
-try:
-    from google_crc32c import value as _compiled  # optional: 0.01 ms instead of 0.3
-except ImportError:
-    _compiled = None
+# ----------------------------------------------------------------------------------------------
+# A data set
+# ----------------------------------------------------------------------------------------------
 
-_POLYNOMIAL = 0x82F63B78  # reflected
-_ONES = 0xFFFFFFFF
-_MASK_DELTA = 0xA282EAD8  # of TFRecord's masked checksum (tensorflow/core/lib/hash/crc32c.h)
-_SHORT = 400  # bytes below which a plain loop is faster
+TEST_SPLITS = ("validation", "val", "test")  # the first that exists is evaluated
 
 
-@functools.cache
-def _byte_table() -> tuple[int, ...]:
-    """The register after one more zero byte, for each low byte."""
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = (value >> 1) ^ (_POLYNOMIAL if value & 1 else 0)
-        table.append(value)
-    return tuple(table)
-
-
-@functools.cache
-def _table(level: int) -> np.ndarray:
-    """uint32 [4, 256]: the register after 2**level words of zeros, by each of its bytes."""
-    if level:
-        half = _table(level - 1)
-        return _apply(half, half.reshape(-1)).reshape(4, 256)
-    table = np.arange(256, dtype=np.uint32) << (8 * np.arange(4, dtype=np.uint32)[:, None])
-    byte = np.array(_byte_table(), np.uint32)
-    for _ in range(4):
-        table = (table >> 8) ^ byte[table & 0xFF]
-    return table
-
-
-def _apply(table: np.ndarray, registers: np.ndarray) -> np.ndarray:
-    """The registers advanced by a table."""
-    parts = np.ascontiguousarray(registers, "<u4").view(np.uint8).reshape(-1, 4)
-    result = table[0].take(parts[:, 0], mode="clip")  # any mode but the default saves a copy
-    for byte in (1, 2, 3):
-        result ^= table[byte].take(parts[:, byte], mode="clip")
-    return result
-
-
-def crc32c(data: bytes | memoryview) -> int:
-    """The checksum of some bytes, by google-crc32c where that is installed."""
-    return in_numpy(data) if _compiled is None else _compiled(bytes(data))
-
-
-def in_numpy(data: bytes | memoryview) -> int:
-    """The checksum of some bytes, without a compiled library."""
-    n = len(data)
-    if n < _SHORT:
-        table, register = _byte_table(), _ONES
-        for byte in data:
-            register = (register >> 8) ^ table[(register ^ byte) & 0xFF]
-        return register ^ _ONES
-    level = (n // 4).bit_length() - 3  # 4 to 9 rows of 2**level words
-    row = 4 << level
-    padded = np.zeros(-(-n // row) * row, np.uint8)  # zeros in front leave a register of 0 as it is
-    padded[-n:] = np.frombuffer(data, np.uint8)
-    start = len(padded) - n
-    padded[start : start + 4] ^= 0xFF  # the register starts with all ones
-    rows = padded.view("<u4").reshape(-1, 1 << level)
-    registers = rows[0]
-    for words in rows[1:]:
-        registers = _apply(_table(level), registers) ^ words
-    while level:
-        level -= 1
-        left, right = registers.reshape(2, -1)
-        registers = _apply(_table(level), left) ^ right
-    return int(_apply(_table(0), registers)[0]) ^ _ONES
-
-
-def masked(data: bytes | memoryview) -> int:
-    """The checksum as TFRecord files store it."""
-    crc = crc32c(data)
-    return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & _ONES
-
-
-def masked_pairs(words: np.ndarray) -> np.ndarray:
-    """uint32 [n]: `masked` of each row of uint32 [n, 2] (8 bytes), many at a time."""
-    register = _apply(_table(0), words[:, 0] ^ np.uint32(_ONES))
-    register = _apply(_table(0), register ^ words[:, 1]) ^ np.uint32(_ONES)
-    return ((register >> 15) | (register << 17)) + np.uint32(_MASK_DELTA)
-
-
-# TFRecord files by random access, without TensorFlow.
-#
-# A file is a chain of records: uint64 length, uint32 masked CRC-32C of it, the data, uint32
-# masked CRC-32C of the data, all little-endian (tensorflow/core/lib/io/record_writer.h). The
-# chain is walked once; the places of its records are kept in the cache directory, never beside
-# the data.
-
-
-HEADER, FOOTER = 12, 4  # bytes around the data of a record
-
-
-def cache_directory() -> pathlib.Path:
-    """$BN_JAX_CACHE, or bn_jax in the user's cache directory."""
-    if "BN_JAX_CACHE" in os.environ:
-        return pathlib.Path(os.environ["BN_JAX_CACHE"])
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bn_jax"
-
-
-def scan(path: pathlib.Path) -> np.ndarray:
-    """int64 [n, 2]: place and length of the data of each record. Raises DataError if the chain is
-    cut or a length is damaged."""
-    size = path.stat().st_size
-    if not size:
-        return np.zeros((0, 2), np.int64)
-    places: list[tuple[int, int]] = []
-    headers, at = [], 0
-    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        while at < size:
-            length = struct.unpack_from("<Q", data, at)[0] if at + HEADER <= size else size
-            if at + HEADER + length + FOOTER > size:
-                raise DataError(
-                    f"shard {path} is cut or damaged in record {len(places)} at byte {at} of "
-                    f"{size}: fetch or write it again"
-                )
-            headers.append(data[at : at + HEADER])
-            places.append((at + HEADER, length))
-            at += HEADER + length + FOOTER
-    stored = np.frombuffer(b"".join(headers), np.dtype([("length", "<u4", 2), ("crc", "<u4")]))
-    wrong = np.flatnonzero(masked_pairs(stored["length"]) != stored["crc"])
-    if len(wrong):
-        raise DataError(
-            f"shard {path} is damaged: the length of record {wrong[0]} fails its checksum; fetch "
-            "or write it again"
+def source(name: str, directory: str) -> sources.Source:
+    """Opens a set. Raises ConfigError if it is absent, DataError if a shard is damaged."""
+    found = find(name, directory)
+    if found is None:
+        raise ConfigError(absent(name, directory))
+    meta = metadata(found)
+    test = next((s for s in TEST_SPLITS if s in meta.splits), None)
+    if "train" not in meta.splits or test is None:
+        raise ConfigError(
+            f"{found} has the splits {sorted(meta.splits)}: train and validation or test are needed"
         )
-    return np.array(places, np.int64)
+
+    train = open_split(meta, "train")
+    evaluation = open_split(meta, test)
+    described = (
+        f"{meta.name} {found.name} (TFDS, {meta.file_format}): {len(train):,} training images, "
+        f"{len(evaluation):,} of split {test!r}, {meta.num_classes} classes"
+    )
+    build = functools.partial(
+        sources.Source,
+        num_classes=meta.num_classes,
+        description=described,
+        split=test,
+        class_names=class_names(meta),
+    )
+    if meta.image_shape[-1:] == (1,) and max(meta.image_shape) <= 32:
+        return build(_in_memory(train), _in_memory(evaluation), channels=1)
+    files = max(len(train.files), order.VIRTUAL_SHARDS)
+    return build(train, evaluation, channels=3, shards=files)
 
 
-def read(path: pathlib.Path, place: int, length: int) -> bytes:
-    """The data of one record. Raises ValueError if it is cut or fails its checksum."""
-    descriptor = os.open(path, os.O_RDONLY)
+def find(name: str, directory: str) -> pathlib.Path | None:
+    """The newest version of a set in a data_dir (or the version's own directory), or None."""
+    root = expand_path(directory) if directory else default_directory()
+    places = [root]
+    for base in (root / name, root):
+        if base.is_dir():
+            places += base.iterdir()
+    found = [p for p in places if (p / "dataset_info.json").is_file()]
+    # A version without features.json, which TFDS wrote before 2021, cannot be read: `metadata` says
+    # so where there is no other.
+    return max(
+        found, key=lambda p: ((p / "features.json").is_file(), _version(p.name)), default=None
+    )
+
+
+def _version(name: str) -> tuple[int, ...]:
+    parts = name.split(".")
+    return tuple(int(p) for p in parts) if all(p.isdigit() for p in parts) else ()
+
+
+def default_directory() -> pathlib.Path:
+    """Where TFDS keeps its sets: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    return expand_path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+
+
+def absent(name: str, directory: str) -> str:
+    """What is missing, how to prepare it, and what runs without it."""
+    where = directory or f"{default_directory()} (the default; set data.dir or TFDS_DATA_DIR)"
+    remedy = {
+        "imagenet2012": "prepare it with python -m bn_jax.prepare imagenet --from=PATH "
+        "--data_dir=OUT, then --config.data.dir=OUT",
+        "mnist": "give the folder of the four idx files, or a TFDS data_dir, as --config.data.dir",
+    }
+    prepare = remedy.get(name, f"build it with TFDS (tfds build {name})")
+    return (
+        f"no data set {name!r} in {where}: {prepare}; without any data use the embedded digits: "
+        "--config=configs/NAME.py:digits"
+    )
+
+
+def class_names(meta: "Metadata") -> tuple[str, ...]:
+    """The names that TFDS keeps beside features.json (ImageNet: synsets), or none."""
     try:
-        block = os.pread(descriptor, length + FOOTER, place)
-    finally:
-        os.close(descriptor)
-    if len(block) != length + FOOTER:
-        raise ValueError("the record is cut")
-    data = block[:length]
-    if masked(data) != struct.unpack_from("<I", block, length)[0]:
-        raise ValueError("the record fails its checksum (CRC-32C)")
-    return data
+        text = (meta.directory / f"{meta.label}.labels.txt").read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return ()
+    names = tuple(name.strip() for name in text.split("\n") if name.strip())  # as TFDS reads them
+    return names if len(names) == meta.num_classes else ()
 
 
-def write(path: pathlib.Path, records: list[bytes]) -> None:
-    """Writes a file of these records (tests and small sets)."""
-    with path.open("wb") as f:
-        for data in records:
-            length = struct.pack("<Q", len(data))
-            f.write(length + struct.pack("<I", masked(length)))
-            f.write(data + struct.pack("<I", masked(data)))
+def _in_memory(records: "Shards") -> sources.Arrays:
+    """Small grey images decoded once (MNIST: 55 MB)."""
+    images = []
+    labels = []
+    for record in records:
+        try:
+            images.append(decode.pixels(record.data, decode.frame(record.data))[..., :1])
+        except decode.BadImageError as e:
+            raise DataError(f"{record.name}: {e}") from None
+        labels.append(checked_label(record, records.num_classes))
+    return sources.Arrays(np.stack(images), np.array(labels, np.int32))
 
 
-def index(paths: list[pathlib.Path]) -> list[np.ndarray]:
-    """The scans of these files, from the cache if the files are as they were. Raises DataError."""
-    if not paths:
-        return []
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    name = hashlib.sha256(repr(stats).encode()).hexdigest()[:32]
-    cached = cache_directory() / f"tfrecord-{name}.npz"
-    try:
-        with np.load(cached, allow_pickle=False) as arrays:
-            splits, places = arrays["splits"], arrays["places"]
-        return np.split(places, splits)
-    except (OSError, ValueError, KeyError, EOFError):
-        pass  # absent or damaged: scan again
-    scans = [scan(p) for p in paths]
-    _store(cached, np.cumsum([len(s) for s in scans])[:-1], np.concatenate(scans))
-    return scans
-
-
-def _store(cached: pathlib.Path, splits: np.ndarray, places: np.ndarray) -> None:
-    """Writes the index whole or not at all; without a writable cache the next start scans again."""
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False, suffix=".part") as f:
-            np.savez(f, splits=splits, places=places)
-        pathlib.Path(f.name).replace(cached)
-    except OSError as e:
-        logging.warning("the index of TFRecord files is not kept, %s: %s", cached, e)
-
-
-# tf.train.Example without TensorFlow: the few lines of protobuf's wire format that it needs.
-#
-# message Example { Features features = 1; } message Features { map<string, Feature> feature = 1;
-# } // an entry has key = 1, value = 2 message Feature { oneof { BytesList = 1; FloatList = 2;
-# Int64List = 3; } } message BytesList { repeated bytes value = 1; } // Int64List: varints, packed
-# or not
-
-
-Value = bytes | int
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("a varint is too long")
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(field number, value) of a message: integers and length-delimited parts."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = _varint(data, at)
-            yield tag >> 3, value
-        elif kind == 2:
-            length, at = _varint(data, at)
-            if at + length > len(data):
-                raise ValueError("a field is longer than its message")
-            yield tag >> 3, data[at : at + length]
-            at += length
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        else:
-            raise ValueError(f"wire type {kind} is unknown")
-
-
-def _part(value: int | memoryview) -> memoryview:
-    if isinstance(value, int):
-        raise ValueError("a number stands where a message should")
-    return value
-
-
-def _feature(data: memoryview) -> list[Value]:
-    values: list[Value] = []
-    for kind, items in _fields(data):
-        for _, item in _fields(_part(items)):
-            if kind == 1:
-                values.append(bytes(_part(item)))
-            elif kind == 3 and isinstance(item, int):
-                values.append(item)
-            elif kind == 3:
-                packed, at = _part(item), 0
-                while at < len(packed):
-                    value, at = _varint(packed, at)
-                    values.append(value)
-    return [v - 2**64 if isinstance(v, int) and v >= 2**63 else v for v in values]
-
-
-def parse(data: bytes) -> dict[str, list[Value]]:
-    """The bytes and integer features of a serialized Example; lists of floats come back empty.
-    Raises ValueError if it is none."""
-    features: dict[str, list[Value]] = {}
-    try:
-        for number, message in _fields(memoryview(data)):
-            for _, entry in _fields(_part(message)) if number == 1 else ():
-                pair = dict(_fields(_part(entry)))
-                features[bytes(_part(pair[1])).decode()] = _feature(
-                    _part(pair.get(2, memoryview(b"")))
-                )
-    except (IndexError, KeyError, UnicodeDecodeError) as e:
-        raise ValueError(f"not a tf.train.Example ({e})") from None
-    return features
-
-
-def _encode_varint(value: int) -> bytes:
-    out = bytearray()
-    value &= 2**64 - 1
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _delimited(number: int, data: bytes) -> bytes:
-    return _encode_varint(number << 3 | 2) + _encode_varint(len(data)) + data
-
-
-def _entry(name: str, value: Value) -> bytes:
-    if isinstance(value, int):
-        feature = _delimited(3, _delimited(1, _encode_varint(value)))
-    else:
-        feature = _delimited(1, _delimited(1, value))
-    return _delimited(1, _delimited(1, name.encode()) + _delimited(2, feature))
-
-
-def serialize(features: dict[str, Value]) -> bytes:
-    """A serialized Example with one value a feature, in the order of their names."""
-    return _delimited(1, b"".join(_entry(name, value) for name, value in sorted(features.items())))
-
-
-def serialized_size(features: dict[str, Value], name: str, size: int) -> int:
-    """len(serialize(...)) of these features and one more, `name`, of `size` bytes that need not
-    exist."""
-
-    def delimited(n: int) -> int:
-        return 1 + len(_encode_varint(n)) + n
-
-    others = sum(len(_entry(*item)) for item in features.items())
-    key, feature = delimited(len(name.encode())), delimited(delimited(delimited(size)))
-    return delimited(others + delimited(key + feature))
-
-
-# Shards of a set in TFDS' format, ArrayRecord or TFRecord, by random access and without
-# TensorFlow.
-#
-# Every shard is looked at when a split is opened, so that a missing or cut one ends the run
-# before it begins.
-
-
-_AT_ONCE = 256  # records that a sequential reading holds in memory
+# ----------------------------------------------------------------------------------------------
+# Its metadata: dataset_info.json and features.json
+# ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What the two JSON files say. `splits`: name -> [(shard file, records in it)]."""
+    """What the two JSON files say.
+
+    Attributes:
+      image, label: names of the features that hold them.
+      image_shape: (H, W, C) of the images, -1 where they differ; () if the set does not say.
+      splits: name -> [(shard file, records in it)].
+    """
 
     directory: pathlib.Path
     name: str
@@ -359,15 +153,174 @@ class Metadata:
     image: str
     label: str
     num_classes: int
-    image_dimensions: tuple[int, ...]
+    image_shape: tuple[int, ...]
     splits: dict[str, list[tuple[pathlib.Path, int]]]
 
 
+def metadata(directory: pathlib.Path) -> Metadata:
+    """Reads the JSON files. Raises DataError if they do not describe an image classification
+    set."""
+    if not (directory / "features.json").is_file():
+        raise DataError(
+            f"{directory} has no features.json: an older TFDS made it; build the set again with "
+            "TFDS 4.9"
+        )
+    try:
+        features = _features(json.loads((directory / "features.json").read_text()))
+        info = json.loads((directory / "dataset_info.json").read_text())
+        image, label = _image_and_label(directory, features, info)
+        file_format = info.get("fileFormat", "tfrecord")
+        splits = {
+            split["name"]: [
+                (directory / _file_name(info["name"], split, file_format, k), int(length))
+                for k, length in enumerate(split.get("shardLengths", []))
+            ]
+            for split in info["splits"]
+        }
+        return Metadata(
+            directory=directory,
+            name=info["name"],
+            file_format=file_format,
+            image=image,
+            label=label,
+            num_classes=_num_classes(features[label].content),
+            image_shape=_shape(features[image].content),
+            splits=splits,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise DataError(
+            f"{directory} is not a TFDS image classification set ({type(e).__name__}: {e}): it "
+            "needs features.json with an image and a class label, and dataset_info.json"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One feature of an example: kind `image`, `label` or `other`, and what the file says of it."""
+
+    kind: str
+    content: dict[str, Any]
+
+
+def _features(described: dict[str, Any]) -> dict[str, Feature]:
+    """The features that features.json names, in its present form or in the form that TFDS wrote
+    before 4.5 and 4.9 still reads."""
+    if "featuresDict" in described:
+        return {n: _feature(f) for n, f in described["featuresDict"]["features"].items()}
+    content = _old_content(described)
+    # A message of its own (the key `proto_cls`) has one more level than a plain dictionary.
+    return {n: _feature(f) for n, f in content.get("features", content).items()}
+
+
+def _feature(described: dict[str, Any]) -> Feature:
+    if "image" in described:
+        return Feature("image", described["image"])
+    if "classLabel" in described:
+        return Feature("label", described["classLabel"])
+    kinds = {"Image": "image", "ClassLabel": "label"}
+    kind = kinds.get(described.get("type", "").rpartition(".")[2], "other")
+    return Feature(kind, _old_content(described) if kind != "other" else {})
+
+
+def _old_content(described: dict[str, Any]) -> dict[str, Any]:
+    """What the older form keeps under `content`: a dictionary, or JSON in a string."""
+    content = described["content"]
+    return json.loads(content) if isinstance(content, str) else content
+
+
+def _num_classes(content: dict[str, Any]) -> int:
+    return int(content.get("numClasses") or content.get("num_classes") or len(content["names"]))
+
+
+def _shape(content: dict[str, Any]) -> tuple[int, ...]:
+    shape = content.get("shape") or ()
+    if isinstance(shape, dict):
+        shape = shape.get("dimensions", ())
+    return tuple(-1 if size is None else int(size) for size in shape)
+
+
+def _image_and_label(
+    directory: pathlib.Path, features: dict[str, Feature], info: dict[str, Any]
+) -> tuple[str, str]:
+    """The names of the features to learn from and to predict: the supervised keys of the set, else
+    its only image and its only class label. Raises DataError if that leaves a choice."""
+    chosen = _supervised_keys(info)
+    if chosen is None:
+        names = {
+            kind: [n for n, f in features.items() if f.kind == kind] for kind in ("image", "label")
+        }
+        for kind, found in names.items():
+            if not found:
+                raise ValueError(f"no feature is of kind {kind}")
+            if len(found) > 1:
+                raise DataError(
+                    f"{directory} has {len(found)} features of kind {kind} "
+                    f"({', '.join(sorted(found))}), and dataset_info.json does not choose one: "
+                    "write its supervisedKeys"
+                )
+        chosen = names["image"][0], names["label"][0]
+    for name, kind in zip(chosen, ("image", "label"), strict=True):
+        if features[name].kind != kind:
+            raise ValueError(f"the feature {name!r} of supervisedKeys is not of kind {kind}")
+    return chosen
+
+
+def _supervised_keys(info: dict[str, Any]) -> tuple[str, str] | None:
+    """(input, output) as dataset_info.json names them, or None."""
+    keys = info.get("supervisedKeys") or {}
+    if "input" in keys and "output" in keys:
+        return keys["input"], keys["output"]
+    items = [item.get("featureKey") for item in keys.get("tuple", {}).get("items", [])]
+    # A third item would be weights.
+    return (items[0], items[1]) if len(items) > 1 and all(items[:2]) else None
+
+
+def _file_name(name: str, split: dict[str, Any], file_format: str, shard: int) -> str:
+    count = len(split["shardLengths"])
+    template = split.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    return template.format(
+        DATASET=name,
+        SPLIT=split["name"],
+        FILEFORMAT=file_format,
+        SHARD_X_OF_Y=f"{shard:05d}-of-{count:05d}",
+        SHARD_INDEX=f"{shard:05d}",
+        NUM_SHARDS=f"{count:05d}",
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# Its shards
+# ----------------------------------------------------------------------------------------------
+
+AT_ONCE = 256  # records that a sequential reading holds in memory
+
+
+def open_split(meta: Metadata, split: str) -> "Shards":
+    """Opens a split. Raises DataError for damaged shards, ConfigError for other formats."""
+    readers = {"tfrecord": TFRecordShards, "array_record": ArrayRecordShards}
+    if meta.file_format not in readers:
+        raise ConfigError(
+            f"{meta.directory} is stored as {meta.file_format}: only {' and '.join(readers)} "
+            "can be read"
+        )
+    return readers[meta.file_format](meta, split)
+
+
+def only(meta: Metadata, split: str, files: list[tuple[pathlib.Path, int]]) -> Metadata:
+    """The metadata of a set of which one split has only these shards."""
+    return replace(meta, splits={split: files})
+
+
 class Shards(sources.Records):
-    """The records of a split, by index over all its shards."""
+    """The records of a split, by index over all its shards.
+
+    Every shard is looked at when the split is opened, so that a missing or cut one ends the run
+    before it begins.
+    """
 
     def __init__(self, meta: Metadata, split: str):
-        self.meta, self.split = meta, split
+        self.meta = meta
+        self.split = split
         self.files = meta.splits[split]
         for path, _ in self.files:
             if not path.is_file():
@@ -382,10 +335,13 @@ class Shards(sources.Records):
     def _read(self, shard: int, place: int) -> bytes:
         raise NotImplementedError
 
-    def where(self, index: int) -> tuple[int, int]:
-        """(shard, place in it) of a record."""
-        shard = bisect.bisect_right(self.starts, index) - 1
-        return shard, index - self.starts[shard]
+    def __getitem__(self, index: int) -> Record:
+        return self._record(index, self.raw(index))
+
+    def __iter__(self) -> Iterator[Record]:
+        """All records in their order, cheaper than one by one. Raises BadRecordError."""
+        for index in range(len(self)):
+            yield self[index]
 
     def raw(self, index: int) -> bytes:
         """The serialized Example. Raises BadRecordError if it is damaged."""
@@ -395,18 +351,15 @@ class Shards(sources.Records):
         except (ValueError, RuntimeError, OSError) as e:
             raise BadRecordError(self.name(index), " ".join(str(e).split())) from None
 
+    def where(self, index: int) -> tuple[int, int]:
+        """(shard, place in it) of a record."""
+        shard = bisect.bisect_right(self.starts, index) - 1
+        return shard, index - self.starts[shard]
+
     def name(self, index: int) -> str:
         """What messages call a record."""
         shard, place = self.where(index)
         return f"record {place} of shard {self.files[shard][0].name}"
-
-    def __getitem__(self, index: int) -> Record:
-        return self._record(index, self.raw(index))
-
-    def __iter__(self) -> Iterator[Record]:
-        """All records in their order, cheaper than one by one. Raises BadRecordError."""
-        for index in range(len(self)):
-            yield self[index]
 
     def _record(self, index: int, data: bytes) -> Record:
         try:
@@ -416,9 +369,10 @@ class Shards(sources.Records):
                 raise ValueError("image or label has the wrong type")
         except (ValueError, KeyError) as e:
             raise BadRecordError(self.name(index), f"not an image with a label: {e}") from None
-        file_name = features.get("file_name", [b""])[0]
-        name = file_name.decode(errors="replace") if isinstance(file_name, bytes) else ""
-        name = f"{name} ({self.name(index)})" if name else self.name(index)
+        name = self.name(index)
+        file_name = features.get("file_name", [b""])
+        if file_name and isinstance(file_name[0], bytes) and file_name[0]:
+            name = f"{file_name[0].decode(errors='replace')} ({name})"
         return Record(image, label, name)
 
     def _check_lengths(self, counts: list[int]) -> None:
@@ -443,7 +397,11 @@ class TFRecordShards(Shards):
 
 
 class ArrayRecordShards(Shards):
-    """Records of ArrayRecord files, whose readers check a hash of every chunk."""
+    """Records of ArrayRecord files, whose readers check a hash of every chunk.
+
+    There is one reader a file, not array_record's ArrayRecordDataSource: that names no file when
+    one of them is cut or damaged.
+    """
 
     def _open(self) -> None:
         try:
@@ -466,6 +424,7 @@ class ArrayRecordShards(Shards):
                     f"shard {path} is cut or damaged ({reason[:200]}): fetch or prepare it again"
                 ) from None
 
+        # ImageNet has a thousand files, each of which has to be opened and looked at.
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             self._readers = list(pool.map(reader, [path for path, _ in self.files]))
         self._check_lengths([r.num_records() for r in self._readers])
@@ -476,179 +435,268 @@ class ArrayRecordShards(Shards):
     def __iter__(self) -> Iterator[Record]:
         """All records in their order: calls for many records are cheaper than calls for one."""
         for shard, (_, length) in enumerate(self.files):
-            for start in range(0, length, _AT_ONCE):
+            for start in range(0, length, AT_ONCE):
+                stop = min(start + AT_ONCE, length)
                 first = self.starts[shard] + start
                 try:
-                    many = self._readers[shard].read(start, min(start + _AT_ONCE, length))
-                except (ValueError, RuntimeError):
-                    many = [self.raw(first + k) for k in range(min(_AT_ONCE, length - start))]
+                    many = self._readers[shard].read(start, stop)
+                except (ValueError, RuntimeError):  # one of them is damaged: which one?
+                    many = [self.raw(first + k) for k in range(stop - start)]
                 for k, data in enumerate(many):
                     yield self._record(first + k, data)
 
 
 def _allow_open_files(more: int) -> None:
-    """Readers stay open, a thousand for ImageNet: many systems allow 1,024 files by default."""
+    """Raises the limit of open files: readers stay open, a thousand for ImageNet, and many systems
+    allow 1,024 files by default."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
     if soft < 65536 and wanted > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def only(meta: Metadata, split: str, files: list[tuple[pathlib.Path, int]]) -> Metadata:
-    """The metadata of a set of which one split has only these shards."""
-    return replace(meta, splits={split: files})
-
-
-def open_split(meta: Metadata, split: str) -> Shards:
-    """Opens a split. Raises DataError for damaged shards, ConfigError for other formats."""
-    readers = {"tfrecord": TFRecordShards, "array_record": ArrayRecordShards}
-    if meta.file_format not in readers:
-        raise ConfigError(
-            f"{meta.directory} is stored as {meta.file_format}: only {' and '.join(readers)} "
-            "can be read"
-        )
-    return readers[meta.file_format](meta, split)
-
-
-# Data sets in TFDS' format, read without TensorFlow or TFDS.
+# ----------------------------------------------------------------------------------------------
+# TFRecord files
 #
-# A directory of one version holds features.json (which feature is the image, which the label),
-# dataset_info.json (splits, shard lengths, file names) and the shards.
+# A file is a chain of records: uint64 length, uint32 masked CRC-32C of it, the data, uint32 masked
+# CRC-32C of the data, all little-endian (tensorflow/core/lib/io/record_writer.h). The chain is
+# walked once; the places of its records are kept in the cache directory, never beside the data.
+# ----------------------------------------------------------------------------------------------
+
+HEADER = 12  # bytes before the data of a record
+FOOTER = 4  # bytes after it
+
+_MASK_DELTA = 0xA282EAD8  # of the masked checksum (tensorflow/core/lib/hash/crc32c.h)
 
 
-TEST_SPLITS = ("validation", "val", "test")  # the first that exists is evaluated
+def index(paths: list[pathlib.Path]) -> list[np.ndarray]:
+    """The scans of these files, from the cache if the files are as they were. Raises DataError."""
+    if not paths:
+        return []
+    folder = cache_directory()
+    if folder is None:
+        logging.warning("no home directory: the index of TFRecord files is not kept")
+        return [scan(p) for p in paths]
+
+    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    name = hashlib.sha256(repr(stats).encode()).hexdigest()[:32]
+    cached = folder / f"tfrecord-{name}.npz"
+    scans = _load_index(cached, len(paths))
+    if scans is None:
+        scans = [scan(p) for p in paths]
+        _store_index(cached, scans)
+    return scans
 
 
-def default_directory() -> pathlib.Path:
-    """Where TFDS keeps its sets: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
-    return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-
-
-def find(name: str, directory: str) -> pathlib.Path | None:
-    """The newest version of a set in a data_dir (or the version's own directory), or None."""
-    root = pathlib.Path(directory).expanduser() if directory else default_directory()
-    places = [root, *(p for base in (root / name, root) if base.is_dir() for p in base.iterdir())]
-    found = [
-        p for p in places if (p / "dataset_info.json").is_file() and (p / "features.json").is_file()
-    ]
-    return max(found, key=lambda p: _version(p.name), default=None)
-
-
-def _version(name: str) -> tuple[int, ...]:
-    parts = name.split(".")
-    return tuple(int(p) for p in parts) if all(p.isdigit() for p in parts) else ()
-
-
-def metadata(directory: pathlib.Path) -> Metadata:
-    """Reads the JSON files. Raises DataError if they do not describe an image classification
-    set."""
+def cache_directory() -> pathlib.Path | None:
+    """$BN_JAX_CACHE, or bn_jax in the user's cache directory, or None for a user without a home."""
+    if "BN_JAX_CACHE" in os.environ:
+        return pathlib.Path(os.environ["BN_JAX_CACHE"])
     try:
-        features = json.loads((directory / "features.json").read_text())
-        info = json.loads((directory / "dataset_info.json").read_text())
-        parts: dict[str, Any] = features["featuresDict"]["features"]
-        image = next(name for name, part in parts.items() if "image" in part)
-        label = next(name for name, part in parts.items() if "classLabel" in part)
-        file_format = info.get("fileFormat", "tfrecord")
-        splits = {
-            split["name"]: [
-                (directory / _file_name(info["name"], split, file_format, k), int(length))
-                for k, length in enumerate(split["shardLengths"])
-            ]
-            for split in info["splits"]
-        }
-        return Metadata(
-            directory=directory,
-            name=info["name"],
-            file_format=file_format,
-            image=image,
-            label=label,
-            num_classes=int(parts[label]["classLabel"]["numClasses"]),
-            image_dimensions=tuple(
-                int(d) for d in parts[image]["image"].get("shape", {}).get("dimensions", ())
-            ),
-            splits=splits,
-        )
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as e:
-        raise DataError(
-            f"{directory} is not a TFDS image classification set ({type(e).__name__}: {e}): it "
-            "needs features.json with an image and a class label, and dataset_info.json"
-        ) from None
+        return expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bn_jax"
+    except ConfigError:
+        return None
 
 
-def _file_name(name: str, split: dict[str, Any], file_format: str, shard: int) -> str:
-    count = len(split["shardLengths"])
-    template = split.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    return template.format(
-        DATASET=name,
-        SPLIT=split["name"],
-        FILEFORMAT=file_format,
-        SHARD_X_OF_Y=f"{shard:05d}-of-{count:05d}",
-        SHARD_INDEX=f"{shard:05d}",
-        NUM_SHARDS=f"{count:05d}",
-    )
+def scan(path: pathlib.Path) -> np.ndarray:
+    """int64 [n, 2]: place and length of the data of each record. Raises DataError if the chain is
+    cut or a length is damaged."""
+    size = path.stat().st_size
+    if not size:
+        return np.zeros((0, 2), np.int64)
+    places: list[tuple[int, int]] = []
+    at = 0
+    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        while at < size:
+            header = data[at : at + HEADER]
+            if len(header) == HEADER and masked(header[:8]) != _uint32(header[8:]):
+                raise DataError(
+                    f"shard {path} is damaged: the length of record {len(places)} fails its "
+                    "checksum; fetch or write it again"
+                )
+            length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER else size
+            if at + HEADER + length + FOOTER > size:
+                raise DataError(
+                    f"shard {path} is cut in record {len(places)} at byte {at} of {size}: fetch or "
+                    "write it again"
+                )
+            places.append((at + HEADER, length))
+            at += HEADER + length + FOOTER
+    return np.array(places, np.int64)
 
 
-def source(name: str, directory: str) -> sources.Source:
-    """Opens a set. Raises ConfigError if it is absent, DataError if a shard is damaged."""
-    found = find(name, directory)
-    if found is None:
-        raise ConfigError(absent(name, directory))
-    meta = metadata(found)
-    test = next((s for s in TEST_SPLITS if s in meta.splits), None)
-    if "train" not in meta.splits or test is None:
-        raise ConfigError(
-            f"{found} has the splits {sorted(meta.splits)}: train and validation or test are needed"
-        )
-    train, evaluation = open_split(meta, "train"), open_split(meta, test)
-    described = (
-        f"{meta.name} {found.name} (TFDS, {meta.file_format}): {len(train):,} training images, "
-        f"{len(evaluation):,} of split {test!r}, {meta.num_classes} classes"
-    )
-    build = functools.partial(
-        sources.Source,
-        num_classes=meta.num_classes,
-        description=described,
-        split=test,
-        class_names=class_names(meta),
-    )
-    if meta.image_dimensions[-1:] == (1,) and max(meta.image_dimensions) <= 32:
-        return build(_in_memory(train), _in_memory(evaluation), channels=1)
-    files = max(len(train.files), order.VIRTUAL_SHARDS)
-    return build(train, evaluation, channels=3, shards=files)
-
-
-def class_names(meta: Metadata) -> tuple[str, ...]:
-    """The names that TFDS keeps beside features.json (ImageNet: synsets), or none."""
+def read(path: pathlib.Path, place: int, length: int) -> bytes:
+    """The data of one record. Raises ValueError if it is cut or fails its checksum."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        names = (meta.directory / f"{meta.label}.labels.txt").read_text().split("\n")
-    except (OSError, UnicodeDecodeError):
-        return ()
-    names = names[:-1] if names[-1] == "" else names
-    return tuple(names) if len(names) == meta.num_classes else ()
+        block = os.pread(descriptor, length + FOOTER, place)
+    finally:
+        os.close(descriptor)
+    if len(block) != length + FOOTER:
+        raise ValueError("the record is cut")
+    data = block[:length]
+    if masked(data) != _uint32(block[length:]):
+        raise ValueError("the record fails its checksum (CRC-32C)")
+    return data
 
 
-def _in_memory(records: Shards) -> sources.Arrays:
-    """Small grey images decoded once (MNIST: 55 MB)."""
-    images, labels = [], []
-    for record in records:
-        try:
-            images.append(decode.pixels(record.data, decode.frame(record.data))[..., :1])
-        except decode.BadImageError as e:
-            raise DataError(f"{record.name}: {e}") from None
-        labels.append(checked_label(record, records.meta.num_classes))
-    return sources.Arrays(np.stack(images), np.array(labels, np.int32))
+def write(path: pathlib.Path, records: list[bytes]) -> None:
+    """Writes a file of these records (tests and small sets)."""
+    with path.open("wb") as f:
+        for data in records:
+            length = struct.pack("<Q", len(data))
+            f.write(length + struct.pack("<I", masked(length)))
+            f.write(data + struct.pack("<I", masked(data)))
 
 
-def absent(name: str, directory: str) -> str:
-    """What is missing, how to prepare it, and what runs without it."""
-    where = directory or f"{default_directory()} (the default; set data.dir or TFDS_DATA_DIR)"
-    remedy = {
-        "imagenet2012": "prepare it with python -m bn_jax.prepare imagenet --tars=DIR "
-        "--data_dir=OUT, then --config.data.dir=OUT",
-        "mnist": "give the folder of the four idx files, or a TFDS data_dir, as --config.data.dir",
+def masked(data: bytes) -> int:
+    """The CRC-32C of some bytes as TFRecord files store it."""
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
+
+
+def _uint32(data: bytes) -> int:
+    return struct.unpack("<I", data)[0]
+
+
+def _load_index(cached: pathlib.Path, files: int) -> list[np.ndarray] | None:
+    """The places of the records of each file, or None if they are not in the cache."""
+    try:
+        with np.load(cached, allow_pickle=False) as arrays:
+            splits = arrays["splits"]
+            places = arrays["places"]
+        if len(splits) == files - 1 and places.dtype == np.int64 and places.shape[1:] == (2,):
+            return np.split(places, splits)
+    except FileNotFoundError:
+        return None
+    except Exception as e:  # whatever is wrong with a cache, it is made again
+        logging.warning("the index %s cannot be read (%s): made again", cached, e)
+    return None
+
+
+def _store_index(cached: pathlib.Path, scans: list[np.ndarray]) -> None:
+    """Writes the index whole or not at all; without a writable cache the next start scans again."""
+    splits = np.cumsum([len(s) for s in scans])[:-1]
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False, suffix=".part") as f:
+            np.savez(f, splits=splits, places=np.concatenate(scans))
+        pathlib.Path(f.name).replace(cached)
+    except OSError as e:
+        logging.warning("the index of TFRecord files is not kept, %s: %s", cached, e)
+
+
+# ----------------------------------------------------------------------------------------------
+# Messages: tf.train.Example
+#
+# The messages are declared here and read by protobuf. The generated classes inside the package
+# tensorflow-datasets take 0.6 s to import, because they import the whole package; this takes
+# 0.01 s.
+# ----------------------------------------------------------------------------------------------
+
+Value = bytes | int
+
+
+def parse(data: bytes) -> dict[str, list[Value]]:
+    """The bytes and integer features of a serialized Example; lists of floats come back empty.
+    Raises ValueError if it is not an Example."""
+    try:
+        features = _example_class().FromString(data).features.feature
+    except message.DecodeError as e:
+        raise ValueError(f"not a tf.train.Example ({e})") from None
+    return {
+        name: [*feature.bytes_list.value, *feature.int64_list.value]
+        for name, feature in features.items()
     }
-    prepare = remedy.get(name, f"build it with TFDS (tfds build {name})")
-    return (
-        f"no data set {name!r} in {where}: {prepare}; without any data use the embedded digits: "
-        "--config=configs/NAME.py:digits"
+
+
+def serialize(features: dict[str, Value]) -> bytes:
+    """A serialized Example with one value a feature, in the order of their names."""
+    return _example(features).SerializeToString(deterministic=True)
+
+
+def serialized_size(features: dict[str, Value], name: str, size: int) -> int:
+    """len(serialize(...)) of these features and one more, `name`, of `size` bytes that need not
+    exist."""
+    lengths = {n: _varint_size(v) if isinstance(v, int) else len(v) for n, v in features.items()}
+    return _field_size(
+        sum(
+            # An entry of the map: its key, and a Feature around a list around the value.
+            _field_size(
+                _field_size(len(key.encode())) + _field_size(_field_size(_field_size(length)))
+            )
+            for key, length in {**lengths, name: size}.items()
+        )
     )
+
+
+def _field_size(length: int) -> int:
+    """Bytes of a field whose content has this length: a tag, the length, the content."""
+    return 1 + _varint_size(length) + length
+
+
+def _varint_size(value: int) -> int:
+    """Bytes of an integer in protobuf's variable-length form."""
+    return max(1, -(-(value % 2**64).bit_length() // 7))
+
+
+def _example(features: dict[str, Value]) -> Any:
+    example = _example_class()()
+    for name, value in features.items():
+        feature = example.features.feature[name]
+        values = feature.int64_list if isinstance(value, int) else feature.bytes_list
+        values.value.append(value)
+    return example
+
+
+@functools.cache
+def _example_class() -> Any:
+    """The class of tf.train.Example (tensorflow/core/example/example.proto and feature.proto)."""
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(
+        name="bn_jax/example.proto", package="bn_jax", syntax="proto3"
+    )
+
+    def add(messages, name: str, *fields: tuple[str, int, int, int, str | None]):
+        added = messages.add(name=name)
+        for field_name, number, kind, label, type_name in fields:
+            added.field.add(
+                name=field_name, number=number, type=kind, label=label, type_name=type_name
+            )
+        return added
+
+    one = field.LABEL_OPTIONAL
+    many = field.LABEL_REPEATED
+    nested = field.TYPE_MESSAGE
+    add(file.message_type, "BytesList", ("value", 1, field.TYPE_BYTES, many, None))
+    add(file.message_type, "FloatList", ("value", 1, field.TYPE_FLOAT, many, None))
+    add(file.message_type, "Int64List", ("value", 1, field.TYPE_INT64, many, None))
+    feature = add(
+        file.message_type,
+        "Feature",
+        ("bytes_list", 1, nested, one, ".bn_jax.BytesList"),
+        ("float_list", 2, nested, one, ".bn_jax.FloatList"),
+        ("int64_list", 3, nested, one, ".bn_jax.Int64List"),
+    )
+    feature.oneof_decl.add(name="kind")
+    for alternative in feature.field:
+        alternative.oneof_index = 0
+
+    # map<string, Feature> feature = 1;
+    features = add(
+        file.message_type,
+        "Features",
+        ("feature", 1, nested, many, ".bn_jax.Features.FeatureEntry"),
+    )
+    entry = add(
+        features.nested_type,
+        "FeatureEntry",
+        ("key", 1, field.TYPE_STRING, one, None),
+        ("value", 2, nested, one, ".bn_jax.Feature"),
+    )
+    entry.options.map_entry = True
+    add(file.message_type, "Example", ("features", 1, nested, one, ".bn_jax.Features"))
+
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("bn_jax.Example"))

@@ -4,10 +4,11 @@ import contextlib
 import os
 import pathlib
 import re
+import sys
 
 import jax
 
-from bn_jax.errors import ConfigError
+from bn_jax.errors import ConfigError, expand_path
 
 
 def initialize() -> None:
@@ -51,12 +52,17 @@ def initialize() -> None:
 def use_compilation_cache() -> None:
     """Keeps compiled programs between processes, in JAX_COMPILATION_CACHE_DIR or ~/.cache/bn_jax.
 
-    An empty JAX_COMPILATION_CACHE_DIR turns it off. A folder that cannot be written is no error.
+    An empty JAX_COMPILATION_CACHE_DIR turns it off. Nothing is kept without a folder that can be
+    written, or without a home directory.
     """
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if folder is None:
-        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        folder = str(pathlib.Path(base) / "bn_jax" / "xla")
+        try:
+            base = expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        except ConfigError:
+            print("bn_jax: no home directory: compiled programs are not kept", file=sys.stderr)
+            return
+        folder = str(base / "bn_jax" / "xla")
     if folder:
         with contextlib.suppress(OSError):
             pathlib.Path(folder).mkdir(parents=True, exist_ok=True)

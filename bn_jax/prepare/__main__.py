@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import pathlib
 
 from bn_jax import errors
 
@@ -50,8 +49,8 @@ def run_imagenet(options: argparse.Namespace) -> None:
     from bn_jax.prepare.imagenet import build
 
     folder = build(
-        pathlib.Path(options.tars).expanduser(),
-        pathlib.Path(options.data_dir).expanduser(),
+        errors.expand_path(options.tars),
+        errors.expand_path(options.data_dir),
         partial=options.partial,
         threads=options.threads,
     )
@@ -62,7 +61,7 @@ def run_check(options: argparse.Namespace) -> None:
     """Checks a data set."""
     from bn_jax.prepare import check as doctor
 
-    doctor.check(pathlib.Path(options.dir).expanduser(), options.name, threads=options.threads)
+    doctor.check(errors.expand_path(options.dir), options.name, threads=options.threads)
 
 
 def run_sheet(options: argparse.Namespace) -> None:

@@ -1,7 +1,10 @@
-"""CRC-32C, tf.train.Example, TFRecord and TFDS sets, read without TensorFlow."""
+"""tf.train.Example, TFRecord and TFDS sets, read without TensorFlow."""
 
 import contextlib
+import json
 import os
+import pathlib
+import pwd
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bn_jax.data import tfds
-from bn_jax.errors import DataError
+from bn_jax.distributed import startup
+from bn_jax.errors import ConfigError, DataError
 
 
 @pytest.fixture(autouse=True)
@@ -18,34 +22,11 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def naive_crc(data: bytes) -> int:
-    """Bit by bit, from RFC 3720."""
-    register = 0xFFFFFFFF
-    for byte in data:
-        register ^= byte
-        for _ in range(8):
-            register = (register >> 1) ^ (0x82F63B78 if register & 1 else 0)
-    return register ^ 0xFFFFFFFF
-
-
-def test_crc_of_rfc_3720():
-    assert tfds.crc32c(b"123456789") == 0xE3069283
-    assert tfds.crc32c(bytes(32)) == 0x8A9136AA  # appendix B.4
-    assert tfds.crc32c(b"\xff" * 32) == 0x62A8AB43
-    assert tfds.crc32c(bytes(range(32))) == 0x46DD794E
+def test_checksums_are_masked_as_in_tfrecord():
+    """The CRC-32C of RFC 3720, rotated and moved as tensorflow/core/lib/hash/crc32c.h says."""
     assert tfds.masked(b"") == 0xA282EAD8  # the CRC of nothing is 0
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.binary(max_size=300) | st.integers(380, 6000).map(os.urandom))
-def test_crc_of_any_length(data):
-    assert tfds.in_numpy(data) == tfds.crc32c(data) == naive_crc(data)
-
-
-def test_crc_of_many_headers():
-    words = np.array([[0, 0], [1, 2], [0xFFFFFFFF, 0x12345678]], np.uint32)
-    single = [tfds.masked(row.astype("<u4").tobytes()) for row in words]
-    assert tfds.masked_pairs(words).tolist() == single
+    crc = 0xE3069283  # of this string, RFC 3720
+    assert tfds.masked(b"123456789") == ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
 
 
 @settings(max_examples=50, deadline=None)
@@ -99,11 +80,35 @@ def test_tfrecord_round_trip_and_index(tmp_path, cache):
 
 
 def test_a_damaged_index_is_built_again(tmp_path, cache):
-    tfds.write(tmp_path / "a", [b"x"])
-    tfds.index([tmp_path / "a"])
+    """Whatever is wrong with the cached file: it is made again, and is right the next time."""
+    tfds.write(tmp_path / "a", [b"x" * 50] * 9)
+    expected = tfds.index([tmp_path / "a"])[0].tolist()
     (kept,) = cache.iterdir()
-    kept.write_bytes(b"PK damaged")
-    assert len(tfds.index([tmp_path / "a"])[0]) == 1
+    whole = kept.read_bytes()
+    damaged = [b"", b"PK damaged", *(whole[:n] for n in (1, 30, 200, len(whole) - 1))]
+    for place in range(0, len(whole), 7):
+        damaged.append(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+    for content in damaged:
+        kept.write_bytes(content)
+        assert tfds.index([tmp_path / "a"])[0].tolist() == expected
+    np.savez(kept, splits=np.zeros(5, np.int64), places=np.zeros((5, 3)))  # of another shape
+    assert tfds.index([tmp_path / "a"])[0].tolist() == expected
+
+
+def test_without_a_home_no_index_is_kept(tmp_path, monkeypatch):
+    """A container's user may have neither HOME nor an entry in the password file."""
+    for name in ("HOME", "XDG_CACHE_HOME", "BN_JAX_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(user):
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    tfds.write(tmp_path / "a", [b"x"] * 3)
+    assert len(tfds.index([tmp_path / "a"])[0]) == 3
+    with pytest.raises(ConfigError, match="no home directory; set HOME"):
+        tfds.source("mnist", "")
+    startup.use_compilation_cache()
 
 
 def test_tfrecord_damage(tmp_path):
@@ -117,11 +122,96 @@ def test_tfrecord_damage(tmp_path):
     assert tfds.read(path, *first) == b"first record"
     with pytest.raises(ValueError, match="checksum"):
         tfds.read(path, *second)
-    path.write_bytes(whole[:-6])
-    with pytest.raises(DataError, match=r"shard .* is cut .* record 1"):
-        tfds.scan(path)
     flipped = bytearray(whole)
     flipped[9] ^= 1  # in the checksum of the first length
     path.write_bytes(flipped)
     with pytest.raises(DataError, match="length of record 0"):
         tfds.scan(path)
+
+
+def test_a_file_cut_anywhere_is_noticed(tmp_path):
+    path = tmp_path / "shard"
+    tfds.write(path, [b"first record", b"second record"])
+    whole = path.read_bytes()
+    first = len(b"first record") + tfds.HEADER + tfds.FOOTER
+    for length in range(1, len(whole)):
+        path.write_bytes(whole[:length])
+        if length == first:  # a whole file of one record: dataset_info.json has the number
+            assert len(tfds.scan(path)) == 1
+            continue
+        record = 0 if length < first else 1
+        with pytest.raises(DataError, match=f"shard .* is cut in record {record}"):
+            tfds.scan(path)
+
+
+def described(features: dict, info: dict, folder: pathlib.Path) -> tfds.Metadata:
+    """The metadata of a set that has these two files."""
+    (folder / "features.json").write_text(json.dumps(features, sort_keys=True))
+    about = {"name": "little", "splits": [], **info}
+    (folder / "dataset_info.json").write_text(json.dumps(about))
+    return tfds.metadata(folder)
+
+
+def label(classes: int) -> dict:
+    return {"classLabel": {"numClasses": str(classes)}}
+
+
+IMAGE = {"image": {"shape": {"dimensions": ["32", "32", "3"]}}}
+KEYS = {"supervisedKeys": {"tuple": {"items": [{"featureKey": "image"}, {"featureKey": "label"}]}}}
+TWO_LABELS = {
+    "featuresDict": {
+        "features": {"coarse_label": label(20), "id": {"text": {}}, "image": IMAGE}
+        | {"label": label(100)}
+    }
+}
+
+
+def test_the_supervised_keys_choose_between_two_labels(tmp_path):
+    """TFDS' cifar100 has a coarse label, which comes first."""
+    meta = described(TWO_LABELS, KEYS, tmp_path)
+    assert (meta.image, meta.label, meta.num_classes) == ("image", "label", 100)
+    assert meta.image_shape == (32, 32, 3)
+    meta = described(
+        TWO_LABELS, {"supervisedKeys": {"input": "image", "output": "coarse_label"}}, tmp_path
+    )
+    assert (meta.label, meta.num_classes) == ("coarse_label", 20)
+    with pytest.raises(DataError, match=r"2 features of kind label \(coarse_label, label\)"):
+        described(TWO_LABELS, {}, tmp_path)
+    two_images = {"featuresDict": {"features": {"left": IMAGE, "right": IMAGE, "label": label(3)}}}
+    with pytest.raises(DataError, match=r"2 features of kind image \(left, right\)"):
+        described(two_images, {}, tmp_path)
+    with pytest.raises(DataError, match="not a TFDS image classification set"):
+        described(TWO_LABELS, {"supervisedKeys": {"input": "image", "output": "id"}}, tmp_path)
+
+
+OLD = "tensorflow_datasets.core.features."
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("as_message", [False, True])
+def test_features_json_of_an_older_tfds(tmp_path, as_text, as_message):
+    """The forms that TFDS 4.9 still reads: dictionaries, or messages as JSON or as JSON in text."""
+    image = {"shape": [None, None, 3], "dtype": "uint8", "encoding_format": "jpeg"}
+    content = {
+        "image": {"type": OLD + "image_feature.Image", "content": image},
+        "label": {"type": OLD + "class_label_feature.ClassLabel", "content": {"num_classes": 1000}},
+        "file_name": {"type": OLD + "text_feature.Text", "content": {}},
+    }
+    features = {"type": OLD + "features_dict.FeaturesDict", "content": content}
+    if as_message:
+        features["proto_cls"] = "tensorflow_datasets.FeaturesDict"
+        shape = {"dimensions": ["-1", "-1", "3"]}
+        features["content"] = {
+            "features": {"image": {"image": {"shape": shape}}, "label": label(1000)}
+        }
+    if as_text:
+        features["content"] = json.dumps(features["content"])
+    meta = described(features, {}, tmp_path)
+    assert (meta.image, meta.label, meta.num_classes) == ("image", "label", 1000)
+    assert meta.image_shape == (-1, -1, 3)
+
+
+def test_a_set_without_features_json_says_who_made_it(tmp_path):
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(DataError, match=r"no features\.json: an older TFDS made it"):
+        tfds.source("little", str(tmp_path))

@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -74,6 +75,34 @@ def test_flipped_bits_are_noticed(tmp_path, file_format):
     records = tfds.source("little", str(tmp_path)).train
     with pytest.raises(load.BadRecordError, match=r"record \d of shard little-train"):
         [records[k] for k in range(3)]
+
+
+def test_several_chunks_of_a_shard_one_of_them_damaged(tmp_path, monkeypatch):
+    """Records that are read in sequence come in chunks: each keeps its own name, and one that is
+    damaged leaves the others right."""
+    monkeypatch.setattr(tfds, "AT_ONCE", 4)
+    small = [(os.urandom(40), k % 3) for k in range(11)]
+    written = small_sets.write_tfds(
+        tmp_path, {"train": small, "test": small[:1]}, file_format="array_record", shards=2
+    )
+    train = tfds.open_split(tfds.metadata(written), "train")
+    records = list(train)
+    assert [(r.data, r.label) for r in records] == small
+    assert [r.name for r in records] == [train.name(k) for k in range(11)]
+    assert "record 5 of shard little-train.array_record-00001" in records[10].name
+
+    reader = train._readers[1]
+
+    class Damaged:
+        """Chunks that hold record 2 of the second shard cannot be read at once."""
+
+        def read(self, *places):
+            if len(places) == 2 and places[0] <= 2 < places[1]:
+                raise ValueError("damaged chunk")
+            return reader.read(*places)
+
+    train._readers[1] = Damaged()
+    assert list(train) == records
 
 
 def test_absent_sets_say_what_to_do(tmp_path):
