@@ -73,9 +73,10 @@ cuda: $(CUDA_VENV)/.installed  ## the training step, compiled for an H100 that n
 	$(CUDA_VENV)/bin/python -m benchmarks.cuda $(CUDA)
 
 $(CUDA_VENV)/.installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "jax[cuda13] needs Python >= 3.12: make cuda PYTHON=python3.12")'
-	@echo "installing jax[cuda13] into $(CUDA_VENV): about 5 GB, some minutes"
-	$(PYTHON) -m venv $(CUDA_VENV)
+	@python="$(PYTHON)"; [ -n "$$python" ] || python=$$(launch/find_python.sh) || exit 2; \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 12) and "jax[cuda13] needs Python >= 3.12: make cuda PYTHON=/path/to/python3.12")' || exit 2; \
+	echo "installing jax[cuda13] into $(CUDA_VENV) with $$("$$python" -V): 5 GB, some minutes"; \
+	"$$python" -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  'jax[cuda13]==0.11.2' -e '.[digits]' pytest
 	@touch $@

@@ -15,6 +15,7 @@ take default algorithms, and cuDNN's scratch memory counts as 0 bytes, so a GPU 
 memory. Bytes are counted from the HLO, operands and results of every kernel; caches are not known
 to it. No time can be had. "CublasLtBackend cannot enumerate configs in deviceless mode" is said of
 a product that only cuBLAS takes: --flags=--xla_gpu_enable_triton_gemm=false gets past it.
+`benchmarks.cuda_page` makes the table of results/bench/cuda.md.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from typing import Any
 
 from benchmarks import fair, hlo
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 H100 = pathlib.Path(__file__).with_name("h100.textproto")
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 MISSING = (

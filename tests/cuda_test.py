@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cuda
+from benchmarks import cuda, cuda_page
 from bn_jax.ops import mixed
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -96,6 +96,39 @@ def test_rounded_filter_gradients_are_near_those_in_float32():
     assert not np.array_equal(rounded, usual)
     # One rounding to 8 bits of significand, of sums that are added up in float32.
     np.testing.assert_allclose(rounded, usual, rtol=2**-8, atol=2**-8 * np.abs(usual).max())
+
+
+def test_the_page_is_of_the_records_and_says_what_was_not_run():
+    records = json.loads(cuda_page.RECORDS.read_text())
+    assert records.keys() <= cuda_page.PROGRAMS.keys()
+    assert cuda_page.PAGE.read_text() == cuda_page.page(records)
+    text = cuda_page.page({"bfloat16_256": RECORD})
+    assert "| bfloat16_256 | 1,947 | 181 | 0 | 6.80 | 283.0 |" in text
+    assert text.count("| not run |") == len(cuda_page.PROGRAMS) - 1
+    assert "without a device: none." in text
+    flags = f"--xla_gpu_autotune_level=0 {cuda_page.WITHOUT_TRITON}"
+    text = cuda_page.page({"float32_32": {**RECORD, "flags": flags}})
+    assert "without a device: float32_32." in text
+
+
+def test_the_performance_page_has_the_recorded_figures():
+    text = (ROOT / "docs" / "performance.md").read_text()
+    records = json.loads(cuda_page.RECORDS.read_text())
+    usual = records["bfloat16_256"]
+    assert f"| kernels a step | {usual['kernels']:,} | compiled |" in text
+    assert f"every kernel | {usual['bytes_an_image'] / 1e6:.0f} MB | compiled |" in text
+    for name in ("bfloat16_256_pool", "bfloat16_256_pool_filters"):
+        found = records[name]
+        moved = f"{found['bytes_an_image'] / 1e6:.0f} MB, {found['temporary_bytes'] / 1e9:.1f} GB"
+        assert f"| {found['kernels']:,} kernels, {moved} | compiled |" in text
+
+
+def test_a_program_without_triton_keeps_its_other_flags():
+    assert cuda_page.without_triton(["--batch=32", "--flags=--a=1"]) == [
+        "--batch=32",
+        f"--flags=--a=1 {cuda_page.WITHOUT_TRITON}",
+    ]
+    assert cuda_page.without_triton([]) == [f"--flags={cuda_page.WITHOUT_TRITON}"]
 
 
 @pytest.mark.skipif(not cuda.installed(), reason=cuda.MISSING)
