@@ -111,8 +111,8 @@ def compiled(args: argparse.Namespace) -> tuple[Any, float]:
     if args.filter_gradients == "bfloat16":
         round_filter_gradients()
 
-    function, shardings = train.training_step(exp, 1)
-    step = jax.jit(function, donate_argnums=0, **shardings)
+    function, jit = train.training_step(exp, 1)
+    step = jit(function)
     backend = "cpu" if args.ops == "tuned" else "gpu"
     with ops.tracing_for(backend):
         lowered = step.trace(state, batch, hyper, 0).lower(lowering_platforms=("cuda",))

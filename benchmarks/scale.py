@@ -148,8 +148,8 @@ def compile_here(target: str, args: argparse.Namespace) -> dict[str, Any]:
     batch = build.abstract_batch(exp, config.batch_size, train=False)
     hyper = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), np.float32), exp.hyper)
     start = time.perf_counter()
-    function, shardings = train.training_step(exp, 1)
-    step = jax.jit(function, donate_argnums=0, **shardings)
+    function, jit = train.training_step(exp, 1)
+    step = jit(function)
     platform = "cuda" if backend == "gpu" else backend
     with ops.tracing_for(backend):
         lowered = step.trace(state, batch, hyper, 0).lower(lowering_platforms=(platform,))

@@ -29,7 +29,7 @@ class Hyper(NamedTuple):
     decay_rate: jax.typing.ArrayLike
     decay_examples: jax.typing.ArrayLike
     l2: jax.typing.ArrayLike | None
-    momentum: jax.typing.ArrayLike
+    momentum: Any
     warmup_from: jax.typing.ArrayLike = np.float32(1)
     warmup_examples: jax.typing.ArrayLike = np.float32(0)
 
@@ -100,8 +100,8 @@ def momentum_step(
     velocity: optax.TraceState,
     params: optax.Params,
     *,
-    learning_rate: jax.typing.ArrayLike,
-    momentum: jax.typing.ArrayLike,
+    learning_rate: jax.Array | float,
+    momentum: jax.Array | float,
 ) -> tuple[optax.Params, optax.TraceState]:
     """SGD with momentum: v = momentum * v + g; w = w - rate * v (not Nesterov). New params, state.
 

@@ -1,6 +1,7 @@
 """Percentiles of chosen activations on one fixed batch (Fig. 1b,c): how distributions move."""
 
 import difflib
+import functools
 import json
 from typing import Any
 
@@ -17,19 +18,23 @@ from bn_jax.step import TrainState
 from bn_jax.workdir.lines import PERCENTILES
 
 
-class Taps:
+class RecordedActivations:
     """The activations that a run records, and the program that computes their percentiles.
 
-    A path is a layer's and what is tapped: `dense_2/input` is what enters the nonlinearity of
-    dense_2; `dense_2/pre_bn` what enters its BN. The batch is `record.activation_examples` training
-    examples, the same at every step and on every device; the network runs in training mode, so a BN
-    layer normalizes with the statistics of the batch's groups, as it does in a training step.
+    A path names a layer and what is recorded of it: `dense_2/input` is what enters the nonlinearity
+    of dense_2, `dense_2/pre_bn` what enters its BN. The batch is `record.activation_examples`
+    training examples, the same at every step and on every device. The network runs in training
+    mode, so a BN layer normalizes with the statistics of the batch's groups, as in a training step.
 
     Raises ConfigError at construction for a path that the model does not have, before compiling.
     """
 
     def __init__(self, exp: Experiment):
-        self.exp, self.paths = exp, tuple(exp.config.record.activations)
+        self.exp = exp
+        self.paths = tuple(exp.config.record.activations)
+        self._program: Any = None
+        self._images: jax.Array | None = None
+
         known = self._known() if self.paths else []
         for path in self.paths:
             if path not in known:
@@ -38,8 +43,35 @@ class Taps:
                     f"record.activations: {exp.config.name} has no activation {path!r}; "
                     f"the closest of its {len(known)} is {close[0]!r}"
                 )
-        self._program: Any = None
-        self._images: jax.Array | None = None
+
+    def compile(self) -> None:
+        """Compiles what `percentiles` runs, if anything; may be called from another thread."""
+        if not self.paths:
+            return
+        self._program = programs.compiled(
+            "percentiles",
+            self._percentiles,
+            self._abstract_arguments(),
+            self.exp.config.to_dict(),
+            jit=functools.partial(jax.jit, out_shardings=mesh.replicated(self.exp.mesh)),
+            made_from=[self.paths, PERCENTILES],
+        )
+
+    def percentiles(self, state: TrainState) -> dict[str, dict[str, list[float]]]:
+        """Percentiles by path: `p15`, `p50`, `p85`, each one value a unit (channel)."""
+        exp = self.exp
+        if self._program is None:
+            self.compile()
+        if self._images is None:
+            n = exp.config.record.activation_examples
+            batch = next(exp.data.statistics(1, n, slice(0, n), seed=exp.config.seed))
+            self._images = mesh.put_replicated(exp.mesh, batch["image"])
+
+        values = jax.device_get(self._program(state.params, state.batch_stats, self._images))
+        return {
+            path: {f"p{p}": _rounded(v) for p, v in zip(PERCENTILES, values[path], strict=True)}
+            for path in self.paths
+        }
 
     def _known(self) -> list[str]:
         """Paths of all activations that the model has."""
@@ -52,20 +84,8 @@ class Taps:
 
         return json.loads(programs.kept(["activations", config, arguments[2].shape], trace))
 
-    def compile(self) -> None:
-        """Compiles what `record` runs, if anything; may be called from another thread."""
-        if not self.paths:
-            return
-        self._program = programs.compiled(
-            "percentiles",
-            self._percentiles,
-            self._abstract_arguments(),
-            self.exp.config.to_dict(),
-            made_from=[self.paths, PERCENTILES],
-            out_shardings=mesh.replicated(self.exp.mesh),
-        )
-
     def _abstract_arguments(self) -> tuple[Any, Any, Any]:
+        """Shapes and shardings of params, batch_stats and images."""
         state = abstract_state(self.exp)
         shape = (self.exp.config.record.activation_examples, *self.exp.data.image_shape)
         everywhere = mesh.replicated(self.exp.mesh)
@@ -73,7 +93,7 @@ class Taps:
         return state.params, state.batch_stats, images
 
     def _all(self, params: Any, batch_stats: Any, images: jax.Array) -> dict[str, jax.Array]:
-        """Every tapped tensor [N, ..., units] by path."""
+        """Every activation [N, ..., units] by path."""
         _, updates = self.exp.model.apply(
             {"params": params, "batch_stats": batch_stats},
             images,
@@ -85,29 +105,16 @@ class Taps:
         return {path: sown[0] for path, sown in flat.items()}
 
     def _percentiles(self, params, batch_stats, images) -> dict[str, jax.Array]:
-        tapped = self._all(params, batch_stats, images)
+        """Percentiles [3, units] by path."""
+        activations = self._all(params, batch_stats, images)
 
         def of_units(x: jax.Array) -> jax.Array:
             values = x.astype(jnp.float32).reshape(-1, x.shape[-1])
             return jnp.percentile(values, jnp.array(PERCENTILES, jnp.float32), axis=0)
 
-        return {path: of_units(tapped[path]) for path in self.paths}
-
-    def record(self, state: TrainState) -> dict[str, dict[str, list[float]]]:
-        """Percentiles by path: `p15`, `p50`, `p85`, each one value a unit (channel)."""
-        exp = self.exp
-        if self._program is None:
-            self.compile()
-        if self._images is None:
-            n = exp.config.record.activation_examples
-            batch = next(exp.data.statistics(1, n, slice(0, n), seed=exp.config.seed))
-            self._images = mesh.put_replicated(exp.mesh, batch["image"])
-        values = jax.device_get(self._program(state.params, state.batch_stats, self._images))
-        return {
-            path: {f"p{p}": _plain(row) for p, row in zip(PERCENTILES, values[path], strict=True)}
-            for path in self.paths
-        }
+        return {path: of_units(activations[path]) for path in self.paths}
 
 
-def _plain(values: np.ndarray) -> list[float]:
+def _rounded(values: np.ndarray) -> list[float]:
+    """Six significant digits, to keep the file small."""
     return [float(f"{v:.6g}") for v in values]

@@ -200,8 +200,8 @@ def create_state(exp: Experiment) -> step.TrainState:
         functools.partial(initial_state, exp),
         (),
         exp.config.to_dict(),
+        jit=functools.partial(jax.jit, out_shardings=replicated(exp.mesh)),
         made_from=[exp.config.seed, exp.data.image_shape, exp.data.num_classes],
-        out_shardings=replicated(exp.mesh),
     )
     return program()
 

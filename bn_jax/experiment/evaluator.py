@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from bn_jax import layers, step
 from bn_jax.distributed import mesh as meshes
@@ -36,17 +37,17 @@ class Evaluator:
         """Compiles in another thread, beside the first steps; `check` tells how it went."""
         if jax.default_backend() == "gpu":  # there XLA times kernels, which steps would disturb
             return self.compile()
-        with_context = contextvars.copy_context().run  # what `ops.plain` sets
+        with_context = contextvars.copy_context().run  # with what `ops.plain` has set
         threads = concurrent.futures.ThreadPoolExecutor(1)
         self._begun = threads.submit(with_context, self.compile)
         threads.shutdown(wait=False)
 
     def cancel(self) -> None:
-        """Begins with no further program; the one that is being compiled is compiled to its end."""
+        """Begins no further program; the one that is being compiled is compiled to its end."""
         self._cancelled = True
 
     def check(self, *, wait: bool = False) -> None:
-        """Raises what `begin` met, if it has ended, or `wait` until it has."""
+        """Raises the error that `begin` met, if it has ended, or waits for its end (`wait`)."""
         if self._begun is not None and (wait or self._begun.done()):
             begun, self._begun = self._begun, None
             begun.result()
@@ -54,26 +55,25 @@ class Evaluator:
     def compile(self) -> None:
         """Compiles what `scores` and `population` run."""
         exp, model = self.exp, self.exp.model
-        everywhere = replicated(exp.mesh)
+        config = exp.config.to_dict()
         state = build.abstract_state(exp)
         variables = (state.params, state.batch_stats)
-        config = exp.config.to_dict()
+        jit = functools.partial(jax.jit, out_shardings=replicated(exp.mesh))
+
         score = functools.partial(step.eval_step, model=model)
         batch = build.abstract_batch(exp, self._eval_size(), train=False)
         self._eval_batch = programs.compiled(
-            "evaluate", score, (*variables, batch), config, out_shardings=everywhere
+            "evaluate", score, (*variables, batch), config, jit=jit
         )
         if not state.batch_stats or self._cancelled:
             return
 
-        batch = build.abstract_batch(exp, config["batch_size"], train=True)
+        seed = exp.config.seed
+        merge = functools.partial(step.statistics_step, model=model, seed=seed)
+        batch = build.abstract_batch(exp, exp.config.batch_size, train=True)
+        arguments = (*variables, state.batch_stats, batch)
         self._merge_batch = programs.compiled(
-            "population",
-            functools.partial(step.statistics_step, model=model, seed=config["seed"]),
-            (*variables, state.batch_stats, batch),
-            config,
-            made_from=config["seed"],
-            out_shardings=everywhere,
+            "population", merge, arguments, config, jit=jit, made_from=seed
         )
 
     def _eval_size(self) -> int:
@@ -95,6 +95,7 @@ class Evaluator:
         self.check(wait=True)
         if self._merge_batch is None:
             self.compile()
+
         config, mesh = self.exp.config, self.exp.mesh
         n, size = config.statistics_batches, config.batch_size
         rows = meshes.rows(mesh, size)
@@ -113,10 +114,12 @@ class Evaluator:
         self.check(wait=True)
         if self._eval_batch is None:
             self.compile()
+
         mesh, data, size = self.exp.mesh, self.exp.data, self._eval_size()
         sums = []
         for batch in data.evaluation(size, meshes.rows(mesh, size)):
             sums.append(self._eval_batch(params, batch_stats, put_batch(mesh, batch, size)))
+
         total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
         examples = int(total.pop("examples"))
         if examples != data.num_eval:
@@ -140,14 +143,11 @@ def running_gap(running: Any, exact: Any, epsilon: float) -> float:
 
     It says how far the moving average lags behind. Trees of batch_stats; NaN without BN.
     """
+    running, exact = (traverse_util.flatten_dict(jax.device_get(t)) for t in (running, exact))
     gaps = []
-
-    def visit(a, b):
-        if "mean" in a:
-            gaps.append(float(np.max(np.abs(a["mean"] - b["mean"]) / np.sqrt(b["var"] + epsilon))))
-            return
-        for name in a:
-            visit(a[name], b[name])
-
-    visit(*jax.device_get((running, exact)))
+    for *layer, name in exact:
+        if name == "mean":
+            mean, var = exact[*layer, "mean"], exact[*layer, "var"]
+            distance = np.abs(running[*layer, "mean"] - mean)
+            gaps.append(float(np.max(distance / np.sqrt(var + epsilon))))
     return max(gaps, default=math.nan)

@@ -59,50 +59,62 @@ def compiled(
     arguments: tuple,
     config: Mapping[str, Any],
     *,
+    jit: Callable = jax.jit,
     made_from: Any = None,
-    donate_argnums: tuple[int, ...] = (),
-    **shardings: Any,
-) -> Any:
-    """`jax.jit(function, ...)`, compiled for `arguments`: arrays, or their shapes with shardings.
+) -> Callable:
+    """`jit(function)`, compiled for `arguments`: arrays, or their shapes with shardings.
 
     Args:
       name: of the program; with `config` and `made_from` it names all that `function` closes over.
       config: the experiment's, as a dict.
+      jit: `jax.jit`, or a `functools.partial` of it with shardings and donated arguments.
       made_from: what else the program is made from; JSON.
-      shardings: jit's `in_shardings` and `out_shardings`.
 
     Where jax cannot export the program, it is compiled as it is, and nothing is kept.
     """
-    jitted, leaves = jax.jit(function, **shardings), jax.tree.leaves(arguments)
-    shapes = [
-        [str(getattr(leaf, of, None)) for of in ("shape", "dtype", "sharding")] for leaf in leaves
+    kinds = ("shape", "dtype", "sharding")
+    leaves = jax.tree.leaves(arguments)
+    about = [
+        name,
+        config,
+        made_from,
+        [
+            [str(getattr(leaf, of, None)) for of in ("shape", "dtype", "sharding")]
+            for leaf in leaves
+        ],
+        str(jax.tree.structure(arguments)),
+        [jax.default_backend(), jax.device_count()],
+        str(getattr(jit, "keywords", {})),
     ]
-    tree, devices = str(jax.tree.structure(arguments)), [jax.default_backend(), jax.device_count()]
-    about = [name, config, made_from, shapes, tree, devices, str(shardings)]
+
+    def trace() -> bytes:
+        # Nothing is donated inside of the program that is kept: the one around it does that.
+        exported = export.export(jit(function, donate_argnums=()))(*arguments)
+        return bytes(exported.serialize())
+
     try:
         with _TRACING:
-            text = kept(about, lambda: bytes(export.export(jitted)(*arguments).serialize()))
+            text = kept(about, trace)
     except (ValueError, NotImplementedError) as refusal:
         # An operation of this backend that jax exports no program with; any other mistake in
         # `function` is raised again here.
         logging.info("the trace of %s cannot be kept: %s", name, refusal)
-        jitted = jax.jit(function, donate_argnums=donate_argnums, **shardings)
-        return jitted.lower(*arguments).compile()
+        return jit(function).lower(*arguments).compile()
+
     call = export.deserialize(bytearray(text)).call
 
     def program(*arguments):
         return call(*arguments)
 
     program.__name__ = name  # in profiles
-    program = jax.jit(program, donate_argnums=donate_argnums, **shardings)
-    return program.lower(*arguments).compile()
+    return jit(program).lower(*arguments).compile()
 
 
 def kept(about: list, make: Callable[[], bytes]) -> bytes:
     """What `make` gives, or gave when it was called for the same `about`, source and packages.
 
     `about` is JSON; fields of a config in it that are NOT_TRACED count as equal. Nothing is kept
-    without a cache of compiled programs (`mesh.use_compilation_cache`) that can be written.
+    without a cache of compiled programs (`startup.use_compilation_cache`) that can be written.
     """
     folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if not folder:
@@ -111,13 +123,16 @@ def kept(about: list, make: Callable[[], bytes]) -> bytes:
     plain = [_traced(x) if isinstance(x, Mapping) else x for x in about]
     key = json.dumps([plain, _surroundings()], sort_keys=True, default=list)
     file = place / hashlib.sha256(key.encode()).hexdigest()
+
     try:
         content = file.read_bytes()
+        # A file begins with the digest of its content; a damaged one is made anew.
         if hashlib.sha256(content[32:]).digest() == content[:32]:
             file.touch()
             return content[32:]
     except OSError:
-        pass
+        pass  # it was not kept
+
     made = make()
     try:
         place.mkdir(exist_ok=True)

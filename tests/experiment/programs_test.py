@@ -38,7 +38,7 @@ def texts(config):
         fed = next(train.feed(exp, 0, 1))
         train.compile_step(exp, 1, state, *fed, exp.hyper, np.uint32(config.seed))
         Evaluator(exp).compile()
-        activations.Taps(exp).compile()
+        activations.RecordedActivations(exp).compile()
     return found
 
 
