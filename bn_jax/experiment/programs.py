@@ -78,10 +78,7 @@ def compiled(
         name,
         config,
         made_from,
-        [
-            [str(getattr(leaf, of, None)) for of in ("shape", "dtype", "sharding")]
-            for leaf in leaves
-        ],
+        [[str(getattr(leaf, kind, None)) for kind in kinds] for leaf in leaves],
         str(jax.tree.structure(arguments)),
         [jax.default_backend(), jax.device_count()],
         str(getattr(jit, "keywords", {})),
