@@ -12,15 +12,21 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     imagenet = commands.add_parser(
-        "imagenet", help="ILSVRC2012 tars -> TFDS' imagenet2012 (ArrayRecord), without TensorFlow"
+        "imagenet", help="ILSVRC2012 -> TFDS' imagenet2012 (ArrayRecord), without TensorFlow"
     )
-    imagenet.add_argument(
-        "--tars",
-        required=True,
-        help="folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar",
+    source = imagenet.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--from",
+        dest="source",
+        metavar="PATH",
+        help="folder (or a file in it) of the two tars, of class folders train/nXXXXXXXX and val, "
+        "of Kaggle's ILSVRC/Data/CLS-LOC, or of parquet files",
     )
+    source.add_argument("--tars", dest="source", help="the same as --from")
     imagenet.add_argument("--data_dir", required=True, help="TFDS data_dir to write to (140 GiB)")
-    imagenet.add_argument("--partial", action="store_true", help="accept tars that lack images")
+    imagenet.add_argument(
+        "--partial", action="store_true", help="accept a source that lacks images"
+    )
     imagenet.add_argument(
         "--threads", type=int, default=os.cpu_count() or 1, help="shards at a time"
     )
@@ -49,7 +55,7 @@ def run_imagenet(options: argparse.Namespace) -> None:
     from bn_jax.prepare.imagenet import build
 
     folder = build(
-        errors.expand_path(options.tars),
+        errors.expand_path(options.source),
         errors.expand_path(options.data_dir),
         partial=options.partial,
         threads=options.threads,
@@ -59,9 +65,9 @@ def run_imagenet(options: argparse.Namespace) -> None:
 
 def run_check(options: argparse.Namespace) -> None:
     """Checks a data set."""
-    from bn_jax.prepare import check as doctor
+    from bn_jax.prepare.check import check
 
-    doctor.check(errors.expand_path(options.dir), options.name, threads=options.threads)
+    check(errors.expand_path(options.dir), options.name, threads=options.threads)
 
 
 def run_sheet(options: argparse.Namespace) -> None:

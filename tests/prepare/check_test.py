@@ -1,4 +1,4 @@
-"""prepare check: the data doctor."""
+"""prepare check: what it finds in a set, and its verdict."""
 
 import re
 
@@ -15,7 +15,7 @@ def pairs(n: int, first: int = 0) -> list[tuple[bytes, int]]:
     return [(small_sets.encode(small_sets.photo(seed=first + k)), k % 3) for k in range(n)]
 
 
-def test_doctor_of_a_sound_set(tmp_path, capsys):
+def test_a_sound_set(tmp_path, capsys):
     splits = {"train": [*pairs(5), pairs(1)[0]], "test": pairs(1)}
     small_sets.write_tfds(tmp_path, splits, file_format="array_record")
     check.check(tmp_path, "little", threads=2)
@@ -26,7 +26,7 @@ def test_doctor_of_a_sound_set(tmp_path, capsys):
     assert "is sound" in out
 
 
-def test_doctor_of_a_damaged_set(tmp_path, capsys):
+def test_a_damaged_set(tmp_path, capsys):
     bad = (JPEG[:-200], 0)
     splits = {"train": [*pairs(4), bad, (JPEG, 7)], "test": pairs(2)}
     written = small_sets.write_tfds(tmp_path, splits, file_format="array_record")

@@ -1,4 +1,4 @@
-"""prepare.py: ImageNet from its tars, the data doctor, the contact sheet."""
+"""prepare: ImageNet from its tars, the check of a set, the contact sheet."""
 
 import csv
 import hashlib
@@ -16,7 +16,7 @@ import pytest
 from bn_jax.data import decode, tfds
 from bn_jax.errors import ConfigError, DataError, DiskError
 from bn_jax.prepare import __main__ as prepare
-from bn_jax.prepare import imagenet
+from bn_jax.prepare import imagenet, layouts
 from tests.support import small_sets
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -45,11 +45,11 @@ def test_the_real_pair(test_data, tmp_path):
     with (test_data / "ilsvrc" / "CONTENTS.csv").open() as f:
         truth = {row["file_name"]: int(row["label"]) for row in csv.DictReader(f)}
     pictures = {}
-    with tarfile.open(test_data / "ilsvrc" / imagenet.TARS["train"]) as tar:
+    with tarfile.open(test_data / "ilsvrc" / layouts.TARS["train"]) as tar:
         for synset in tar:
             with tarfile.open(fileobj=tar.extractfile(synset)) as inner:
                 pictures |= {m.name: inner.extractfile(m).read() for m in inner}
-    with tarfile.open(test_data / "ilsvrc" / imagenet.TARS["validation"]) as tar:
+    with tarfile.open(test_data / "ilsvrc" / layouts.TARS["validation"]) as tar:
         pictures |= {m.name: tar.extractfile(m).read() for m in tar}
     meta = tfds.metadata(folder)
     for split, count in (("train", 122), ("validation", 60)):
@@ -90,7 +90,7 @@ def test_against_tfds_own_builder(test_data, tmp_path):
 
 def test_incomplete_tars_are_refused(tmp_path):
     tars = small_sets.write_tars(tmp_path / "tars")
-    with pytest.raises(DataError, match=r"12 of 1,281,167 images.*--partial"):
+    with pytest.raises(DataError, match=r"12 of 1,281,167 images of train.*--partial"):
         imagenet.build(tars, tmp_path / "out", partial=False, threads=1)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match=r"ILSVRC2012_img_train\.tar"):
@@ -102,7 +102,7 @@ def test_labels_survive_missing_validation_files(tmp_path):
     meta = tfds.metadata(built(small_sets.write_tars(tmp_path / "tars"), tmp_path / "out"))
     records = map(tfds.parse, map(tfds.open_split(meta, "validation").raw, range(3)))
     labels = {r["file_name"][0].decode(): r["label"][0] for r in records}
-    expected = imagenet.label_files()[1]
+    expected = layouts.label_files()[1]
     assert len(expected) == 50_000
     assert labels["ILSVRC2012_val_00050000.JPEG"] == expected[-1]
     assert labels["ILSVRC2012_val_00000002.JPEG"] == expected[1]
@@ -114,11 +114,11 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
     clean = built(tars, tmp_path / "clean")
     whole, calls = imagenet.record, []
 
-    def fails(descriptor, image):
+    def fails(image):
         calls.append(image)
         if len(calls) > 8:
             raise KeyboardInterrupt
-        return whole(descriptor, image)
+        return whole(image)
 
     monkeypatch.setattr(imagenet, "record", fails)
     with pytest.raises(KeyboardInterrupt):
@@ -142,7 +142,7 @@ def test_a_finished_set_is_left_alone(tmp_path, capsys):
     built(tars, tmp_path / "out")
     assert "complete already" in capsys.readouterr().out
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
-    with pytest.raises(ConfigError, match="other tars"):
+    with pytest.raises(ConfigError, match="other pictures"):
         built(small_sets.write_tars(tmp_path / "more", each=7), tmp_path / "out")
 
 

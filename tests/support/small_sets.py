@@ -13,7 +13,7 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from bn_jax.data import tfds
-from bn_jax.prepare import imagenet
+from bn_jax.prepare import imagenet, layouts
 
 
 def photo(height: int = 60, width: int = 80, seed: int = 0) -> np.ndarray:
@@ -117,6 +117,6 @@ def write_tars(folder: pathlib.Path, each: int = 6) -> pathlib.Path:
         for s in SYNSETS
     }
     validation = {f"ILSVRC2012_val_{k:08d}.JPEG": picture for k in (1, 2, 50_000)}
-    (folder / imagenet.TARS["train"]).write_bytes(tar_bytes(train))
-    (folder / imagenet.TARS["validation"]).write_bytes(tar_bytes(validation))
+    (folder / layouts.TARS["train"]).write_bytes(tar_bytes(train))
+    (folder / layouts.TARS["validation"]).write_bytes(tar_bytes(validation))
     return folder
