@@ -35,7 +35,6 @@ _VALIDATION_NAME = re.compile(rf"(ILSVRC2012_val_(\d{{8}}))(?:_n\d{{8}})?{_PICTU
 _TEST_NAME = re.compile(rf"ILSVRC2012_test_\d{{8}}{_PICTURE}", re.IGNORECASE)
 _SYNSET = re.compile(r"n\d{8}")
 
-
 _NAME_COLUMNS = ("file_name", "filename", "path")  # of parquet files
 
 
@@ -425,8 +424,10 @@ def _unpack(path: pathlib.Path, pictures: pathlib.Path) -> list[tuple[str, int, 
 
 
 def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, int, bytes]]:
-    """(file name, label, encoded picture) of each row. Raises ConfigError without pyarrow, DataError
-    for a file that is damaged or has other columns."""
+    """(file name, label, encoded picture) of each row.
+
+    Raises ConfigError without pyarrow, DataError for a file that is damaged or has other columns.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
