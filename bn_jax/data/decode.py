@@ -1,24 +1,35 @@
-"""Encoded image -> RGB pixels: JPEG by simplejpeg, PNG, BMP and WebP by OpenCV.
+"""Encoded image -> RGB pixels: JPEG by simplejpeg (libjpeg-turbo), all others by OpenCV.
 
-The header is read first: an image whose decoding would need more than MAX_BYTES is refused before
-any of it is unpacked. Pixels are as stored: an EXIF orientation is ignored, as tf.io.decode_jpeg
-and torchvision do. Grey, palette, 16-bit, CMYK and transparent images become 8-bit RGB.
+The header is read first, so that an image whose decoding would need more than MAX_BYTES is refused
+before any of it is unpacked. It is read as a decoder reads it: a JPEG's by libjpeg-turbo itself,
+others' by Pillow, which decodes nothing before it is asked to. A file is decoded wherever Pillow and
+OpenCV agree on it; docs/data.md says what happens to the others.
+
+Pixels are as stored: an EXIF orientation is ignored, as tf.io.decode_jpeg and torchvision do. Grey,
+palette, 16-bit, CMYK and transparent images become 8-bit RGB.
 """
 
+import io
 import struct
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from bn_jax.data.crops import Box
 
-cv2.setNumThreads(0)  # the pipeline has its own threads, one a batch
-
 MAX_BYTES = 256 * 2**20  # of pixels and coefficients of one image: 89 megapixels of 8-bit RGB
-# Complaints of libjpeg about files whose pixels are nevertheless all there. Any other is an error.
-HARMLESS = ("extraneous bytes", "unknown JFIF", "Invalid SOS", "Unknown Adobe")
 
 
 class BadImageError(ValueError):
@@ -35,12 +46,24 @@ class Frame(NamedTuple):
     bytes_per_pixel: int = 3
 
 
+# The first bytes of a file, its kind, and the part of Pillow that reads its header. Image.open
+# would try all of Pillow's formats, and warn of large images, which are refused here.
+_FORMATS: tuple[tuple[bytes, str, Callable[[io.BytesIO], Any]], ...] = (
+    (b"\xff\xd8", "jpeg", JpegImagePlugin.JpegImageFile),
+    (b"BM", "bmp", BmpImagePlugin.BmpImageFile),
+    (b"RIFF", "webp", WebPImagePlugin.WebPImageFile),
+    (b"GIF8", "gif", GifImagePlugin.GifImageFile),
+    (b"II*\0", "tiff", TiffImagePlugin.TiffImageFile),
+    (b"MM\0*", "tiff", TiffImagePlugin.TiffImageFile),
+    (b"P5", "ppm", PpmImagePlugin.PpmImageFile),
+    (b"P6", "ppm", PpmImagePlugin.PpmImageFile),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "jpeg 2000", Jpeg2KImagePlugin.Jpeg2KImageFile),
+)
+
+
 def frame(data: bytes) -> Frame:
     """Reads the header. Raises BadImageError for unknown, damaged and oversized images."""
-    try:
-        found = _frame(data)
-    except (struct.error, IndexError):
-        raise BadImageError("the header is cut") from None
+    found = _jpeg_frame(data) or _png_frame(data) or _pillow_frame(data)
     if found.height < 1 or found.width < 1:
         raise BadImageError(f"it has no pixels: {found.height} x {found.width}")
     need = found.height * found.width * found.bytes_per_pixel
@@ -52,108 +75,134 @@ def frame(data: bytes) -> Frame:
     return found
 
 
-def _frame(data: bytes) -> Frame:
-    if data[:2] == b"\xff\xd8":
-        return _jpeg_frame(data)
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        width, height, depth = struct.unpack_from(">IIB", data, 16)
-        if data[12:16] != b"IHDR":
-            raise BadImageError("PNG without a header")
-        return Frame("png", height, width, bytes_per_pixel=11 if depth == 16 else 7)
-    if data[:2] == b"BM":
-        width, height = struct.unpack_from("<ii", data, 18)
-        return Frame("bmp", abs(height), width, bytes_per_pixel=7)
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return _webp_frame(data)
-    raise BadImageError(f"not a JPEG, PNG, BMP or WebP image: it starts with {bytes(data[:4])!r}")
+def _jpeg_frame(data: bytes) -> Frame | None:
+    """The header of a JPEG, or None for other files and for a few that libjpeg-turbo's own
+    interface refuses although the library decodes them."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except (ValueError, KeyError):
+        return None
+    components = {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(colours, 3)
+    return Frame("jpeg", height, width, components, _jpeg_bytes_per_pixel(data, components))
 
 
-def _jpeg_frame(data: bytes) -> Frame:
-    """Walks the markers to the frame header (ITU T.81, B.2.2)."""
-    at = 2
-    while True:
-        if data[at] != 0xFF:
-            raise BadImageError("JPEG without a frame header")
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            precision, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
-            if precision != 8:
-                raise BadImageError(f"JPEG of {precision} bits a sample")
-            # A progressive image keeps all its coefficients, two bytes each, until it is complete.
-            progressive = marker in (0xC2, 0xC6, 0xCA, 0xCE)
-            return Frame("jpeg", height, width, components, (3 if progressive else 1) * components)
-        else:
-            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+def _jpeg_bytes_per_pixel(data: bytes, components: int) -> int:
+    """An image of several scans keeps all its coefficients, of two bytes, until it is complete."""
+    progressive = any(bytes([0xFF, marker]) in data for marker in (0xC2, 0xC6, 0xCA, 0xCE))
+    scans = data.count(b"\xff\xda")
+    return (3 if progressive or scans > 1 else 1) * components
 
 
-def _webp_frame(data: bytes) -> Frame:
-    chunk = data[12:16]
-    if chunk == b"VP8X":
-        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
-    elif chunk == b"VP8L":
-        bits = struct.unpack_from("<I", data, 21)[0]
-        width, height = 1 + (bits & 0x3FFF), 1 + ((bits >> 14) & 0x3FFF)
-    else:
-        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
-    return Frame("webp", height, width, bytes_per_pixel=7)
+def _png_frame(data: bytes) -> Frame | None:
+    """The header of a PNG, whose numbers have fixed places; None for other files.
+
+    Pillow would check all chunks before the pixels, more strictly than OpenCV's libpng does.
+    """
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
+        return None
+    if len(data) < 29 or data[12:16] != b"IHDR":
+        raise BadImageError("PNG without a header")
+    width, height, depth = struct.unpack_from(">IIB", data, 16)
+    return Frame("png", height, width, bytes_per_pixel=11 if depth == 16 else 7)
+
+
+def _pillow_frame(data: bytes) -> Frame:
+    """The header as Pillow reads it. Raises BadImageError."""
+    known = next((f for f in _FORMATS if data.startswith(f[0])), None)
+    if known is None:
+        raise BadImageError(
+            "not a JPEG, PNG, BMP, WebP, GIF, TIFF, PPM or JPEG 2000 image: it starts with "
+            f"{bytes(data[:4])!r}"
+        )
+    _, kind, reader = known
+    try:
+        image = reader(io.BytesIO(data))
+    except Exception as e:  # of many kinds: SyntaxError, struct.error, OSError, ...
+        reason = " ".join(str(e).split())
+        raise BadImageError(f"its header cannot be read as {kind.upper()}: {reason}") from None
+    width, height = image.size
+    if kind == "jpeg":
+        components = len(image.getbands())
+        per_pixel = _jpeg_bytes_per_pixel(data, components)
+        return Frame(kind, height, width, components, per_pixel)
+    # OpenCV holds the image as stored and as 8-bit RGB, with room for a transparent channel.
+    deep = kind in ("tiff", "jpeg 2000")
+    return Frame(kind, height, width, bytes_per_pixel=11 if deep else 7)
 
 
 def pixels(data: bytes, found: Frame, *, reduce: int = 1, exact: bool = True) -> np.ndarray:
     """uint8 [height/reduce, width/reduce, 3], rounded up, of the image whose header is `found`.
 
-    reduce: 1, 2, 4 or 8; a JPEG is reduced while it is decoded, which is cheaper and averages.
-    exact: the accurate inverse DCT, 5% slower than the fast one (which is off by a level or two).
-    Raises BadImageError.
+    Args:
+      data: the encoded image.
+      found: its `frame`.
+      reduce: 1, 2, 4 or 8; a JPEG is reduced while it is decoded, which is cheaper and averages.
+      exact: the accurate inverse DCT, 5% slower than the fast one (which is off by a level or two).
+
+    Raises:
+      BadImageError: the image is damaged.
     """
-    if found.kind != "jpeg":
-        image = _by_opencv(data, found)
-        if reduce > 1:
-            size = (-(-found.width // reduce), -(-found.height // reduce))
-            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        return image
+    reason = ""
+    if found.kind == "jpeg":
+        try:
+            return _by_simplejpeg(data, found, reduce, exact)
+        except ValueError as e:
+            reason = str(e)
+        if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):  # the end is before the last scan
+            raise BadImageError(f"the JPEG is cut ({reason})")
+        # OpenCV uses the library itself, which decodes more than simplejpeg's interface to it.
+    image = _by_opencv(data, found, reason)
+    if reduce > 1:
+        size = (-(-found.width // reduce), -(-found.height // reduce))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return image
+
+
+def _by_simplejpeg(data: bytes, found: Frame, reduce: int, exact: bool) -> np.ndarray:
+    """The pixels of a JPEG. Raises ValueError where libjpeg-turbo refuses it, or it is cut."""
     options = {
+        "colorspace": "CMYK" if found.components == 4 else "RGB",
         "fastdct": not exact,
         "min_factor": reduce,
         "min_height": -(-found.height // reduce),
         "min_width": -(-found.width // reduce),
     }
-    if found.components == 4:
-        return _rgb_from_cmyk(_by_simplejpeg(data, colorspace="CMYK", **options), data)
-    return _by_simplejpeg(data, colorspace="RGB", **options)
-
-
-def _by_simplejpeg(data: bytes, **options) -> np.ndarray:
     try:
-        return simplejpeg.decode_jpeg(data, **options)
+        image = simplejpeg.decode_jpeg(data, **options)
     except ValueError as e:
-        reason = str(e)
-    if not any(word in reason for word in HARMLESS) or b"\xff\xd9" not in data:
-        raise BadImageError(reason)
-    try:
-        return simplejpeg.decode_jpeg(data, strict=False, **options)
-    except ValueError as e:
-        raise BadImageError(str(e)) from None
+        # libjpeg warns of what it can live with: stray bytes, a missing restart. But the end of a
+        # file that is cut would be grey.
+        if "Premature end of JPEG" in str(e):
+            raise
+        image = simplejpeg.decode_jpeg(data, strict=False, **options)
+    return _rgb_from_cmyk(image) if found.components == 4 else image
 
 
-def _rgb_from_cmyk(cmyk: np.ndarray, data: bytes) -> np.ndarray:
-    """RGB of ink values. Adobe's files (all known ones) store them inverted: 255 is no ink."""
-    inks = cmyk if b"Adobe" in data[:65536] else 255 - cmyk
-    product = inks[..., :3].astype(np.uint16) * inks[..., 3:]
+def _rgb_from_cmyk(cmyk: np.ndarray) -> np.ndarray:
+    """RGB of ink values, which are stored inverted: 255 is no ink.
+
+    Adobe's files say so by a marker; Pillow and OpenCV take files without it for the same.
+    """
+    product = cmyk[..., :3].astype(np.uint16) * cmyk[..., 3:]
     return ((product + 127) // 255).astype(np.uint8)
 
 
-def _by_opencv(data: bytes, found: Frame) -> np.ndarray:
-    if found.kind == "png" and b"IEND" not in data[-64:]:
-        raise BadImageError("PNG is cut: its end is missing")
+def _by_opencv(data: bytes, found: Frame, reason: str) -> np.ndarray:
+    """The pixels of an image of any kind. Raises BadImageError, with another decoder's reason."""
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as e:
         raise BadImageError(f"OpenCV: {e.err}") from None
-    if image is None or image.shape[:2] != (found.height, found.width):
-        raise BadImageError(f"damaged {found.kind.upper()}")
+    if image is None:
+        raise BadImageError(f"damaged {found.kind.upper()}" + (f": {reason}" if reason else ""))
+    if image.shape[:2] != (found.height, found.width):
+        raise BadImageError(
+            f"damaged {found.kind.upper()}: {image.shape[0]} x {image.shape[1]} pixels, its header "
+            f"says {found.height} x {found.width}"
+        )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from bn_jax.data import decode, load, order
 from bn_jax.data.distort import DRAWS
 from bn_jax.errors import DataError
-from tests.support import small_sets
+from tests.support import odd_files, small_sets
 
 SIZE = 32
 PHOTO = small_sets.photo(90, 120)
@@ -218,10 +218,74 @@ def test_the_bomb_is_a_bomb(tmp_path):
 
 
 def test_progressive_images_are_charged_for_their_coefficients():
-    header = b"\xff\xd8\xff%c\x00\x11\x08" + struct.pack(">HH", 8000, 8000) + b"\x03"
-    assert decode.frame(header % 0xC0 + bytes(20)).bytes_per_pixel == 3
-    with pytest.raises(decode.BadImageError, match="8000 x 8000 pixels unpack to 549 MiB"):
-        decode.frame(header % 0xC2 + bytes(20))
+    size = struct.pack(">HH", 8000, 8000)
+    large = odd_files.patched(JPEG, b"\xff\xc0", 5, size)
+    assert decode.frame(large).bytes_per_pixel == 3
+    progressive = small_sets.encode(PHOTO, quality=95, progressive=True)
+    two_scans = large[:-2] + large[large.index(b"\xff\xda") :]
+    for costly in (odd_files.patched(progressive, b"\xff\xc2", 5, size), two_scans):
+        with pytest.raises(decode.BadImageError, match="8000 x 8000 pixels unpack to 549 MiB"):
+            decode.frame(costly)
+
+
+@pytest.mark.parametrize("name", odd_files.files())
+def test_odd_files_are_decoded_where_pillow_and_opencv_agree(name):
+    data = odd_files.files()[name]
+    pillow = odd_files.by_pillow(data)
+    opencv = odd_files.by_opencv(data)
+    try:
+        ours = decode.pixels(data, decode.frame(data))
+    except decode.BadImageError as e:
+        assert "\n" not in str(e)
+        ours = None
+
+    if pillow is None and opencv is None:
+        assert ours is None
+    elif name in DIFFER:
+        assert not close(pillow, opencv)
+        follow = {"OpenCV": opencv, "neither": None}[DIFFER[name]]
+        assert (ours is None) == (follow is None) and (ours is None or close(ours, follow))
+    else:
+        assert close(pillow, opencv) and close(ours, pillow)
+
+
+def close(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    """Whether both are images that differ by at most two levels."""
+    if a is None or b is None or a.shape != b.shape:
+        return False
+    return int(np.abs(a.astype(int) - b).max()) <= 2
+
+
+# Files on which Pillow and OpenCV differ, or which one of them refuses: whom we follow. The table
+# in docs/data.md says why.
+DIFFER = {
+    "png grey of 16 bits": "OpenCV",
+    "bmp of 16 bits": "OpenCV",
+    "bmp of 15 bits": "OpenCV",
+    "png, wrong checksum of the text": "OpenCV",
+    "png without its end": "neither",
+    "png, cut in the checksum": "neither",
+    "png, fewer pixels than it says": "neither",
+    "ico": "neither",
+}
+
+
+def test_the_corpus_of_odd_files_is_large():
+    assert len(odd_files.files()) > 120
+    text = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    assert f"{len(odd_files.files())} odd files" in text
+
+
+@pytest.mark.parametrize("reduce", [2, 4, 8])
+def test_odd_jpegs_are_reduced_as_others(reduce):
+    """Those that simplejpeg refuses are decoded whole and reduced."""
+    for name in ("jpeg, stray bytes between segments", "jpeg, a restart missing", "jpeg CMYK"):
+        data = odd_files.files()[name]
+        found = decode.frame(data)
+        small = decode.pixels(data, found, reduce=reduce)
+        assert small.shape == (-(-found.height // reduce), -(-found.width // reduce), 3)
+        whole = decode.pixels(data, found).astype(float)
+        assert abs(small.mean() - whole.mean()) < 3
 
 
 @settings(max_examples=200, deadline=None)
