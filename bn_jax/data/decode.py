@@ -2,13 +2,14 @@
 
 The header is read first, so that an image whose decoding would need more than MAX_BYTES is refused
 before any of it is unpacked. It is read as a decoder reads it: a JPEG's by libjpeg-turbo itself,
-others' by Pillow, which decodes nothing before it is asked to. A file is decoded wherever Pillow and
-OpenCV agree on it; docs/data.md says what happens to the others.
+others' by Pillow, which decodes nothing before it is asked to. A file is decoded wherever Pillow
+and OpenCV agree on it; docs/data.md says what happens to the others.
 
 Pixels are as stored: an EXIF orientation is ignored, as tf.io.decode_jpeg and torchvision do. Grey,
 palette, 16-bit, CMYK and transparent images become 8-bit RGB.
 """
 
+import functools
 import io
 import struct
 from collections.abc import Callable
@@ -17,15 +18,6 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import (
-    BmpImagePlugin,
-    GifImagePlugin,
-    Jpeg2KImagePlugin,
-    JpegImagePlugin,
-    PpmImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
 
 from bn_jax.data.crops import Box
 
@@ -44,21 +36,6 @@ class Frame(NamedTuple):
     width: int
     components: int = 3
     bytes_per_pixel: int = 3
-
-
-# The first bytes of a file, its kind, and the part of Pillow that reads its header. Image.open
-# would try all of Pillow's formats, and warn of large images, which are refused here.
-_FORMATS: tuple[tuple[bytes, str, Callable[[io.BytesIO], Any]], ...] = (
-    (b"\xff\xd8", "jpeg", JpegImagePlugin.JpegImageFile),
-    (b"BM", "bmp", BmpImagePlugin.BmpImageFile),
-    (b"RIFF", "webp", WebPImagePlugin.WebPImageFile),
-    (b"GIF8", "gif", GifImagePlugin.GifImageFile),
-    (b"II*\0", "tiff", TiffImagePlugin.TiffImageFile),
-    (b"MM\0*", "tiff", TiffImagePlugin.TiffImageFile),
-    (b"P5", "ppm", PpmImagePlugin.PpmImageFile),
-    (b"P6", "ppm", PpmImagePlugin.PpmImageFile),
-    (b"\0\0\0\x0cjP  \r\n\x87\n", "jpeg 2000", Jpeg2KImagePlugin.Jpeg2KImageFile),
-)
 
 
 def frame(data: bytes) -> Frame:
@@ -108,9 +85,38 @@ def _png_frame(data: bytes) -> Frame | None:
     return Frame("png", height, width, bytes_per_pixel=11 if depth == 16 else 7)
 
 
+@functools.cache
+def _formats() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], Any]], ...]:
+    """The first bytes of a file, its kind, and the part of Pillow that reads its header.
+
+    Image.open would try all of Pillow's formats, and warn of large images, which are refused here.
+    """
+    from PIL import (
+        BmpImagePlugin,
+        GifImagePlugin,
+        Jpeg2KImagePlugin,
+        JpegImagePlugin,
+        PpmImagePlugin,
+        TiffImagePlugin,
+        WebPImagePlugin,
+    )
+
+    return (
+        (b"\xff\xd8", "jpeg", JpegImagePlugin.JpegImageFile),
+        (b"BM", "bmp", BmpImagePlugin.BmpImageFile),
+        (b"RIFF", "webp", WebPImagePlugin.WebPImageFile),
+        (b"GIF8", "gif", GifImagePlugin.GifImageFile),
+        (b"II*\0", "tiff", TiffImagePlugin.TiffImageFile),
+        (b"MM\0*", "tiff", TiffImagePlugin.TiffImageFile),
+        (b"P5", "ppm", PpmImagePlugin.PpmImageFile),
+        (b"P6", "ppm", PpmImagePlugin.PpmImageFile),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "jpeg 2000", Jpeg2KImagePlugin.Jpeg2KImageFile),
+    )
+
+
 def _pillow_frame(data: bytes) -> Frame:
     """The header as Pillow reads it. Raises BadImageError."""
-    known = next((f for f in _FORMATS if data.startswith(f[0])), None)
+    known = next((f for f in _formats() if data.startswith(f[0])), None)
     if known is None:
         raise BadImageError(
             "not a JPEG, PNG, BMP, WebP, GIF, TIFF, PPM or JPEG 2000 image: it starts with "
