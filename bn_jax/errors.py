@@ -4,6 +4,7 @@ A message is one line: what is wrong, the value, the limit, the remedy.
 """
 
 import argparse
+import io
 import pathlib
 import re
 import signal
@@ -76,6 +77,9 @@ def run_command(main: Callable[[], None]) -> None:
     So does a command line that argparse refuses: its own usage message of several lines hides what
     is wrong.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name may be in no encoding
     argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]
     try:
         require_paths(sys.argv[1:])

@@ -1,77 +1,123 @@
-"""A folder of pictures: DIR/train/CLASS/* and DIR/val/CLASS/*."""
+"""A folder of pictures: DIR/train/CLASS/* and DIR/val/CLASS/*.
 
+What is named like a picture is an example, in folders inside the class folder, too. If it cannot be
+read or decoded it is a bad record: masked in training, an error in evaluation. Hidden files, what
+macOS adds (__MACOSX) and files of other kinds are counted and skipped.
+"""
+
+import concurrent.futures
+import errno
 import os
 import pathlib
+import stat
+import time
 
-from bn_jax.data import sources
+import numpy as np
+
+from bn_jax.data import cache, sources
 from bn_jax.data.load import BadRecordError, Record
 from bn_jax.errors import ConfigError, expand_path
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-TRAIN, EVALUATION = ("train",), ("val", "validation", "test")
+TRAIN = ("train",)
+EVALUATION = ("val", "validation", "test")  # the first that exists is evaluated
+
+# Names of pictures. Those that cannot be decoded are here, too: they are not lost without a word.
+_DECODED = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp")
+_DECODED += (".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+_NOT_DECODED = (".avif", ".heic", ".heif", ".jxl", ".svg", ".ico")
+SUFFIXES = _DECODED + _NOT_DECODED
+
+KEPT = 10_000  # a listing of so many files is kept: a large set on a network disk takes minutes
+_SETTLED = 2.0  # seconds after which a folder's time of change tells of every later change
 
 
 class Files(sources.Records):
-    """A split: (path, label) of each picture, sorted by class and name."""
+    """A split: its pictures, sorted by class and name.
+
+    Attributes:
+      root: the folder of the split.
+      classes: names of the class folders, as the file system has them.
+      skipped: how many files are not pictures by their names.
+      labels: int32 [N].
+    """
 
     def __init__(self, root: pathlib.Path, classes: list[str]):
         self.root = root
-        self.items: list[tuple[str, int]] = []
-        self.skipped = 0
-        for label, name in enumerate(classes):
-            if (root / name).is_dir():
-                files = sorted(e.name for e in os.scandir(root / name) if e.is_file())
-                pictures = [f for f in files if f.lower().endswith(SUFFIXES)]
-                self.skipped += len(files) - len(pictures)
-                self.items += [(f"{name}/{f}", label) for f in pictures]
-        super().__init__(len(self.items), len(classes))
+        self.classes = classes
+        listing = _listing(root, classes)
+        self.skipped = int(listing["skipped"])
+        self.labels = listing["labels"]
+        self._names = listing["names"]
+        self._ends = listing["ends"]
+        super().__init__(len(self.labels), len(classes))
+
+    def path(self, index: int) -> pathlib.Path:
+        """Where a picture lies."""
+        start = self._ends[index - 1] if index else 0
+        name = os.fsdecode(self._names[start : self._ends[index]].tobytes())
+        return self.root / self.classes[self.labels[index]] / name
 
     def __getitem__(self, index: int) -> Record:
-        name, label = self.items[index]
+        path = self.path(index)
+        name = printable(str(path))
         try:
-            return Record((self.root / name).read_bytes(), label, str(self.root / name))
+            data = _read(path)
         except OSError as e:
-            raise BadRecordError(str(self.root / name), str(e)) from None
-
-
-def open_splits(root: pathlib.Path) -> tuple[Files, Files, list[str]]:
-    """The training and the evaluation split, and the classes: the folders of train/, sorted. Raises
-    ConfigError if a split is absent or empty, or val/ has a class that train/ has not."""
-    train, evaluation = (_split(root, names) for names in (TRAIN, EVALUATION))
-    classes, others = _classes(train), _classes(evaluation)
-    strange = sorted(set(others) - set(classes))
-    if strange:
-        raise ConfigError(
-            f"{evaluation} has {len(strange)} classes that {train} has not, the first is "
-            f"{strange[0]!r}: both need the same class folders"
-        )
-    splits = [Files(train, classes), Files(evaluation, classes)]
-    for split in splits:
-        if not len(split):
-            raise ConfigError(
-                f"no pictures in {split.root}: it needs CLASS/* of {', '.join(SUFFIXES)}"
-            )
-    return splits[0], splits[1], classes
+            raise BadRecordError(name, e.strerror or str(e)) from None
+        return Record(data, int(self.labels[index]), name)
 
 
 def source(directory: str) -> sources.Source:
     """Opens a folder. Raises ConfigError as `open_splits` does."""
     root = expand_path(directory)
-    train, evaluation, classes = open_splits(root)
-    skipped = train.skipped + evaluation.skipped
+    train, evaluation = open_splits(root)
+    described = (
+        f"folder {printable(str(root))}: {len(train):,} training and {len(evaluation):,} "
+        f"evaluation pictures of {train.num_classes} classes"
+    )
+    empty = train.num_classes - len(np.unique(train.labels))
+    if empty:
+        described += f", {empty} of them without training pictures"
+    if train.skipped + evaluation.skipped:
+        described += f", {train.skipped + evaluation.skipped} other files skipped"
     return sources.Source(
         train=train,
         evaluation=evaluation,
-        num_classes=len(classes),
+        num_classes=train.num_classes,
         channels=3,
         split="validation",
-        class_names=tuple(classes),
-        description=(
-            f"folder {root}: {len(train):,} training and {len(evaluation):,} evaluation "
-            f"pictures of {len(classes)} classes"
-            + (f", {skipped} other files skipped" if skipped else "")
-        ),
+        class_names=tuple(map(printable, train.classes)),
+        description=described,
     )
+
+
+def open_splits(root: pathlib.Path) -> tuple[Files, Files]:
+    """The training and the evaluation split, whose classes are the folders of train/, sorted.
+
+    Raises ConfigError if a split is absent or empty, if a folder cannot be read, or if val/ has a
+    class that train/ does not have or pictures in no class.
+    """
+    train = _split(root, TRAIN)
+    evaluation = _split(root, EVALUATION)
+    classes = _classes(train)
+    strange = sorted(set(_classes(evaluation)) - set(classes))
+    if strange:
+        raise ConfigError(
+            f"{evaluation} has {len(strange)} classes that {train} does not have, the first is "
+            f"{printable(strange[0])!r}: both need the same class folders"
+        )
+    splits = Files(train, classes), Files(evaluation, classes)
+    for split in splits:
+        if not len(split):
+            raise ConfigError(
+                f"no pictures in {split.root}: it needs CLASS/* of {', '.join(_DECODED)}"
+            )
+    return splits
+
+
+def printable(name: str) -> str:
+    """A name for people: bytes that are not UTF-8 are escaped, so that any stream can print it."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _split(root: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
@@ -85,4 +131,129 @@ def _split(root: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
 
 
 def _classes(split: pathlib.Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(split) if e.is_dir() and not e.name.startswith("."))
+    """The class folders of a split. Raises ConfigError for pictures beside them, which would be
+    left out, and for what cannot be read."""
+    classes = []
+    for entry in _scan(split):
+        if is_hidden(entry.name):
+            continue
+        if _is_folder(entry):
+            classes.append(entry.name)
+        elif entry.is_symlink() and not pathlib.Path(entry.path).exists():
+            raise ConfigError(f"{printable(entry.path)} is a broken link: mend or remove it")
+        elif entry.name.lower().endswith(SUFFIXES):
+            raise ConfigError(
+                f"{printable(entry.path)} lies beside the class folders: move it into one of them "
+                "(python -m bn_jax.prepare imagenet --from reads ImageNet's flat val)"
+            )
+    return sorted(classes)
+
+
+def _listing(root: pathlib.Path, classes: list[str]) -> cache.Arrays:
+    """names (uint8: all file names, one after another), ends (int64 [N]: where each of them ends),
+    labels (int32 [N]), skipped (a number); from the cache if no folder has changed."""
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        state = list(pool.map(lambda name: _times(root / name), classes))
+        kept = cache.path_for("folder", (str(root.resolve()), classes, state))
+        arrays = cache.load(kept, _is_whole)
+        if arrays is not None:
+            return arrays
+        found = list(pool.map(lambda name: _pictures(root / name), classes))
+
+    names = [os.fsencode(name) for pictures, _, _ in found for name in pictures]
+    labels = [label for label, (pictures, _, _) in enumerate(found) for _ in pictures]
+    listing = {
+        "names": np.frombuffer(b"".join(names), np.uint8),
+        "ends": np.cumsum([len(name) for name in names], dtype=np.int64),
+        "labels": np.array(labels, np.int32),
+        "skipped": np.array(sum(skipped for _, skipped, _ in found)),
+    }
+    # Folders inside class folders may change without a trace in the class folder.
+    is_flat = not any(nested for _, _, nested in found)
+    newest = max((t for t in state if t is not None), default=0) / 1e9
+    if len(names) >= KEPT and is_flat and time.time() - newest > _SETTLED:
+        cache.store(kept, **listing)
+    return listing
+
+
+def _is_whole(listing: cache.Arrays) -> bool:
+    ends = listing["ends"]
+    whole = len(ends) == len(listing["labels"]) and "skipped" in listing
+    return whole and (not len(ends) or ends[-1] == len(listing["names"]))
+
+
+def _times(folder: pathlib.Path) -> int | None:
+    """When a folder has changed, that is, when a file in it was made, renamed or removed."""
+    try:
+        return folder.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise _unreadable(folder, e) from None
+
+
+def _pictures(folder: pathlib.Path) -> tuple[list[str], int, bool]:
+    """The pictures in a class folder by their names from there on, sorted; how many files were
+    skipped; and whether there were folders in it."""
+    pictures: list[str] = []
+    skipped = 0
+    nested = False
+    folders = [""]
+    while folders:
+        inside = folders.pop()
+        for entry in _scan(folder / inside, inside == ""):
+            name = f"{inside}{entry.name}"
+            if is_hidden(entry.name):
+                skipped += 1
+            elif _is_folder(entry):
+                folders.append(f"{name}/")
+                nested = True
+            elif entry.name.lower().endswith(SUFFIXES):
+                pictures.append(name)
+            else:
+                skipped += 1
+    return sorted(pictures), skipped, nested
+
+
+def _scan(folder: pathlib.Path, may_be_absent: bool = False) -> list[os.DirEntry[str]]:
+    """What lies in a folder. Raises ConfigError if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError as e:
+        if may_be_absent:  # val/ need not have all classes
+            return []
+        raise _unreadable(folder, e) from None
+    except OSError as e:
+        raise _unreadable(folder, e) from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether this is a folder. Raises ConfigError for a link in a circle, which might be one,
+    unless it is named like a picture: then it is a bad record."""
+    try:
+        return entry.is_dir()
+    except OSError as e:
+        if entry.name.lower().endswith(SUFFIXES):
+            return False
+        raise _unreadable(pathlib.Path(entry.path), e) from None
+
+
+def _unreadable(path: pathlib.Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{printable(str(path))} cannot be read ({error.strerror or error}): mend or remove it"
+    )
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is not part of a set: hidden, or what macOS adds to archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _read(path: pathlib.Path) -> bytes:
+    """The bytes of a file. Raises OSError, for a pipe or a device, too."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a file")
+        return file.read()

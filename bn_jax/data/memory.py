@@ -137,27 +137,60 @@ class Random(Arrays):
         """Accepts everything: images are made in the size that is asked for."""
 
 
+# MNIST's own files (LeCun's idx format).
+
 IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+# Where people have them: the folder itself, as torchvision keeps them, TFDS' manual_dir.
+IDX_FOLDERS = (".", "MNIST/raw", "raw", "downloads/manual")
+
+
+def mnist_idx(directory: pathlib.Path) -> Source | None:
+    """MNIST from its four original files in a folder, or in one of IDX_FOLDERS in it; None if none
+    of them is there. Raises ConfigError if only some of the four are, DataError for damaged
+    ones."""
+    for folder in IDX_FOLDERS:
+        found = {
+            stem: idx_path(directory / folder, stem)
+            for stems in IDX_FILES.values()
+            for stem in stems
+        }
+        if not any(found.values()):
+            continue
+        missing = [stem for stem, path in found.items() if path is None]
+        if missing:
+            raise ConfigError(
+                f"{directory / folder} holds some of MNIST's four files, but not "
+                f"{', '.join(missing)}: put them there, too"
+            )
+        splits = [_idx_split(*(found[s] for s in stems)) for stems in IDX_FILES.values()]
+        return mnist_source(*splits, "the idx files")
+    return None
 
 
 def idx_path(directory: pathlib.Path, stem: str) -> pathlib.Path | None:
-    """The idx file of this name, plain or gzipped, or None."""
-    for name in (stem, stem + ".gz"):
-        if (directory / name).is_file():
-            return directory / name
+    """The idx file of this name, or None. Some programs write a dot before `idx` or keep `.gz`, and
+    Kaggle has each file in a folder of the same name."""
+    dotted = stem.replace("-idx", ".idx")
+    for name in (stem, dotted):
+        for path in (directory / name, directory / f"{name}.gz", directory / name / name):
+            if path.is_file():
+                return path
     return None
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:
-    """uint8 array of an idx file (LeCun's format). Raises DataError if it is cut, damaged or of
-    another type."""
+    """uint8 array of an idx file, which may be gzipped. Raises DataError if it is cut, damaged or
+    of another type."""
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        raw = path.read_bytes()
+        if raw[:2] == b"\x1f\x8b":  # whatever its name is
+            raw = gzip.decompress(raw)
     except (OSError, EOFError, ValueError, zlib.error) as e:
         raise DataError(f"{path} cannot be read ({e}): fetch it again") from e
+
     dims = raw[3] if len(raw) > 4 else 0
     if len(raw) < 4 + 4 * dims or raw[:3] != b"\0\0\x08" or not dims:
         raise DataError(f"{path} is not an idx file of bytes (starts {raw[:4]!r}): fetch it again")
@@ -170,28 +203,16 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
-def mnist_idx(directory: pathlib.Path) -> Source | None:
-    """MNIST from its four original files in a folder, or in the place where TFDS' `manual_dir` is
-    in a data_dir (downloads/manual); None if they are not all in one of the two."""
-    manual = directory / "downloads" / "manual"
-    return _mnist_idx(directory) or (_mnist_idx(manual) if manual.is_dir() else None)
-
-
-def _mnist_idx(directory: pathlib.Path) -> Source | None:
-    splits = {}
-    for split, stems in IDX_FILES.items():
-        paths = [idx_path(directory, stem) for stem in stems]
-        if not all(paths):
-            return None
-        images, labels = (read_idx(p) for p in paths if p)
-        if images.shape != (len(labels), 28, 28):
-            raise DataError(
-                f"{paths[0]}: {images.shape} images for {len(labels)} labels: fetch both again"
-            )
-        if labels.max(initial=0) > 9:
-            raise DataError(f"{paths[1]}: label {labels.max()} is not a digit: fetch it again")
-        splits[split] = Arrays(images[..., None], labels.astype(np.int32))
-    return mnist_source(splits["train"], splits["test"], "the idx files")
+def _idx_split(images_path: pathlib.Path, labels_path: pathlib.Path) -> Arrays:
+    images = read_idx(images_path)
+    labels = read_idx(labels_path)
+    if images.shape != (len(labels), 28, 28):
+        raise DataError(
+            f"{images_path}: {images.shape} images for {len(labels)} labels: fetch both again"
+        )
+    if labels.max(initial=0) > 9:
+        raise DataError(f"{labels_path}: label {labels.max()} is not a digit: fetch it again")
+    return Arrays(images[..., None], labels.astype(np.int32))
 
 
 def mnist_source(train: Arrays, test: Arrays, origin: str) -> Source:

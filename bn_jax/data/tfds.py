@@ -9,7 +9,6 @@ set, its metadata, its shards, the index of a TFRecord file, the messages.
 import bisect
 import concurrent.futures
 import functools
-import hashlib
 import itertools
 import json
 import mmap
@@ -17,17 +16,15 @@ import os
 import pathlib
 import resource
 import struct
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import google_crc32c
 import numpy as np
-from absl import logging
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
-from bn_jax.data import decode, order, sources
+from bn_jax.data import cache, decode, order, sources
 from bn_jax.data.load import BadRecordError, Record, checked_label
 from bn_jax.errors import ConfigError, DataError, expand_path
 
@@ -473,29 +470,21 @@ def index(paths: list[pathlib.Path]) -> list[np.ndarray]:
     """The scans of these files, from the cache if the files are as they were. Raises DataError."""
     if not paths:
         return []
-    folder = cache_directory()
-    if folder is None:
-        logging.warning("no home directory: the index of TFRecord files is not kept")
-        return [scan(p) for p in paths]
+    state = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    kept = cache.path_for("tfrecord", state)
 
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    name = hashlib.sha256(repr(stats).encode()).hexdigest()[:32]
-    cached = folder / f"tfrecord-{name}.npz"
-    scans = _load_index(cached, len(paths))
-    if scans is None:
-        scans = [scan(p) for p in paths]
-        _store_index(cached, scans)
+    def is_whole(arrays: cache.Arrays) -> bool:
+        places = arrays["places"]
+        is_list = places.dtype == np.int64 and places.shape[1:] == (2,)
+        return is_list and len(arrays["splits"]) == len(paths) - 1
+
+    arrays = cache.load(kept, is_whole)
+    if arrays is not None:
+        return np.split(arrays["places"], arrays["splits"])
+    scans = [scan(p) for p in paths]
+    splits = np.cumsum([len(s) for s in scans])[:-1]
+    cache.store(kept, splits=splits, places=np.concatenate(scans))
     return scans
-
-
-def cache_directory() -> pathlib.Path | None:
-    """$BN_JAX_CACHE, or bn_jax in the user's cache directory, or None for a user without a home."""
-    if "BN_JAX_CACHE" in os.environ:
-        return pathlib.Path(os.environ["BN_JAX_CACHE"])
-    try:
-        return expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bn_jax"
-    except ConfigError:
-        return None
 
 
 def scan(path: pathlib.Path) -> np.ndarray:
@@ -557,33 +546,6 @@ def masked(data: bytes) -> int:
 
 def _uint32(data: bytes) -> int:
     return struct.unpack("<I", data)[0]
-
-
-def _load_index(cached: pathlib.Path, files: int) -> list[np.ndarray] | None:
-    """The places of the records of each file, or None if they are not in the cache."""
-    try:
-        with np.load(cached, allow_pickle=False) as arrays:
-            splits = arrays["splits"]
-            places = arrays["places"]
-        if len(splits) == files - 1 and places.dtype == np.int64 and places.shape[1:] == (2,):
-            return np.split(places, splits)
-    except FileNotFoundError:
-        return None
-    except Exception as e:  # whatever is wrong with a cache, it is made again
-        logging.warning("the index %s cannot be read (%s): made again", cached, e)
-    return None
-
-
-def _store_index(cached: pathlib.Path, scans: list[np.ndarray]) -> None:
-    """Writes the index whole or not at all; without a writable cache the next start scans again."""
-    splits = np.cumsum([len(s) for s in scans])[:-1]
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False, suffix=".part") as f:
-            np.savez(f, splits=splits, places=np.concatenate(scans))
-        pathlib.Path(f.name).replace(cached)
-    except OSError as e:
-        logging.warning("the index of TFRecord files is not kept, %s: %s", cached, e)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The data doctor: reads, checks and decodes every record of a set, and ends with a verdict."""
+"""The check of a data set: reads and decodes every record, and ends with a verdict."""
 
 import concurrent.futures
 import hashlib
@@ -18,6 +18,7 @@ from bn_jax.prepare import imagenet
 
 _SHOWN = 10  # problems printed of each split
 _CHUNK = 64  # records a thread takes at a time
+_UNLABELLED = -1  # the label of all records of a split that has no labels
 
 
 @dataclass
@@ -33,36 +34,59 @@ class Report:
     examples: int = 0
     decoded: int = 0
 
+    @property
+    def is_unlabelled(self) -> bool:
+        """Whether no record has a label, as in the test split of TFDS' imagenet2012."""
+        return self.examples > 0 and self.labels[_UNLABELLED] == self.examples
+
+
+@dataclass
+class Part:
+    """One split to be checked.
+
+    Attributes:
+      expected: how many records it should have, if that is known.
+      problems: what is wrong with its shards.
+      skipped: files in its folder that are not pictures.
+    """
+
+    name: str
+    records: Readable
+    classes: int
+    expected: int | None = None
+    problems: list[str] = field(default_factory=list)
+    skipped: int = 0
+
 
 def check(directory: pathlib.Path, name: str, *, threads: int) -> None:
-    """Prints what is in a set and whether it can be used. Raises ConfigError if there is none, and
-    DataError, with the number of problems, if it is damaged or incomplete. Duplicates are only
-    told."""
+    """Prints what is in a set and whether it can be used.
+
+    Duplicates are printed and are not problems; nor is a split without any labels. Raises
+    ConfigError if there is no set, and DataError, with the number of problems, if it is damaged or
+    incomplete.
+    """
     problems = 0
     seen: dict[bytes, str] = {}
-    for split, records, classes, expected, damaged in _splits(directory, name):
+    for part in _parts(directory, name):
         began = time.perf_counter()
-        report = _examine(records, classes, threads)
+        report = _examine(part, threads)
         seconds = time.perf_counter() - began
-        report.problems[:0] = damaged
-        if expected is not None and report.examples != expected:
-            report.problems.append(f"{report.examples:,} readable images, {expected:,} expected")
-        empty = [k for k in range(classes) if not report.labels[k]]
-        _print(split, report, classes, empty, seconds)
+        _judge(part, report)
+        _print(part, report, seconds)
+
         across = [f"{report.digests[d]} = {seen[d]}" for d in report.digests.keys() & seen.keys()]
         if across:
             print(f"  {len(across)} also in another split, such as {across[0]}")
         seen |= report.digests
         problems += len(report.problems)
+    shown = folder.printable(str(directory))
     if problems:
-        raise DataError(f"verdict: {directory} is NOT sound, {problems} problems (see above)")
-    print(f"verdict: {directory} is sound")
+        raise DataError(f"verdict: {shown} is NOT sound, {problems} problems (see above)")
+    print(f"verdict: {shown} is sound")
 
 
-def _splits(
-    directory: pathlib.Path, name: str
-) -> Iterator[tuple[str, Readable, int, int | None, list[str]]]:
-    """(split, readable records, classes, expected count, what is wrong with shards)."""
+def _parts(directory: pathlib.Path, name: str) -> Iterator[Part]:
+    """The splits of a TFDS set or of a folder of pictures, with the records that can be read."""
     found = tfds.find(name, str(directory))
     if found is None:
         if not (directory / "train").is_dir():
@@ -70,22 +94,34 @@ def _splits(
                 f"{directory} holds neither the TFDS set {name!r} (--name) nor pictures in "
                 "train/CLASS/*"
             )
-        train, evaluation, classes = folder.open_splits(directory)
-        yield "train", train, len(classes), None, []
-        yield "evaluation", evaluation, len(classes), None, []
+        train, evaluation = folder.open_splits(directory)
+        yield Part("train", train, train.num_classes, skipped=train.skipped)
+        yield Part("evaluation", evaluation, train.num_classes, skipped=evaluation.skipped)
         return
+
     meta = tfds.metadata(found)
     for split, files in meta.splits.items():
-        parts, damaged = [], []
+        shards = []
+        damaged = []
         for file in files:
             try:
-                parts.append(tfds.open_split(tfds.only(meta, split, [file]), split))
+                shards.append(tfds.open_split(tfds.only(meta, split, [file]), split))
             except DataError as e:
                 damaged.append(str(e))
         expected = sum(length for _, length in files)
         if meta.name == imagenet.NAME and split in imagenet.COUNTS:
             expected = imagenet.COUNTS[split]
-        yield split, Joined(parts), meta.num_classes, expected, damaged
+        yield Part(split, Joined(shards), meta.num_classes, expected, damaged)
+
+
+def _judge(part: Part, report: Report) -> None:
+    """Adds what is wrong with the split as a whole to its problems."""
+    report.problems[:0] = part.problems
+    if part.expected is not None and report.examples != part.expected:
+        report.problems.append(f"{report.examples:,} readable images, {part.expected:,} expected")
+    without = report.labels[_UNLABELLED]
+    if without and not report.is_unlabelled:
+        report.problems.append(f"{without:,} of {report.examples:,} records have no label (-1)")
 
 
 class Joined:
@@ -103,9 +139,10 @@ class Joined:
         return self.parts[part][index - int(self.starts[part])]
 
 
-def _examine(records: Readable, classes: int, threads: int) -> Report:
+def _examine(part: Part, threads: int) -> Report:
     """Reads and decodes all records, a bounded number at a time."""
     report = Report()
+    records, classes = part.records, part.classes
     ranges = iter(range(k, min(k + _CHUNK, len(records))) for k in range(0, len(records), _CHUNK))
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         jobs = {pool.submit(_some, records, r, classes) for r in islice(ranges, 2 * threads)}
@@ -129,7 +166,8 @@ def _some(records: Readable, indices: range, classes: int) -> list[Result]:
         try:
             record = records[index]
             digest = hashlib.blake2b(record.data, digest_size=16).digest()
-            checked_label(record, classes)
+            if record.label != _UNLABELLED:  # judged when all records are known
+                checked_label(record, classes)
             found = decode.frame(record.data)
             decode.pixels(record.data, found)
         except BadRecordError as e:
@@ -166,16 +204,17 @@ def _add(
         report.sides.append(min(found.height, found.width))
 
 
-def _print(split: str, report: Report, classes: int, empty: list[int], seconds: float) -> None:
+def _print(part: Part, report: Report, seconds: float) -> None:
     rate = report.examples / max(seconds, 1e-9)
-    print(f"{split}: {report.examples:,} images read, {report.decoded:,} decoded, {rate:,.0f}/s")
-    counts = [report.labels[k] for k in range(classes)]
     print(
-        f"  labels: {classes - len(empty)} of {classes} classes have images, "
-        f"{min(counts, default=0)} to {max(counts, default=0)} each"
+        f"{part.name}: {report.examples:,} images read, {report.decoded:,} decoded, {rate:,.0f}/s"
     )
-    if max(counts, default=0):
-        print(f"  histogram: {_histogram(counts)}")
+    if part.skipped:
+        print(f"  {part.skipped:,} other files skipped")
+    if report.is_unlabelled:
+        print("  labels: none (-1)")
+    else:
+        _print_labels([report.labels[k] for k in range(part.classes)])
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in report.kinds.most_common())
     sides = f"; shorter sides {min(report.sides)} to {max(report.sides)}" if report.sides else ""
     print(f"  kinds: {kinds}{sides}")
@@ -185,6 +224,16 @@ def _print(split: str, report: Report, classes: int, empty: list[int], seconds: 
         print(f"  PROBLEM: {problem}")
     if len(report.problems) > _SHOWN:
         print(f"  ... and {len(report.problems) - _SHOWN} more")
+
+
+def _print_labels(counts: list[int]) -> None:
+    """How many images each class has."""
+    print(
+        f"  labels: {sum(n > 0 for n in counts)} of {len(counts)} classes have images, "
+        f"{min(counts, default=0)} to {max(counts, default=0)} each"
+    )
+    if max(counts, default=0):
+        print(f"  histogram: {_histogram(counts)}")
 
 
 def _histogram(counts: list[int]) -> str:

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from bn_jax.data.folder import is_hidden
 from bn_jax.errors import ConfigError, DataError
 from bn_jax.workdir.files import reported, write_atomic
 
@@ -101,7 +102,7 @@ def find(source: pathlib.Path, unpacked: pathlib.Path) -> Found:
 def _find(folder: pathlib.Path, unpacked: pathlib.Path, skipped: Counter[str]) -> Found:
     tars = [folder / name for name in TARS.values()]
     if not all(tar.is_file() for tar in tars):  # under other names, then
-        tars = sorted(p for p in folder.iterdir() if not _hidden(p.name) and _is_tar(p))
+        tars = sorted(p for p in folder.iterdir() if not is_hidden(p.name) and _is_tar(p))
     if tars:
         return _in_tars(tars, skipped)
     for inner in (".", "CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC"):
@@ -109,7 +110,7 @@ def _find(folder: pathlib.Path, unpacked: pathlib.Path, skipped: Counter[str]) -
         if (root / "train").is_dir():
             return _in_folders(root, skipped)
     for root in (folder, folder / "data"):
-        parquet = sorted(p for p in root.glob("*.parquet") if not _hidden(p.name))
+        parquet = sorted(p for p in root.glob("*.parquet") if not is_hidden(p.name))
         if parquet:
             return _in_parquet(parquet, unpacked, skipped)
     raise ConfigError(
@@ -164,11 +165,6 @@ def named(name: str) -> tuple[str, str, int] | None:
         number = int(validation[2])
         return "validation", f"ILSVRC2012_val_{number:08d}.JPEG", labels[number - 1]
     return None
-
-
-def _hidden(name: str) -> bool:
-    """Whether a file or folder is not part of the set: hidden, or what macOS adds to archives."""
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def _wrong_class(where: str, said: object, name: str, label: int) -> DataError:
@@ -231,7 +227,7 @@ def _of_synset(
 def _plain_name(name: str, skipped: Counter[str]) -> str:
     """A member's name without a leading ./, or "" for one that is counted and skipped."""
     name = name.removeprefix("./")
-    if any(_hidden(part) for part in name.split("/")) and ".." not in name.split("/"):
+    if any(is_hidden(part) for part in name.split("/")) and ".." not in name.split("/"):
         skipped["hidden files"] += 1
         return ""
     return name
@@ -329,7 +325,7 @@ def _entries(folder: pathlib.Path, skipped: Counter[str]) -> list[os.DirEntry[st
             entries = sorted(scanned, key=lambda e: e.name)
     except OSError as e:
         raise DataError(f"{folder} cannot be read: {e}") from None
-    shown = [e for e in entries if not _hidden(e.name)]
+    shown = [e for e in entries if not is_hidden(e.name)]
     if len(shown) < len(entries):
         skipped["hidden files"] += len(entries) - len(shown)
     return shown

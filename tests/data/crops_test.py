@@ -38,6 +38,23 @@ def test_random_boxes_cover_the_published_ranges():
     assert abs(np.log(aspect[small]).mean()) < 0.02  # standard error 0.004
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_random_boxes_lie_everywhere(axis):
+    """The position is uniform from the first to the last row and column, these included."""
+    draws = (np.arange(3000) + 0.5) / 3000
+    places = []
+    for u in draws:
+        position = (u, 0.5) if axis == 0 else (0.5, u)
+        top, left, height, width = crops.random_box(60, 60, (0.5, 0.5, *position), 0.08)
+        places.append((top, left)[axis])
+    last = 60 - (height, width)[axis]
+    assert last > 10
+    counts = np.bincount(places)
+    assert len(counts) == last + 1  # the last row is reached
+    assert counts.min() >= 3000 // (last + 1) and counts.max() <= 3000 // (last + 1) + 1
+    assert abs(np.mean(places) - last / 2) < 0.01
+
+
 def test_center_box():
     assert crops.center_box(256, 256) == (16, 16, 224, 224)
     assert crops.center_box(375, 500) == (23, 86, 328, 328)

@@ -3,6 +3,10 @@ measured."""
 
 import hashlib
 import itertools
+import os
+import pathlib
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -243,3 +247,30 @@ def test_cheap_in_memory_batches(digits):
 
 def test_draws_have_room():
     assert max(distort.Draw) + 4 == distort.DRAWS
+
+
+def test_importing_changes_nothing_in_the_host_program():
+    """OpenCV's threads are switched off where batches are made, not where a module is imported."""
+    code = (
+        "import pkgutil, os, cv2\n"
+        "before = cv2.getNumThreads(), dict(os.environ)\n"
+        "import bn_jax.data, bn_jax.prepare\n"
+        "for package in (bn_jax.data, bn_jax.prepare):\n"
+        "    for module in pkgutil.iter_modules(package.__path__):\n"
+        "        __import__(f'{package.__name__}.{module.name}')\n"
+        "assert (cv2.getNumThreads(), dict(os.environ)) == before\n"
+        "import sys\n"
+        "heavy = {'matplotlib', 'tensorflow_datasets', 'grain', 'PIL', 'pyarrow', 'jax'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    root = pathlib.Path(__file__).resolve().parents[2]
+    environ = {**os.environ, "OPENCV_FOR_THREADS_NUM": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

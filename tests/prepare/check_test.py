@@ -41,3 +41,29 @@ def test_a_damaged_set(tmp_path, capsys):
     assert "has label 7, the set has 3 classes" in out
     assert "little-test.array_record-00001-of-00002 is missing" in out
     assert "1 readable images, 2 expected" in out
+
+
+def test_a_split_without_labels_is_not_judged(tmp_path, capsys):
+    """As the test split of TFDS' own imagenet2012 5.1.0: all its labels are -1."""
+    unlabelled = [(image, -1) for image, _ in pairs(3, 20)]
+    splits = {"train": pairs(4), "validation": pairs(2, 10), "test": unlabelled}
+    small_sets.write_tfds(tmp_path, splits, file_format="tfrecord")
+    check.check(tmp_path, "little", threads=1)
+    out = capsys.readouterr().out
+    assert "test: 3 images read, 3 decoded" in out and "labels: none (-1)" in out
+    assert "is sound" in out
+
+
+def test_some_labels_that_are_missing_are_a_problem(tmp_path, capsys):
+    splits = {"train": [*pairs(4), (JPEG, -1)], "test": pairs(2, 10)}
+    small_sets.write_tfds(tmp_path, splits, file_format="tfrecord")
+    with pytest.raises(DataError, match="NOT sound, 1 problems"):
+        check.check(tmp_path, "little", threads=1)
+    assert "1 of 5 records have no label (-1)" in capsys.readouterr().out
+
+
+def test_bad_pictures_of_a_split_without_labels_are_a_problem(tmp_path, capsys):
+    splits = {"train": pairs(4), "validation": pairs(2, 10), "test": [(b"bad", -1)] * 2}
+    small_sets.write_tfds(tmp_path, splits, file_format="tfrecord")
+    with pytest.raises(DataError, match="NOT sound, 2 problems"):
+        check.check(tmp_path, "little", threads=1)

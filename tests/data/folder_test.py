@@ -1,0 +1,242 @@
+"""Folders of pictures as real disks have them."""
+
+import os
+import pathlib
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from bn_jax.data import cache, decode, folder, load
+from bn_jax.errors import ConfigError, DataError
+from bn_jax.prepare import check
+from tests.support import small_sets
+
+JPEG = small_sets.encode(small_sets.photo())
+
+
+@pytest.fixture(autouse=True)
+def cached(tmp_path, monkeypatch):
+    """Each test's own cache directory."""
+    monkeypatch.setenv("BN_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def root(tmp_path) -> pathlib.Path:
+    """Three training and two evaluation pictures of a cat and of a dog."""
+    place = tmp_path / "pictures"
+    for split, n in (("train", 3), ("val", 2)):
+        for k, name in enumerate(("cat", "dog")):
+            (place / split / name).mkdir(parents=True)
+            for i in range(n):
+                file = place / split / name / f"{i}.JPEG"
+                file.write_bytes(small_sets.encode(small_sets.photo(seed=k)))
+    return place
+
+
+def names(split: folder.Files) -> list[str]:
+    return [str(split.path(k).relative_to(split.root)) for k in range(len(split))]
+
+
+def test_a_folder(root):
+    (root / "train" / "cat" / "notes.txt").touch()
+    source = folder.source(str(root))
+    assert (source.num_classes, len(source.train), len(source.evaluation)) == (2, 6, 4)
+    assert [source.train[k].label for k in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert "1 other files skipped" in source.description
+    (root / "val" / "bird").mkdir()
+    with pytest.raises(ConfigError, match="'bird'"):
+        folder.source(str(root))
+    with pytest.raises(ConfigError, match=r"no folder .*train"):
+        folder.source(str(root / "train"))
+
+
+def test_hidden_files_are_no_pictures_and_no_classes(root):
+    """What macOS and others leave behind is counted among the skipped."""
+    for split in ("train", "val"):
+        (root / split / "__MACOSX" / "cat").mkdir(parents=True)
+        (root / split / "__MACOSX" / "cat" / "._0.jpg").touch()
+        (root / split / ".ipynb_checkpoints").mkdir()
+        (root / split / ".DS_Store").touch()
+        for name in ("cat", "dog"):
+            (root / split / name / "._0.jpg").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+            (root / split / name / "Thumbs.db").touch()
+        (root / split / "cat" / "__MACOSX").mkdir()
+    source = folder.source(str(root))
+    assert source.class_names == ("cat", "dog")
+    assert names(source.evaluation) == ["cat/0.JPEG", "cat/1.JPEG", "dog/0.JPEG", "dog/1.JPEG"]
+    assert "10 other files skipped" in source.description
+    for k in range(len(source.evaluation)):
+        decode.frame(source.evaluation[k].data)
+
+
+def test_pictures_in_folders_of_a_class_folder(root):
+    """As Tiny ImageNet has them; torchvision reads them, too."""
+    inner = root / "train" / "cat" / "images" / "more"
+    inner.mkdir(parents=True)
+    (inner / "9.png").write_bytes(JPEG)
+    train, _ = folder.open_splits(root)
+    assert names(train)[:4] == ["cat/0.JPEG", "cat/1.JPEG", "cat/2.JPEG", "cat/images/more/9.png"]
+    assert train[3].label == 0 and train[3].data == JPEG
+
+
+def test_what_is_named_like_a_picture_is_an_example_or_a_bad_record(root):
+    """Links to nowhere, in a circle, pipes, folders without permission, formats that are not read:
+    nothing is lost without a word."""
+    cat = root / "train" / "cat"
+    (cat / "circle.jpg").symlink_to("circle.jpg")
+    (cat / "nowhere.png").symlink_to("absent")
+    (cat / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (cat / "good.gif").write_bytes(small_sets.encode(small_sets.photo()[..., 0], "GIF"))
+    os.mkfifo(cat / "pipe.jpg")
+    train, _ = folder.open_splits(root)
+    assert len(train) == 6 + 5
+    bad = []
+    for k in range(len(train)):
+        try:
+            decode.frame(train[k].data)
+        except load.BadRecordError as e:
+            bad.append((pathlib.Path(e.name).name, e.reason))
+        except decode.BadImageError:
+            bad.append((train.path(k).name, "not decoded"))
+    assert bad == [
+        ("circle.jpg", "Too many levels of symbolic links"),
+        ("nowhere.png", "No such file or directory"),
+        ("phone.heic", "not decoded"),
+        ("pipe.jpg", "not a file"),
+    ]
+    (cat / "circle.jpg").replace(root / "val" / "cat" / "circle.jpg")
+    _, evaluation = folder.open_splits(root)
+    with pytest.raises(DataError, match=r"circle.jpg: Too many levels .*leaves nothing out"):
+        load.evaluation_rows(evaluation, range(3), size=16, num_classes=2)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_what_cannot_be_a_class_is_refused_in_one_line(root, split):
+    def refused(match):
+        with pytest.raises(ConfigError, match=match) as caught:
+            folder.source(str(root))
+        assert "\n" not in str(caught.value)
+
+    stray = root / split / "loop"
+    stray.symlink_to("loop")
+    refused(r"loop cannot be read \(Too many levels of symbolic links\): mend or remove it")
+    stray.unlink()
+    stray.symlink_to("absent")
+    refused("loop is a broken link: mend or remove it")
+    stray.unlink()
+    (root / split / "7.jpg").write_bytes(JPEG)
+    refused(r"7.jpg lies beside the class folders: move it into one")
+    (root / split / "7.jpg").unlink()
+    (root / split / "README.txt").touch()
+    folder.source(str(root))
+
+
+def test_a_folder_without_permission_is_refused_in_one_line(root, monkeypatch):
+    def scandir(path):
+        if str(path).endswith("train/dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ConfigError, match=r"train/dog cannot be read \(Permission denied\)"):
+        folder.source(str(root))
+
+
+def test_names_in_no_encoding(root, capsys):
+    """File names are bytes. Messages escape what is not UTF-8, so that every stream prints them."""
+    strange = os.fsencode(root / "train" / "cat") + b"/caf\xe9.jpg"
+    pathlib.Path(os.fsdecode(strange)).write_bytes(b"x")
+    named = os.fsencode(root / "train") + b"/\xe9t\xe9"
+    pathlib.Path(os.fsdecode(named)).mkdir()
+    shutil.copy(root / "train" / "cat" / "0.JPEG", os.fsdecode(named))
+    source = folder.source(str(root))
+    assert source.class_names == ("cat", "dog", "\\xe9t\\xe9")
+    assert source.train[6].data and source.train[7].label == 2
+    with pytest.raises(DataError, match="NOT sound, 1 problems"):
+        check.check(root, "x", threads=1)
+    out = capsys.readouterr().out
+    out.encode("ascii")
+    assert "caf\\xe9.jpg: not a JPEG" in out
+
+
+def test_a_class_without_training_pictures_is_said(root):
+    for k in range(3):
+        (root / "train" / "dog" / f"{k}.JPEG").unlink()
+    assert "1 of them without training pictures" in folder.source(str(root)).description
+
+
+def settled(root: pathlib.Path) -> None:
+    """Makes all folders as old as those of a set that is not being written."""
+    for place in [root, *root.rglob("*")]:
+        if place.is_dir():
+            os.utime(place, (time.time() - 100, time.time() - 100))
+
+
+def test_the_listing_of_a_large_folder_is_kept_and_checked(root, cached, monkeypatch):
+    monkeypatch.setattr(folder, "KEPT", 3)
+    scans = []
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda p: scans.append(str(p)) or scan(p))
+
+    def listed() -> tuple[list[str], list[int], int]:
+        scans.clear()
+        train, _ = folder.open_splits(root)
+        return names(train), train.labels.tolist(), train.skipped
+
+    (root / "train" / "cat" / "notes.txt").touch()
+    folder.open_splits(root)
+    assert not cached.exists()  # its folders have just changed, and may change again unnoticed
+    settled(root)
+    first = listed()
+    assert any(s.endswith("train/cat") for s in scans) and len(list(cached.iterdir())) == 2
+    assert first[2] == 1
+    assert listed() == first
+    assert not any(s.endswith("cat") for s in scans)  # only train/ and val/ are looked at
+
+    # Every change of the set is noticed: a file more, one less, one renamed, a class more.
+    (root / "train" / "dog" / "new.png").write_bytes(JPEG)
+    assert listed()[0] == [*first[0], "dog/new.png"]
+    settled(root)
+    (root / "train" / "dog" / "new.png").unlink()
+    assert listed() == first
+    (root / "train" / "cat" / "0.JPEG").rename(root / "train" / "cat" / "z.JPEG")
+    assert "cat/z.JPEG" in listed()[0]
+    (root / "train" / "bird").mkdir()
+    (root / "train" / "bird" / "b.png").write_bytes(JPEG)
+    assert listed()[0][0] == "bird/b.png"
+
+
+def test_a_damaged_listing_is_made_again(root, cached, monkeypatch):
+    monkeypatch.setattr(folder, "KEPT", 3)
+    settled(root)
+    expected = names(folder.open_splits(root)[0])
+    for kept in cached.iterdir():
+        whole = kept.read_bytes()
+        for damaged in (b"", whole[:200], whole[:-1], whole.replace(b"JPEG", b"jpeg")):
+            kept.write_bytes(damaged)
+            assert names(folder.open_splits(root)[0]) == expected
+    for kept in cached.iterdir():
+        np.savez(kept, names=np.zeros(3, np.uint8), ends=np.ones(2), labels=np.zeros(1), skipped=0)
+    assert names(folder.open_splits(root)[0]) == expected
+
+
+def test_folders_in_class_folders_are_listed_every_time(root, cached, monkeypatch):
+    """A change inside them is not seen in the class folder."""
+    monkeypatch.setattr(folder, "KEPT", 3)
+    (root / "train" / "cat" / "images").mkdir()
+    (root / "train" / "cat" / "images" / "a.png").write_bytes(JPEG)
+    settled(root)
+    assert len(folder.open_splits(root)[0]) == 7
+    (root / "train" / "cat" / "images" / "b.png").write_bytes(JPEG)
+    assert len(folder.open_splits(root)[0]) == 8
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch, root):
+    monkeypatch.setattr(cache, "directory", lambda: None)
+    monkeypatch.setattr(folder, "KEPT", 3)
+    settled(root)
+    assert len(folder.open_splits(root)[0]) == 6
