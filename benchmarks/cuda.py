@@ -70,13 +70,6 @@ def training_config(args: argparse.Namespace) -> Any:
     return config.lock()
 
 
-def use_max_pool_with_places() -> None:
-    """Replaces XLA's max pooling by the form that keeps the maxima's places."""
-    from bn_jax import ops
-
-    ops.max_pool = ops._max_pool
-
-
 def round_filter_gradients() -> None:
     """Lets filter gradients be convolutions in bfloat16, cast to the kernel's dtype afterwards."""
     from bn_jax.ops import mixed
@@ -106,15 +99,13 @@ def compiled(args: argparse.Namespace) -> tuple[Any, float]:
     state = build.abstract_state(exp)
     batch = build.abstract_batch(exp, args.batch, train=True)
     hyper = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), np.float32), exp.hyper)
-    if args.ops == "pool":
-        use_max_pool_with_places()
     if args.filter_gradients == "bfloat16":
         round_filter_gradients()
 
     function, jit = train.training_step(exp, 1)
     step = jit(function)
-    backend = "cpu" if args.ops == "tuned" else "gpu"
-    with ops.tracing_for(backend):
+    forms = {"gpu": ops.tracing_for("gpu"), "plain": ops.plain(), "tuned": ops.tracing_for("cpu")}
+    with forms[args.ops]:
         lowered = step.trace(state, batch, hyper, 0).lower(lowering_platforms=("cuda",))
     start = time.perf_counter()
     program = lowered.compile()
@@ -187,9 +178,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--ops",
         default="gpu",
-        choices=["gpu", "pool", "tuned"],
-        help="forms of operations: those of GPUs; those, with max pooling that keeps the maxima's"
-        " places; all those of CPUs",
+        choices=["gpu", "plain", "tuned"],
+        help="forms of operations: those of GPUs (the default), XLA's own, those of CPUs",
     )
     parser.add_argument(
         "--filter_gradients",

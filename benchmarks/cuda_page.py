@@ -26,13 +26,16 @@ DETERMINISTIC = "--flags=--xla_gpu_deterministic_ops=true"
 PROGRAMS = {
     "bfloat16_32": ["--batch=32"],
     "bfloat16_256": ["--batch=256"],
+    "bfloat16_32_deterministic": ["--batch=32", DETERMINISTIC],
+    "bfloat16_32_filters": ["--batch=32", FILTERS],
+    "bfloat16_256_filters": ["--batch=256", FILTERS],
     "float32_32": ["--batch=32", "--dtype=float32"],
     "float32_256": ["--batch=256", "--dtype=float32"],
-    "bfloat16_32_deterministic": ["--batch=32", DETERMINISTIC],
-    "bfloat16_32_pool": ["--batch=32", "--ops=pool"],
-    "bfloat16_256_pool": ["--batch=256", "--ops=pool"],
-    "bfloat16_32_pool_filters": ["--batch=32", "--ops=pool", FILTERS],
-    "bfloat16_256_pool_filters": ["--batch=256", "--ops=pool", FILTERS],
+    "bfloat16_32_plain": ["--batch=32", "--ops=plain"],
+    "bfloat16_256_plain": ["--batch=256", "--ops=plain"],
+    "bfloat16_32_plain_deterministic": ["--batch=32", "--ops=plain", DETERMINISTIC],
+    "float32_32_plain": ["--batch=32", "--ops=plain", "--dtype=float32"],
+    "float32_256_plain": ["--batch=256", "--ops=plain", "--dtype=float32"],
     "bfloat16_32_tuned_filters": ["--batch=32", "--ops=tuned", FILTERS],
 }
 DETAILED = "bfloat16_256"  # the program whose convolutions and largest items the page lists
@@ -77,11 +80,11 @@ memory of convolutions. Nothing was autotuned, and cuDNN's scratch counts as 0 b
 therefore needs more temporary memory than the table says.""",
         table(records),
         """\
-`pool` is max pooling that keeps the maxima's places (`--ops=pool`), `filters` is filter gradients
-as bfloat16 convolutions (`--filter_gradients=bfloat16`), `tuned` is all forms that CPUs use
-(`--ops=tuned`), `deterministic` is `--xla_gpu_deterministic_ops=true`. Programs without one of
-these words have the forms that `bn_jax.ops` chooses for GPUs. A sort counts as one kernel here; a
-GPU runs several for it.""",
+Programs have the forms that `bn_jax.ops` chooses for GPUs, unless they are named otherwise: `plain`
+is all of XLA's own forms (`--ops=plain`), `tuned` is all forms that CPUs use (`--ops=tuned`),
+`filters` is filter gradients as bfloat16 convolutions (`--filter_gradients=bfloat16`).
+`deterministic` is `--xla_gpu_deterministic_ops=true`. A sort counts as one kernel here; a GPU runs
+several for it.""",
         f"Programs that needed `{WITHOUT_TRITON}` to be compiled without a device: {programs}.",
     ]
     if DETAILED in records:
