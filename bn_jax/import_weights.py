@@ -24,6 +24,7 @@ from bn_jax.weights.importing import (
     variables,
     write,
 )
+from bn_jax.weights.mapping import common_prefix
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--data_dir", help="config.data.dir of the new run, for evaluate")
     args = parser.parse_args(argv)
-    if args.workdir.exists() and not (args.workdir.is_dir() and not any(args.workdir.iterdir())):
+    empty = args.workdir.is_dir() and not any(args.workdir.iterdir())
+    if args.workdir.exists() and not empty:
         raise ConfigError(f"{args.workdir} exists already: choose another --workdir, or delete it")
     if args.background == "keep" and args.variant != "slim":
         raise ConfigError(f"--background=keep is for --variant=slim, not {args.variant}")
@@ -74,6 +76,9 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.workdir}: {count:,} parameters, {classes:,} classes, images "
         f"{' x '.join(map(str, shape))}, from {args.file} (sha256 {file.sha256})"
     )
+    prefix = common_prefix(file.tensors)
+    if prefix:
+        print(f"every name in the file began with {prefix!r}, which was taken off")
     print(f"next: python -m bn_jax.predict --workdir={args.workdir} --statistics=running IMAGE...")
 
 

@@ -23,8 +23,7 @@ from bn_jax.data import decode, views
 from bn_jax.distributed import startup
 from bn_jax.errors import ConfigError, DataError
 from bn_jax.evaluate import ensemble
-from bn_jax.evaluate import members as evaluate
-from bn_jax.evaluate.members import Member, workdirs
+from bn_jax.evaluate.members import Member, load_member, workdirs
 from bn_jax.experiment import build
 from bn_jax.experiment.build import Experiment
 
@@ -51,7 +50,7 @@ def read(name: str, exp: Experiment, crops: int) -> Picture:
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror}") from None
     except decode.BadImageError as error:
-        raise DataError(f"{name} is no picture that can be read: {error}") from None
+        raise DataError(f"{name} is not a picture that can be read: {error}") from None
 
 
 def _grey(data: bytes, size: int) -> np.ndarray:
@@ -97,7 +96,7 @@ def load(run: pathlib.Path, statistics: str) -> Member:
     folder without a run, CheckpointError for a run without a checkpoint."""
     exp = build.without_data(run)
     try:
-        return evaluate.load(run, None, statistics, exp, say=_say)
+        return load_member(run, None, statistics, exp, say=_say)
     except ConfigError as error:  # the data set is needed for the statistics, and is not there
         raise ConfigError(
             f"{error}; or run bn_jax.evaluate where the data are, once, or --statistics=running"

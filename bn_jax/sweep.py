@@ -2,7 +2,7 @@
 
 Every member is the plain command, `python -m bn_jax.main`, in its own folder DIR/CONFIG/seed_K with
 its output in member.log. The same sweep again skips members that are done or have diverged, and
-goes on with those that were stopped. A grid of values adds a folder: DIR/CONFIG/FIELD=VALUE/seed_K.
+resumes those that were stopped. A grid of values adds a folder: DIR/CONFIG/FIELD=VALUE/seed_K.
 """
 
 import argparse
@@ -30,7 +30,7 @@ EXPECTED = (0, DivergedError.exit_code, Preempted.exit_code)  # exit codes of me
 FINISHED = ("done", "diverged")  # a run that diverged is a result: it would diverge again
 
 
-class Member(NamedTuple):
+class SweepMember(NamedTuple):
     """One run of a sweep: the arguments of `bn_jax.main`, and what they mean."""
 
     name: str  # of its folder below the sweep's: bn_x5/seed_0
@@ -50,7 +50,7 @@ def members(
     workdir: pathlib.Path,
     settings: Sequence[str] = (),
     grid: Mapping[str, Sequence[str]] | None = None,
-) -> list[Member]:
+) -> list[SweepMember]:
     """The runs of a sweep, seed by seed, so that all curves have one run before any has two.
 
     Args:
@@ -78,7 +78,7 @@ def members(
                     arguments.append(f"--config.{setting}")
                 read = read_config(arguments)
                 arguments.append(f"--workdir={workdir / name}")
-                found.append(Member(name, workdir / name, arguments, read))
+                found.append(SweepMember(name, workdir / name, arguments, read))
     return found
 
 
@@ -98,10 +98,10 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
         return shorten(config)
 
 
-def status(member: Member) -> str:
+def status(member: SweepMember) -> str:
     """What run.json says: done, diverged, preempted, ...; 'new' if there is none.
 
-    A run that is done with fewer steps than are wanted now is 'preempted': main goes on with it.
+    A run that is done with fewer steps than are wanted now is 'preempted': main resumes it.
     Raises ConfigError if the folder holds a run of another config.
     """
     run = reader.read_record(member.workdir)
@@ -118,7 +118,7 @@ def status(member: Member) -> str:
     return run["status"]
 
 
-def environment(member: Member, slot: Mapping[str, str]) -> dict[str, str]:
+def environment(member: SweepMember, slot: Mapping[str, str]) -> dict[str, str]:
     """The environment of a member in a slot; a run that is resumed keeps its number of threads."""
     found = {**os.environ, **slot}
     found["PYTHONUNBUFFERED"] = "1"
@@ -158,11 +158,11 @@ def _gpus() -> list[str]:
     return [str(i) for i, _ in enumerate(pathlib.Path("/dev").glob("nvidia[0-9]*"))]
 
 
-def run(found: Sequence[Member], jobs: int | None) -> None:
+def run(found: Sequence[SweepMember], jobs: int | None) -> None:
     """Runs what is not finished and says how all ended.
 
     Raises:
-      Preempted: a signal, or a member that was stopped by one; the same sweep goes on.
+      Preempted: a signal, or a member that was stopped by one; the same sweep resumes.
       UserError: members failed; the others have been run.
     """
     before = {member.name: status(member) for member in found}
@@ -179,25 +179,30 @@ def run(found: Sequence[Member], jobs: int | None) -> None:
         if member.name in failed:
             print(f"failed with exit code {failed[member.name]}: {member.workdir}/member.log")
     if pool.stopped:
-        raise Preempted("sweep stopped: the same command goes on from the members' saved steps")
+        raise Preempted(
+            "the sweep was stopped; the same command resumes its members from their saved steps"
+        )
     if failed:
         raise UserError(f"{len(failed)} of {len(found)} members failed; their logs are named above")
     if Preempted.exit_code in codes.values():
-        raise Preempted("members were stopped one by one: the same command goes on with them")
+        raise Preempted("members were stopped one by one; the same command resumes them")
 
 
-def _env(member: Member):
+def _env(member: SweepMember):
     return lambda slot: environment(member, slot)
 
 
-def outcome(found: Sequence[Member]) -> str:
+def outcome(found: Sequence[SweepMember]) -> str:
     """A line a member: status, accuracy of its last evaluation if it is done; the data's limits."""
-    lines, data = [], ""
+    lines = []
+    data = ""
     for member in found:
+        record: dict[str, Any]
         try:
-            record: dict[str, Any] = reader.read_record(member.workdir) or {"status": "not run"}
+            record = dict(reader.read_record(member.workdir) or {"status": "not run"})
         except ConfigError:
             record = {"status": "unreadable"}
+
         said = record["status"]
         data = record.get("info", {}).get("data", {}).get("description", data)
         if said == "done":
@@ -205,7 +210,10 @@ def outcome(found: Sequence[Member]) -> str:
         elif said in ("diverged", "failed", "preempted"):
             said += f"  {record['results'].get('error', '').partition(': ')[2][:70]}"
         lines.append(f"  {member.name:40} {said}")
-    return "\n".join([*lines, *([f"data: {data}"] if data else [])])
+
+    if data:
+        lines.append(f"data: {data}")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from bn_jax import train
-from bn_jax.distributed import mesh
 from bn_jax.errors import DivergedError
 from bn_jax.experiment import build
 from bn_jax.experiment.evaluator import Evaluator
@@ -46,9 +45,9 @@ def tiny(root, **changes) -> ConfigDict:
 @pytest.fixture(autouse=True)
 def compiled_quickly(monkeypatch, unoptimized):
     """One device, in a third of the time; no evaluation, before which all runs here have ended."""
-    real = mesh.make
+    real = build.make
     monkeypatch.setattr(Evaluator, "compile", lambda self: None)
-    monkeypatch.setattr(mesh, "make", lambda: real(jax.devices()[:1]))
+    monkeypatch.setattr(build, "make", lambda: real(jax.devices()[:1]))
 
 
 def poison(monkeypatch, at: int) -> None:

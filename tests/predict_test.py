@@ -25,7 +25,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(run):
     """Probabilities of the test digits, by evaluation."""
-    member = members.load(run, None, "population", build.from_workdir(run))
+    member = members.load_member(run, None, "population", build.from_workdir(run))
     return ensemble.predict(ensemble.Networks([member], 256), 1)[0].probabilities
 
 
@@ -61,7 +61,7 @@ def test_a_picture_gets_what_evaluation_gives_it(run, expected, digits, monkeypa
         odds = [entry["probability"] for entry in line["top"]]
         # another batch size is another program: a few units of float32
         np.testing.assert_allclose(odds, expected[place][best], rtol=1e-5)
-    assert "kept from before" in said.err  # stdout is JSON lines alone
+    assert "read from the workdir" in said.err  # stdout is JSON lines alone
 
 
 def test_text_and_several_networks(run, digits, monkeypatch, capsys, tmp_path):

@@ -8,8 +8,9 @@ import jax
 import pytest
 
 from bn_jax import train
-from bn_jax.distributed import mesh, preempt
+from bn_jax.distributed import preempt
 from bn_jax.errors import Preempted
+from bn_jax.experiment import build
 from configs import bn_x30
 from tests.support.processes import TRAIN, arrays, lines, spawn, wait_for
 
@@ -111,8 +112,8 @@ def test_two_trainers_save_the_same_step_and_one_goes_on(tmp_path, measured):
 def test_a_streamed_inception_with_dropout_and_distortion_goes_on_with_the_same_bits(
     tmp_path, monkeypatch, unoptimized
 ):
-    real = mesh.make
-    monkeypatch.setattr(mesh, "make", lambda: real(jax.devices()[:1]))
+    real = build.make
+    monkeypatch.setattr(build, "make", lambda: real(jax.devices()[:1]))
     config = bn_x30.get_config("digits")
     config.update_from_flattened_dict(
         {

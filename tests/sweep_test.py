@@ -112,6 +112,27 @@ def test_dry_run_prints_the_commands_of_the_unfinished(tmp_path, cache):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("status", "listed"),
+    [
+        ("done", False),
+        ("diverged", False),  # a result: it would diverge again
+        ("failed", True),
+        ("preempted", True),
+        ("running", True),  # killed without a word
+    ],
+)
+def test_dry_run_lists_what_a_sweep_would_run_again(tmp_path, monkeypatch, capsys, status, listed):
+    (found,) = sweep.members(["mnist"], "digits", 1, tmp_path)
+    found.workdir.mkdir(parents=True)
+    record = {"config": found.config.to_dict(), "info": {}, "attempts": [], "status": status}
+    (found.workdir / "run.json").write_text(json.dumps(record | {"results": {}}))
+    words = ["sweep", "--configs=mnist", "--scale=digits", f"--workdir={tmp_path}", "--dry_run"]
+    monkeypatch.setattr("sys.argv", words)
+    sweep.main()
+    assert bool(capsys.readouterr().out) == listed
+
+
 def test_members_of_a_grid_are_what_main_would_train(tmp_path):
     grid = {"learning_rate": ["0.1", "0.2"], "batch_size": ["60"]}
     found = sweep.members(["mnist", "mnist_bn"], "digits", 2, tmp_path, ["l2=0.5"], grid)

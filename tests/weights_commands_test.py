@@ -14,8 +14,8 @@ import pytest
 from flax import serialization, traverse_util
 
 from bn_jax import export, import_weights, models
-from bn_jax.distributed import mesh
 from bn_jax.errors import ConfigError
+from bn_jax.experiment import build
 from bn_jax.weights import exporting, importing, tensor_files
 from configs import mnist_bn
 from tests.import_weights_test import cadene_names, reference
@@ -34,7 +34,10 @@ def run(words: list[str], monkeypatch, capsys) -> str:
     """`python -m MODULE ...` in this process; what it prints."""
     assert words[:2] == ["python", "-m"]
     monkeypatch.setattr(sys, "argv", words[2:])
-    importlib.import_module(words[2]).main()
+    module = importlib.import_module(words[2])
+    if hasattr(module, "__path__"):  # a folder: its command is in __main__.py
+        module = importlib.import_module(f"{words[2]}.__main__")
+    module.main()
     return capsys.readouterr().out
 
 
@@ -47,8 +50,8 @@ def net():
 @pytest.fixture
 def here(tmp_path, monkeypatch, net):
     """A folder with the small network's file, in which commands are run, as on one device."""
-    make = mesh.make
-    monkeypatch.setattr(mesh, "make", lambda: make(jax.devices()[:1]))
+    make = build.make
+    monkeypatch.setattr(build, "make", lambda: make(jax.devices()[:1]))
     monkeypatch.chdir(tmp_path)
     flat = traverse_util.flatten_dict(net)
     plain = {path: leaf for path, leaf in flat.items() if path[-1] != "count"}
@@ -127,7 +130,7 @@ def test_population_statistics_are_those_of_evaluation_and_kept(here, capsys):
             np.testing.assert_array_equal(found, kept[f"dense_0/bn/{leaf}"])
             assert not np.array_equal(found, running["batch_stats"]["dense_0"]["bn"][leaf])
     export.main([*options, "--statistics=population"])
-    assert "kept from before" in capsys.readouterr().out
+    assert "read from the workdir" in capsys.readouterr().out
 
 
 def test_out_and_in_again(here, net, capsys):
@@ -166,14 +169,14 @@ def test_refusals_come_before_anything_is_written(here, net):
     extra = {"params/dense_9/bias": np.zeros(3), "optimizer/step": np.zeros(())}
     refused(f"2 missing: {last}, {first}$", without)
     many = {f"other/{k:03}": np.zeros(1) for k in range(100)}
-    refused("100 extra: " + ", ".join(many) + "$", flat | many)  # every one is named
+    refused("100 extra: " + ", ".join([*many][:5]) + " and 95 more$", flat | many)
     refused("2 extra: optimizer/step, params/dense_9/bias$", flat | extra)
     refused(r"missing: .*; 2 extra: .*; 1 wrong", without | extra | negative)
     shape = rf"1 wrong: {last} has shape \[100, 9\], not \[100, 10\]"
     refused(shape, flat | {last: flat[last][:, :9]})
     refused(f"1 wrong: {first} has values that are not finite", flat | {first: nan})
     refused("bn/var has values .* variances below 0", flat | negative)
-    refused("none of the network's tensors.*another --variant", {"weight": np.zeros(3)})
+    refused("none of the network's .* tensors.*another --variant", {"weight": np.zeros(3)})
     refused("does not say what network it is of", flat, "--background=drop")
     refused("there is no config configs/none.py", flat, "--config=configs/none.py")
     refused("--background=keep is for --variant=slim", flat, "--background=keep", *CONFIG)

@@ -16,12 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 
 from bn_jax.data import views
 from bn_jax.distributed import mesh
 from bn_jax.errors import ConfigError, DataError
 from bn_jax.evaluate import predictions
-from bn_jax.evaluate.members import Member, _field, describe, load, workdirs
+from bn_jax.evaluate.members import Member, describe, load_member, workdirs
 from bn_jax.evaluate.predictions import Predictions
 from bn_jax.experiment import build
 from bn_jax.workdir import provenance, reader
@@ -113,11 +114,13 @@ def _collect(
 def require_same_input(one: Member, other: Member) -> None:
     """Raises ConfigError unless both networks can be fed the same batches."""
     predictions.require_same(describe(one, 1), describe(other, 1))
+    fields = [traverse_util.flatten_dict(m.exp.config.to_dict(), sep=".") for m in (one, other)]
     for field in ("image_size", "data.mirror", "data.dir"):
-        a, b = (_field(m.exp.config, field) for m in (one, other))
+        a = fields[0][field]
+        b = fields[1][field]
         if a != b:
             raise ConfigError(
-                f"{one.about['workdir']} and {other.about['workdir']} make no ensemble: {field} "
+                f"{one.about['workdir']} and {other.about['workdir']} cannot be averaged: {field} "
                 f"differs ({a}, {b}); evaluate each with --predictions=FILE, then use --combine"
             )
 
@@ -147,7 +150,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions
     runs = workdirs(args.workdir)
     experiments = [build.from_workdir(run) for run in runs]  # refused before any compiling
     members = [
-        load(run, args.step, args.statistics, exp)
+        load_member(run, args.step, args.statistics, exp)
         for run, exp in zip(runs, experiments, strict=True)
     ]
     networks = Networks(members, members[0].exp.config.eval_batch_size)
@@ -157,7 +160,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions
     seconds = time.monotonic() - began
     line = predictions.show(parts)
     line["images_per_second"] = line["examples"] / seconds
-    line["source"], line["hardware"] = provenance.source(), provenance.hardware()
+    line["source"] = provenance.source()
+    line["hardware"] = provenance.hardware()
     for folder in runs if args.record is None else [args.record]:
         reader.append_evaluation(folder, line)
     return line, parts

@@ -1,6 +1,5 @@
 """Trained networks out of workdirs, as members of an ensemble."""
 
-import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -16,8 +15,12 @@ from bn_jax.workdir import reader
 
 
 class Member(NamedTuple):
-    """A trained network: its experiment, the statistics it is evaluated with and where they come
-    from, and `about`, the plain values that tell it apart (workdir, step, checkpoint's digest)."""
+    """A trained network, ready to be evaluated.
+
+    exp: its experiment, which may be without data. params, batch_stats: the trees that are
+    evaluated. statistics: where `batch_stats` come from (population, running, none). about: the
+    plain values that tell the network apart (`identity`).
+    """
 
     exp: Experiment
     params: Any
@@ -26,13 +29,24 @@ class Member(NamedTuple):
     about: dict[str, Any]
 
 
-def _field(config: Any, name: str) -> Any:
-    return functools.reduce(lambda tree, key: tree[key], name.split("."), config)
+def identity(run: pathlib.Path, exp: Experiment, step: int, checkpoint: str) -> dict[str, Any]:
+    """What tells a trained network apart, as plain values; `checkpoint`: the digest of it."""
+    config = exp.config
+    return {
+        "name": config.name,
+        "scale": config.scale,
+        "seed": config.seed,
+        "workdir": str(run),
+        "step": step,
+        "total_steps": config.total_steps,
+        "checkpoint": checkpoint,
+    }
 
 
 def describe(member: Member, crops: int) -> dict[str, Any]:
     """`Predictions.about` of one network."""
-    config, data = member.exp.config, member.exp.data
+    config = member.exp.config
+    data = member.exp.data
     return {
         "data": config.data.name,
         "split": data.split,
@@ -48,61 +62,61 @@ def describe(member: Member, crops: int) -> dict[str, Any]:
     }
 
 
-def about_member(run: pathlib.Path, exp: Experiment, step: int, checkpoint: str) -> dict[str, Any]:
-    """What tells a trained network apart, as plain values."""
-    config = exp.config
-    return {
-        "name": config.name,
-        "scale": config.scale,
-        "seed": config.seed,
-        "workdir": str(run),
-        "step": step,
-        "total_steps": config.total_steps,
-        "checkpoint": checkpoint,
-    }
-
-
-def load(
+def load_member(
     run: pathlib.Path,
     at_step: int | None,
     statistics: str,
     exp: Experiment,
     say: Callable[[str], None] = print,
 ) -> Member:
-    """A run's checkpoint with the statistics it is to be evaluated with; says what it found.
+    """A run's checkpoint with the statistics it is to be evaluated with.
 
-    `exp` may be without data (`experiment.without_data`): they are opened if the statistics have to
-    be computed. Raises CheckpointError if there is no checkpoint.
+    at_step: the checkpoint's step, or None for the newest. statistics: population or running.
+    `exp` may be without data (`build.without_data`): they are opened if the statistics have to be
+    computed. `say` is told in a line what was found. Raises CheckpointError without a checkpoint.
     """
-    found_step, state = build.restore(exp, run, at_step)
-    stats, said = state.batch_stats, f"{run}: {exp.config.name}, step {found_step:,}"
-    about = about_member(run, exp, found_step, population.checkpoint_digest(run, found_step))
-    if stats and statistics == "population":
-        began = time.monotonic()
-        best, kept = population.cached(
-            run,
-            found_step,
-            exp.config.to_dict(),
-            stats,
-            lambda: Evaluator(build.with_data(exp, run)).population(state.params, stats),
-        )
-        about["running_gap"] = running_gap(stats, best, exp.config.bn.epsilon)
-        how = "kept from before" if kept else f"computed in {time.monotonic() - began:.1f} s"
-        said += (
-            f", population statistics {how}; the running means are up to "
-            f"{about['running_gap']:.2f} standard deviations away"
-        )
-        stats = mesh.put_replicated(exp.mesh, best)
-    elif stats:
-        said += ", running statistics"
-    say(said)
-    return Member(exp, state.params, stats, statistics if stats else "none", about)
+    step, state = build.restore(exp, run, at_step)
+    which = "step" if at_step is not None else "newest checkpoint, step"
+    line = f"{run}: {exp.config.name}, {which} {step:,}"
+    about = identity(run, exp, step, population.checkpoint_digest(run, step))
+
+    batch_stats = state.batch_stats
+    if not batch_stats:
+        say(line)
+        return Member(exp, state.params, batch_stats, "none", about)
+    if statistics == "running":
+        say(f"{line}, running statistics")
+        return Member(exp, state.params, batch_stats, statistics, about)
+
+    began = time.monotonic()
+    exact, kept = population.cached(
+        run,
+        step,
+        exp.config.to_dict(),
+        batch_stats,
+        lambda: Evaluator(build.with_data(exp, run)).population(state.params, batch_stats),
+    )
+    about["running_gap"] = running_gap(batch_stats, exact, exp.config.bn.epsilon)
+    how = "read from the workdir" if kept else f"computed in {time.monotonic() - began:.1f} s"
+    say(
+        f"{line}, population statistics {how}; the running means are up to "
+        f"{about['running_gap']:.2f} standard deviations away"
+    )
+    exact = mesh.put_replicated(exp.mesh, exact)
+    return Member(exp, state.params, exact, statistics, about)
 
 
 def workdirs(names: str) -> list[pathlib.Path]:
-    """Workdirs from a list with commas; a folder of runs stands for all runs in it."""
+    """Workdirs from a list with commas; a folder of runs stands for all runs in it.
+
+    A name that is a run as it stands is taken as one, whatever commas it holds.
+    """
+    if reader.is_run(pathlib.Path(names)):
+        return [pathlib.Path(names)]
+
     found = []
-    for place in map(pathlib.Path, names.split(",")):
-        inside = [] if (place / "run.json").is_file() else list(reader.find_runs(place))
+    for name in names.split(","):
+        place = pathlib.Path(name)
+        inside = [] if reader.is_run(place) else list(reader.find_runs(place))
         found += inside or [place]
     return found

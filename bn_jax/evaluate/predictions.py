@@ -89,7 +89,7 @@ def require_same(one: dict[str, Any], other: dict[str, Any]) -> None:
             if field == "class_names" and len(a) != len(b):
                 field, a, b = "classes", len(a), len(b)
             raise ConfigError(
-                f"{who(one)} and {who(other)} make no ensemble: {field} differs "
+                f"{who(one)} and {who(other)} cannot be averaged: {field} differs "
                 f"({_short(a)}, {_short(b)})"
             )
 
@@ -137,7 +137,7 @@ def save(path: pathlib.Path, found: Predictions) -> None:
 def load(path: pathlib.Path) -> Predictions:
     """Reads what `save` wrote. Raises ConfigError if it is absent, DataError if damaged."""
     if path.suffix not in (".npz", ".csv") or not path.is_file():
-        raise ConfigError(f"{path} is no file of predictions (.npz or .csv)")
+        raise ConfigError(f"{path} is not a file of predictions (.npz or .csv)")
     try:
         found = _from_npz(path) if path.suffix == ".npz" else _from_csv(path)
         p, labels, about = found

@@ -9,7 +9,7 @@ from matplotlib import ticker
 
 from bn_jax.figures.curves import PARENTS, Difference, changes, curve, finals, paired
 from bn_jax.figures.fig3 import Groups, notes, ordered
-from bn_jax.figures.plotting import BLUE, GREY, plt, save
+from bn_jax.figures.plotting import BLUE, GREY, save, subplots
 from bn_jax.workdir.reader import Run, flat
 
 ABLATION_HEAD = ["experiment", "parent", "change", "difference", "95% interval", "seeds"]
@@ -73,7 +73,7 @@ def draw_ablations(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> li
     rows = ablations(groups)
     if not rows:
         return []
-    figure, axes = plt.subplots(figsize=(9.5, 1.6 + 0.36 * len(rows)))
+    figure, axes = subplots(figsize=(9.5, 1.6 + 0.36 * len(rows)))
     axes.set_xscale("symlog", linthresh=2.0)  # chance is 80 points away, most others one or two
     axes.axvline(0, color=GREY, linewidth=0.8)
     labels = []

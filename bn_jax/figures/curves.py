@@ -144,7 +144,7 @@ def first_at(curve: Curve, level: float) -> float | str:
     return NOT_REACHED if curve.status == "done" else NOT_YET
 
 
-class Row(NamedTuple):
+class Comparison(NamedTuple):
     """An experiment against a reference; lists have an entry a seed, a number or a word.
 
     All by LEVELS. `around`: steps to the level less and plus its binomial standard error;
@@ -169,7 +169,7 @@ class Row(NamedTuple):
         return [NOT_YET if c.maximum is None else c.maximum for c in self.curves]
 
 
-def row(label: str, curves: Sequence[Curve], reference: Sequence[Curve]) -> Row:
+def row(label: str, curves: Sequence[Curve], reference: Sequence[Curve]) -> Comparison:
     """Compares an experiment's seeds with the reference's runs of the same seeds."""
     by_seed = {c.seed: (c, levels(c)) for c in reference}
     steps: dict[str, list[float | str]] = {name: [] for name in LEVELS}
@@ -192,7 +192,7 @@ def row(label: str, curves: Sequence[Curve], reference: Sequence[Curve]) -> Row:
             # the reference is done, so that it has reached its own levels
             both = isinstance(here, float) and isinstance(there, float)
             speed_up[name].append(there / here if both else here)  # type: ignore[operator]
-    return Row(label, curves, steps, around, speed_up)
+    return Comparison(label, curves, steps, around, speed_up)
 
 
 class Difference(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bn_jax.errors import ConfigError
-from bn_jax.figures.plotting import BLUE, GREY, plot_accuracy, plt, save
+from bn_jax.figures.plotting import BLUE, GREY, plot_accuracy, save, subplots
 from bn_jax.workdir import reader
 from bn_jax.workdir.lines import PERCENTILES
 from bn_jax.workdir.reader import Run
@@ -29,9 +29,10 @@ def percentiles(run: Run, layer: str) -> Percentiles:
     lines = [line for line in run.lines["activation"] if line["layer"] == layer]
     if not lines:
         known = sorted({line["layer"] for line in run.lines["activation"]})
-        raise ConfigError(f"{run.workdir} recorded no activation `{layer}`; it has {known}")
-    values = np.array([[line[f"p{p}"] for p in PERCENTILES] for line in lines], float)
-    return Percentiles(layer, np.array([line["step"] for line in lines]), values)
+        raise ConfigError(f"{run.workdir} did not record the activation `{layer}`; it has {known}")
+    steps = np.array([line["step"] for line in lines])
+    values = np.array([[line["p15"], line["p50"], line["p85"]] for line in lines], float)
+    return Percentiles(layer, steps, values)
 
 
 def drift(curves: Percentiles) -> np.ndarray:
@@ -113,7 +114,7 @@ def draw_fig1(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     """Fig. 1 from the runs `folder`/mnist and `folder`/mnist_bn; prints the numbers behind it."""
     baseline, with_bn = reader.read_pair(folder / "mnist", folder / "mnist_bn")
     numbers = fig1_numbers(baseline, with_bn)
-    figure, (a, b, c) = plt.subplots(1, 3, figsize=(13, 3.8))
+    figure, (a, b, c) = subplots(1, 3, figsize=(13, 3.8))
     plot_accuracy(a, baseline, GREY, "without BN")
     plot_accuracy(a, with_bn, BLUE, "with BN")
     low = min(line["top1"] for line in with_bn.lines["eval"])

@@ -21,8 +21,8 @@ from bn_jax.figures.plotting import (
     PURPLE,
     SKY,
     VERMILION,
-    plt,
     save,
+    subplots,
 )
 from bn_jax.workdir.reader import Run
 
@@ -62,7 +62,7 @@ def draw_fig2(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pa
     level = 100 * float(np.mean(tops)) if tops else None
     zoomed = level is not None and level > ZOOM
     size = (12 if zoomed else 8, 5)
-    figure, panels = plt.subplots(1, 2 if zoomed else 1, figsize=size, squeeze=False)
+    figure, panels = subplots(1, 2 if zoomed else 1, figsize=size, squeeze=False)
     for axes in panels[0]:
         if level is not None:
             text = f"inception's maximum, {level:.1f}%"

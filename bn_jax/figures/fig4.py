@@ -3,7 +3,7 @@
 import csv
 import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bn_jax.errors import ConfigError
@@ -23,28 +23,32 @@ HEAD = ["model", "resolution", "crops", "models", "paper: top-1 error", "paper: 
 HEAD += ["ours: models", "ours: crops", "ours: top-1 error", "ours: top-5 error"]
 
 
-class Row(NamedTuple):
+class TableLine(NamedTuple):
     """Our evaluations behind a line of the table: single networks, or one ensemble."""
 
     label: str
     crops: int
-    lines: list[dict[str, Any]]
+    lines: list[Mapping[str, Any]]
 
 
-def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
+def collect(folder: pathlib.Path) -> list[Mapping[str, Any]]:
     """The evaluations with population statistics recorded below `folder`, each once: of equal
     networks and crops the latest. An ensemble's members count as evaluated alone, too.
 
     Raises ConfigError if there are none, or if they are of different data, splits or image sizes.
     """
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    recorded = (
-        line for place in reader.find_evaluations(folder) for line in reader.read_evaluations(place)
-    )
+    recorded: list[Mapping[str, Any]] = []
+    for place in reader.find_evaluations(folder):
+        recorded += reader.read_evaluations(place)
+
+    found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for whole in sorted(recorded, key=lambda line: line["time"]):
-        for line in [*_alone(whole), whole] if whole["statistics"] != "running" else ():
+        if whole["statistics"] == "running":
+            continue
+        for line in (*_alone(whole), whole):
             where = tuple(sorted(_place(member) for member in line["members"]))
             found[where, line["crops"]] = line
+
     if not found:
         raise ConfigError(
             f"{folder} holds no evaluation: run bn_jax.evaluate on the workdirs in it first"
@@ -60,7 +64,7 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _alone(line: dict[str, Any]) -> list[dict[str, Any]]:
+def _alone(line: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The members of an ensemble as evaluations of their own, where each was scored alone."""
     members, scores = line["members"], line["member_scores"]
     if len(members) != len(scores):
@@ -69,12 +73,12 @@ def _alone(line: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**line, **s, "members": [m], "member_scores": []} for m, s in pairs]
 
 
-def _place(member: dict[str, Any]) -> str:
+def _place(member: Mapping[str, Any]) -> str:
     """A network's workdir, however it was typed."""
     return str(pathlib.Path(member["workdir"]).resolve())
 
 
-def rows(lines: Sequence[dict[str, Any]]) -> list[Row]:
+def rows(lines: Sequence[Mapping[str, Any]]) -> list[TableLine]:
     """Single networks by crops, then the largest ensemble of each number of crops.
 
     Where there is an ensemble, its members are the single networks.
@@ -85,15 +89,17 @@ def rows(lines: Sequence[dict[str, Any]]) -> list[Row]:
         single = [x for x in lines if x["crops"] == crops and len(x["members"]) == 1]
         single = [x for x in single if not averaged or _place(x["members"][0]) in averaged]
         if single:
-            found.append(Row("single", crops, single))
+            found.append(TableLine("single", crops, single))
     for crops in sorted({line["crops"] for line in lines}):
         several = [x for x in lines if x["crops"] == crops and len(x["members"]) > 1]
         if several:
-            found.append(Row("ensemble", crops, [max(several, key=lambda x: len(x["members"]))]))
+            found.append(
+                TableLine("ensemble", crops, [max(several, key=lambda x: len(x["members"]))])
+            )
     return found
 
 
-def error(row: Row, name: str) -> str:
+def error(row: TableLine, name: str) -> str:
     """Error of a row: one evaluation's with its standard error, or mean and range of several."""
     shares = [100 * wrong(line, name) for line in row.lines]
     if len(shares) == 1:
@@ -102,25 +108,25 @@ def error(row: Row, name: str) -> str:
     return f"{mean:.2f}% ({min(shares):.2f} to {max(shares):.2f})"
 
 
-def wrong(line: dict[str, Any], name: str) -> float:
+def wrong(line: Mapping[str, Any], name: str) -> float:
     """The share of wrong examples, from their count."""
     n = line["examples"]
     return (n - round(line[name] * n)) / n
 
 
-def error_of_share(line: dict[str, Any], name: str) -> float:
+def error_of_share(line: Mapping[str, Any], name: str) -> float:
     """Binomial standard error of an accuracy, a share."""
     return reader.standard_error(line[name], line["examples"])
 
 
-def models(row: Row) -> str:
+def models(row: TableLine) -> str:
     """How many networks a row rests on, in words."""
     if row.label == "ensemble":
         return f"{len(row.lines[0]['members'])}, averaged"
     return "1" if len(row.lines) == 1 else f"1 (mean of {len(row.lines)} networks)"
 
 
-def _paper_line(row: Row) -> int | None:
+def _paper_line(row: TableLine) -> int | None:
     """The line of the paper's table that a row of ours stands beside."""
     places = {("single", 1): 4, ("single", 144): 5, ("ensemble", 144): 6}
     return places.get((row.label, row.crops))
@@ -153,13 +159,13 @@ def _crops(number: int) -> str:
     return "single crop" if number == 1 else f"{number} crops"
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: TableLine) -> list[str]:
     views = row.lines[0]["views"]
     crops = str(row.crops) if views == row.crops else f"{views} of {row.crops}, not mirrored"
     return [models(row), crops, error(row, "top1"), error(row, "top5")]
 
 
-def _setting(lines: Sequence[dict[str, Any]]) -> str:
+def _setting(lines: Sequence[Mapping[str, Any]]) -> str:
     one = lines[0]
     origins = {
         f"commit {str(x['source'].get('commit'))[:10]} on {x['hardware']['devices']} "
@@ -176,13 +182,13 @@ def _setting(lines: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _networks(ours: Sequence[Row]) -> str:
+def _networks(ours: Sequence[TableLine]) -> str:
     """Every network of the table with its own errors."""
     text = ["| network | seed | steps | crops | top-1 error | top-5 error |", "|---" * 6 + "|"]
     for row in ours:
         for line in row.lines if row.label == "single" else ():
             (m,) = line["members"]
-            alone = Row("single", row.crops, [line])
+            alone = TableLine("single", row.crops, [line])
             steps = f"{m['step']:,} of {m['total_steps']:,}"
             cells = [f"`{m['name']}`", str(m["seed"]), steps, str(row.crops)]
             cells += [error(alone, "top1"), error(alone, "top5")]

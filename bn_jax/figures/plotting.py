@@ -1,21 +1,37 @@
-"""Pictures and tables from recorded runs: `python -m bn_jax.figures --workdir=DIR --out=DIR`.
+"""How pictures look: colours that are safe for colour blindness, and how a picture is saved.
 
-Reads only what runs have recorded (run.json, metrics.jsonl); nothing is trained or evaluated here.
-DIR is one run, a folder with a baseline run `mnist` and its twin `mnist_bn` (Fig. 1), or a folder
-of runs as bn_jax.sweep leaves it (Fig. 2, the table of Fig. 3, ablations). Where evaluations
-were recorded (bn_jax.evaluate), the table of Fig. 4 is made of them.
+Pictures are made without pyplot, so that a program or notebook that imports this package keeps
+its own matplotlib backend.
 """
 
 import pathlib
+from typing import Any
 
-import matplotlib
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from bn_jax.workdir.reader import Run
 
+# Okabe & Ito, "Color Universal Design"
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+VERMILION = "#D55E00"
+SKY = "#56B4E9"
+PURPLE = "#CC79A7"
+BLACK = "#000000"
+GREY = "#777777"
+
+
+def subplots(
+    rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], squeeze: bool = True
+) -> tuple[Figure, Any]:
+    """A figure (its size in inches) and its axes, as `matplotlib.pyplot.subplots` gives them."""
+    figure = Figure(figsize=figsize)
+    return figure, figure.subplots(rows, columns, squeeze=squeeze)
+
 
 def plot_accuracy(axes, run: Run, colour: str, label: str) -> None:
-    """Accuracy of every recorded evaluation against steps."""
+    """Draws the accuracy of every recorded evaluation against steps."""
     lines = run.lines["eval"]
     axes.plot(
         [line["step"] for line in lines],
@@ -29,22 +45,11 @@ def plot_accuracy(axes, run: Run, colour: str, label: str) -> None:
     axes.set_ylabel("accuracy (%)")
 
 
-# How pictures look: colours that are safe for colour blindness, and how a picture is saved.
-
-
-matplotlib.use("Agg")
-
-# Okabe & Ito, "Color Universal Design"
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#777777"
-VERMILION, SKY, PURPLE, BLACK = "#D55E00", "#56B4E9", "#CC79A7", "#000000"
-
-
-def save(figure, out: pathlib.Path, name: str) -> list[pathlib.Path]:
-    """Writes OUT/NAME.png and .svg, and closes the figure."""
+def save(figure: Figure, out: pathlib.Path, name: str) -> list[pathlib.Path]:
+    """Writes OUT/NAME.png and .svg and returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     paths = [out / f"{name}.png", out / f"{name}.svg"]
     for path in paths:
         figure.savefig(path, dpi=130)
-    plt.close(figure)
     return paths

@@ -4,7 +4,7 @@ import pathlib
 
 from bn_jax.errors import ConfigError
 from bn_jax.figures.fig1 import percentiles, plot_percentiles, typical_unit
-from bn_jax.figures.plotting import BLUE, ORANGE, plot_accuracy, plt, save
+from bn_jax.figures.plotting import BLUE, ORANGE, plot_accuracy, save, subplots
 from bn_jax.workdir.reader import read_run
 
 
@@ -16,7 +16,7 @@ def draw_run(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     panels = bool(run.lines["eval"]) + bool(inputs)
     if not panels:
         raise ConfigError(f"{workdir} has no evaluation yet: let it run to its first one")
-    figure, all_axes = plt.subplots(1, panels, figsize=(5.2 * panels, 3.6), squeeze=False)
+    figure, all_axes = subplots(1, panels, figsize=(5.2 * panels, 3.6), squeeze=False)
     axes = iter(all_axes[0])
     if run.lines["eval"]:
         panel = next(axes)

@@ -60,14 +60,15 @@ def published(variant: str, config: ConfigDict) -> ConfigDict:
     """The config with what the published network of a variant fixes."""
     config = config.copy_and_resolve_references().unlock()
     config.name = f"imported_{variant}"
-    config.norm, config.activation, config.lrn, config.dtype = (
-        "batch_norm",
-        "relu",
-        False,
-        "float32",
-    )
-    config.model.variant, config.model.width, config.model.aux = variant, 1.0, False
-    config.bn.epsilon, config.bn.per_activation = mapping.EPSILON[variant], ()
+    config.norm = "batch_norm"
+    config.activation = "relu"
+    config.lrn = False
+    config.dtype = "float32"
+    config.model.variant = variant
+    config.model.width = 1.0
+    config.model.aux = False
+    config.bn.epsilon = mapping.EPSILON[variant]
+    config.bn.per_activation = ()
     return config.lock()
 
 
@@ -77,26 +78,26 @@ def variables(
     """`params` and `batch_stats` from a file's tensors, in their own precision, and the shape of
     the images they are for.
 
-    Raises ConfigError naming every tensor that does not fit.
+    Raises ConfigError naming the first tensors that do not fit, and how many there are.
     """
-    size, bias = (
-        config.image_size,
-        {
-            "caffe": "last_linear.bias",
-            "slim": f"{mapping.SLIM_LOGITS}/biases",
-            "flax": "params/classifier/bias",
-        }[variant],
-    )
+    bias = {
+        "caffe": "last_linear.bias",
+        "slim": f"{mapping.SLIM_LOGITS}/biases",
+        "flax": "params/classifier/bias",
+    }[variant]
     dropped = variant == "slim" and not background
-    classes = mapping.num_classes(file.tensors, bias, 1000 + dropped) - dropped
-    shape = (size, size, _channels(file, config) if variant == "flax" else 3)
+    tensors = mapping.Source(file.tensors).tensors
+    classes = mapping.num_classes(tensors, bias, 1000 + dropped) - dropped
+
+    channels = _channels(file, config) if variant == "flax" else 3
+    shape = (config.image_size, config.image_size, channels)
     like = jax.eval_shape(lambda: step.init_state(models.build(config, classes), 0, shape))
     tree = {"params": like.params, "batch_stats": like.batch_stats}
     if variant == "caffe":
-        return mapping.caffe(file.tensors, tree), shape
+        return mapping.caffe(tensors, tree), shape
     if variant == "slim":
-        return mapping.slim(file.tensors, tree, background=background), shape
-    return mapping.flax(file.tensors, tree), shape
+        return mapping.slim(tensors, tree, background=background), shape
+    return mapping.flax(tensors, tree), shape
 
 
 def _channels(file: tensor_files.TensorFile, config: ConfigDict) -> int:

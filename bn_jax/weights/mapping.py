@@ -9,7 +9,7 @@
 Every tensor of the file must be used once, and every variable be filled.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,26 +50,62 @@ SLIM_STEM = {
 }
 
 
+PREFIXES = ("module.", "model.")  # torch's DataParallel and Lightning put these before every name
+GOOGLENET = "inception3a.branch1.conv.weight"  # of torchvision and timm: another network
+SHOWN = 5  # names in a message; the rest are counted
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """What stands before every name and belongs to none, such as `module.`; '' if nothing does."""
+    names = list(names)
+    found = ""
+    while names:
+        longer = [found + prefix for prefix in PREFIXES]
+        longer = [prefix for prefix in longer if all(name.startswith(prefix) for name in names)]
+        if not longer:
+            break
+        found = longer[0]
+
+    return found
+
+
 class Source:
-    """The file's tensors as they are taken; what does not fit is collected for one message."""
+    """The file's tensors as they are taken; what does not fit is collected for one message.
+
+    A prefix that is common to all names (`common_prefix`) is taken off. Raises ConfigError for the
+    GoogLeNet of torchvision and timm, which is often taken for this network.
+    """
 
     def __init__(self, tensors: Mapping[str, np.ndarray]):
-        self.tensors = tensors
+        skipped = len(common_prefix(tensors))
+        self.tensors = {name[skipped:]: tensor for name, tensor in tensors.items()}
         self._used: set[str] = set()
         self._missing: list[str] = []
         self._wrong: list[str] = []
 
+        if GOOGLENET in self.tensors:
+            raise ConfigError(
+                f"the file holds {GOOGLENET}: it is GoogLeNet of torchvision or timm, which has "
+                "5x5 branches and other widths, not BN-Inception; see docs/weights.md for files "
+                "that fit"
+            )
+
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A tensor of that shape, in floating point; zeros where there is none."""
+        """A tensor of that shape, in floating point; zeros where there is none.
+
+        Axes of length 1 do not count: older files have BN vectors of shape [1, C].
+        """
         if name not in self.tensors:
             self._missing.append(name)
             return np.zeros(shape, np.float32)
+
         self._used.add(name)
         found = self.tensors[name]
-        if found.shape != shape:
+        if _squeezed(found.shape) != _squeezed(shape):
             self._wrong.append(f"{name} has shape {list(found.shape)}, not {list(shape)}")
             return np.zeros(shape, np.float32)
-        found = found.astype(np.promote_types(found.dtype, np.float32))
+
+        found = found.reshape(shape).astype(np.promote_types(found.dtype, np.float32))
         finite = np.isfinite(found).all() and not (name.endswith("var") and found.min() < 0)
         if not (finite or name.endswith("/count")):
             self._wrong.append(f"{name} has values that are not finite, or variances below 0")
@@ -80,18 +116,31 @@ class Source:
         return self.take(name, shape) if name in self.tensors else None
 
     def finish(self, ignored: Callable[[str], bool]) -> None:
-        """Raises ConfigError naming every tensor that is missing, extra or of the wrong shape."""
+        """Raises ConfigError if tensors are missing, extra or of the wrong shape: how many, and
+        the first of each kind by name."""
         if not self._used:
             raise ConfigError(
-                f"none of the network's tensors, such as {self._missing[0]}, is in the file, which "
-                f"has {len(self.tensors)}, such as {min(self.tensors, default='none')}: is it of "
-                "another --variant?"
+                f"the file has none of the network's {len(self._missing)} tensors, such as "
+                f"{_named(self._missing)}. It has {len(self.tensors)}: "
+                f"{_named(sorted(self.tensors))}. Is it of another --variant?"
             )
+
         extra = sorted(n for n in self.tensors if n not in self._used and not ignored(n))
         found = [("missing", self._missing), ("extra", extra), ("wrong", self._wrong)]
-        if any(names for _, names in found):
-            parts = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in found if names]
+        parts = [f"{len(names)} {kind}: {_named(names)}" for kind, names in found if names]
+        if parts:
             raise ConfigError(f"tensors do not fit the network: {'; '.join(parts)}")
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(length for length in shape if length != 1)
+
+
+def _named(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(names[:SHOWN])
+    more = len(names) - SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def num_classes(tensors: Mapping[str, np.ndarray], name: str, otherwise: int) -> int:
@@ -116,7 +165,9 @@ def caffe(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[st
         out.params[*path, "conv", "kernel"] = (
             weight[:, :, ::-1] if path == ("conv1_7x7",) else weight
         )
-        bias = source.take(f"{name}.bias", features)
+        bias = source.optional(f"{name}.bias", features)
+        if bias is None:  # some ports leave out what BN takes off again
+            bias = np.zeros(features, np.float32)
         mean = source.take(f"{name}_bn.running_mean", features)
         out.bn(
             path,

@@ -79,7 +79,7 @@ def load(
     origin = run["info"].get("imported") if run is not None else None
     if statistics is None:
         statistics = "population" if origin is None else "running"
-    member = members.load(workdir, at_step, statistics, exp, say=say)
+    member = members.load_member(workdir, at_step, statistics, exp, say=say)
     about = {"experiment": exp.config.name, "step": str(member.about["step"])}
     if origin is not None:
         about |= {f"imported_{name}": value for name, value in origin.items()}

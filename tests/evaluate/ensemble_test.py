@@ -13,7 +13,7 @@ from bn_jax.distributed import mesh
 from bn_jax.errors import ConfigError, DataError
 from bn_jax.evaluate import __main__ as evaluate
 from bn_jax.evaluate import ensemble, predictions
-from bn_jax.evaluate.members import load as load_member
+from bn_jax.evaluate.members import load_member
 from bn_jax.experiment import build
 from bn_jax.experiment.evaluator import Evaluator
 from tests.support.small_members import save_member
@@ -182,7 +182,7 @@ def test_running_statistics_are_another_result(runs, monkeypatch, capsys):
         (["--workdir=nowhere"], "nowhere is not a run directory"),
         (["--workdir=nowhere", "--crops=100"], "none of 1, 10, 144"),
         (["--workdir=nowhere", "--predictions=x.json"], "must end with"),
-        (["--combine=nowhere.npz"], "no file of predictions"),
+        (["--combine=nowhere.npz"], "not a file of predictions"),
     ],
 )
 def test_what_is_refused_is_one_line(arguments, message, monkeypatch, capsys):

@@ -47,16 +47,16 @@ def bits(tree):
 def test_once_a_checkpoint_end_to_end(tmp_path, monkeypatch, capsys):
     run = save_member(tmp_path / "run", seed=0)
     files = {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()}
-    first = members.load(run, None, "population", build.from_workdir(run))
+    first = members.load_member(run, None, "population", build.from_workdir(run))
     monkeypatch.setattr(Evaluator, "population", None)  # a second time would fail
-    second = members.load(run, None, "population", build.from_workdir(run))
+    second = members.load_member(run, None, "population", build.from_workdir(run))
     assert bits(first.batch_stats) == bits(second.batch_stats)
     assert jax.tree.structure(first.batch_stats) == jax.tree.structure(second.batch_stats)
     said = capsys.readouterr().out.splitlines()
-    assert "computed in" in said[0] and "kept from before" in said[1]
+    assert "computed in" in said[0] and "read from the workdir" in said[1]
     assert all("standard deviations away" in line for line in said)
     assert first.about["running_gap"] == second.about["running_gap"] > 0
-    running = members.load(run, None, "running", build.from_workdir(run))
+    running = members.load_member(run, None, "running", build.from_workdir(run))
     assert bits(running.batch_stats) != bits(first.batch_stats)
     # The checkpoint is as it was, and is still restored after all its digests are compared.
     assert files == {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()}

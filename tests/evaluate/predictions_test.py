@@ -115,6 +115,6 @@ def test_names_are_checked_before_anything_is_evaluated(tmp_path):
         predictions.check_path(tmp_path / "p.txt")
     with pytest.raises(ConfigError, match="there is no folder"):
         predictions.check_path(tmp_path / "absent" / "p.npz")
-    with pytest.raises(ConfigError, match="no file of predictions"):
+    with pytest.raises(ConfigError, match="not a file of predictions"):
         predictions.load(tmp_path / "p.npz")
     assert json.dumps(make(0).about)  # plain JSON

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from bn_jax.errors import ConfigError
-from bn_jax.figures import __main__ as figures
 from bn_jax.figures import fig4
+from bn_jax.figures.draw import draw
 from bn_jax.workdir import reader
 
 NAMES = [f"ensemble_{k}" for k in range(1, 7)]
@@ -119,7 +119,7 @@ def test_a_line_that_was_cut_off_is_skipped_and_the_next_is_whole(folder, capsys
 
 def test_figures_draws_it_beside_what_else_there_is(folder, capsys):
     reader.append_evaluation(folder, line(NAMES[:1], 1, 30))
-    paths = figures.draw(folder, folder / "figures")
+    paths = draw(folder, folder / "figures")
     assert [path.name for path in paths] == ["fig4.md", "fig4.csv"]
     assert "| BN-Inception single crop |" in capsys.readouterr().out
     assert (folder / "figures" / "fig4.md").read_text() == fig4.markdown(folder)
@@ -128,3 +128,11 @@ def test_figures_draws_it_beside_what_else_there_is(folder, capsys):
 def test_a_folder_that_cannot_be_written_is_said(tmp_path, capsys):
     reader.append_evaluation(tmp_path / "absent", line(NAMES[:1], 1, 30))
     assert "not recorded" in capsys.readouterr().err
+
+
+def test_the_csv_has_standard_errors_as_shares(folder):
+    reader.append_evaluation(folder, line(NAMES[:1], 1, 30, top5=0.99))
+    (row,) = csv.DictReader(io.StringIO(fig4.as_csv(folder)))
+    assert float(row["top1_error"]) == pytest.approx(0.03)
+    assert float(row["top1_se"]) == pytest.approx((0.03 * 0.97 / 1000) ** 0.5)
+    assert float(row["top5_se"]) == pytest.approx((0.01 * 0.99 / 1000) ** 0.5)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 
 from bn_jax import train
 from bn_jax.errors import ConfigError, DiskError
-from bn_jax.figures import __main__ as figures
+from bn_jax.figures import __main__ as command
 from bn_jax.figures import fig1, fig2
+from bn_jax.figures.draw import draw
 from bn_jax.workdir import reader
 from configs import bn_baseline, bn_x5, inception, inception_x5, mnist, mnist_bn
 from tests.train_test import small
@@ -85,7 +87,7 @@ def test_a_place_for_pictures_that_is_none_is_one_line(tmp_path, monkeypatch):
     for out, error in ((tmp_path / "file" / "x", ConfigError), ("/proc/x", DiskError)):
         monkeypatch.setattr(sys, "argv", ["figures", f"--workdir={tmp_path}", f"--out={out}"])
         with pytest.raises(error, match=f"{out}.*(another folder|writable)"):
-            figures.main()
+            command.main()
 
 
 @pytest.mark.parametrize("seed", [0])
@@ -147,7 +149,7 @@ def test_a_sweep_becomes_fig2_the_table_and_the_ablations(tmp_path, capsys):
     write_curve(tmp_path, bn_x5, [0.7], status="preempted")
     diverged = "DivergedError: diverged at step 1,234: loss nan"
     write_curve(tmp_path, inception_x5, [0.2], status="diverged", error=diverged)
-    paths = figures.draw(tmp_path, tmp_path / "out")
+    paths = draw(tmp_path, tmp_path / "out")
     names = {"fig2.png", "fig2.svg", "fig2.csv", "fig3.md", "fig3.csv"}
     names |= {f"ablations.{kind}" for kind in ("png", "svg", "md", "csv")}
     assert {path.name for path in paths} == names and all(path.stat().st_size for path in paths)
@@ -169,10 +171,56 @@ def test_a_sweep_becomes_fig2_the_table_and_the_ablations(tmp_path, capsys):
     assert len(points) == 18 and points[0]["network"] == "inception"
 
 
+def test_each_level_has_its_own_speed_up(tmp_path):
+    """Three levels that are reached at three different ratios, in the table and in fig3.csv."""
+    # Levels 72%, 76% and 85%: the baseline reaches them at steps 750, 1,000 and 1,250.
+    write_curve(tmp_path, inception, [0.1, 0.5, 0.72, 0.76, 0.85, 0.8])
+    write_curve(tmp_path, bn_baseline, [0.73, 0.84, 0.84, 0.84, 0.86, 0.86])
+    draw(tmp_path, tmp_path / "out")
+
+    shown = table(tmp_path / "out" / "fig3.md")["bn_baseline"]
+    assert (shown["steps to 90%"], shown["steps to 95%"], shown["steps to max"]) == (
+        "250",
+        "500",
+        "1,250",
+    )
+    assert (shown["speed-up to 95%"], shown["speed-up to max"]) == ("2.00x", "1.00x")
+
+    rows = csv.DictReader((tmp_path / "out" / "fig3.csv").open())
+    (row,) = (r for r in rows if (r["network"], r["reference"]) == ("bn_baseline", "inception"))
+    assert [float(row[f"speed_up_{level}"]) for level in ("90", "95", "max")] == [3.0, 2.0, 1.0]
+    # 85% of 1,000 examples is uncertain by 1.1%: 84% is enough for the lower end, and the upper
+    # end, 86.1%, is never reached.
+    assert row["steps_to_max_minus_se"] == "500.0"
+    assert row["steps_to_max_plus_se"] == "not reached"
+
+
+def test_runs_that_counted_different_numbers_of_examples_are_refused(tmp_path):
+    write_curve(tmp_path, inception, [0.5])
+    workdir = write_curve(tmp_path, bn_x5, [0.5])
+    run = json.loads((workdir / "run.json").read_text())
+    run["info"]["data"]["eval_examples"] = 999
+    (workdir / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ConfigError, match=r"number of evaluated examples \(999, 1000\)"):
+        draw(tmp_path, tmp_path / "out")
+
+
+def test_importing_the_figures_leaves_the_hosts_backend_alone():
+    """As in a notebook, whose inline backend shows its own plots."""
+    code = (
+        "import matplotlib; matplotlib.use('svg')\n"
+        "from bn_jax.figures import draw, plotting\n"
+        "import sys; assert 'matplotlib.pyplot' not in sys.modules\n"
+        "print(matplotlib.get_backend())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().lower() == "svg"
+
+
 def test_without_a_baseline_the_columns_say_so(tmp_path):
     write_curve(tmp_path, bn_x5, [0.7, 0.9])
     write_curve(tmp_path, inception, [0.5], status="running")
-    figures.draw(tmp_path, tmp_path / "out")
+    draw(tmp_path, tmp_path / "out")
     shown = table(tmp_path / "out" / "fig3.md")
     assert shown["bn_x5"]["speed-up to max"] == "no reference"
     assert shown["bn_x5"]["final accuracy"] == "90.0%"
@@ -183,7 +231,7 @@ def test_without_a_baseline_the_columns_say_so(tmp_path):
 def test_a_baseline_at_chance_is_said_and_sets_no_level(tmp_path):
     write_curve(tmp_path, bn_x5, [0.7, 0.9])
     write_curve(tmp_path, inception, [0.1, 0.11])
-    figures.draw(tmp_path, tmp_path / "out")
+    draw(tmp_path, tmp_path / "out")
     shown = table(tmp_path / "out" / "fig3.md")
     assert shown["bn_x5"]["speed-up to 95%"] == "reference at chance"
     text = (tmp_path / "out" / "fig3.md").read_text()
@@ -202,7 +250,7 @@ def test_runs_of_different_settings_are_refused(tmp_path, changes, said):
     write_curve(tmp_path, inception, [0.5])
     write_curve(tmp_path, bn_x5, [0.5], **changes)
     with pytest.raises(ConfigError, match=f"differ in .*{said}"):
-        figures.draw(tmp_path, tmp_path / "out")
+        draw(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

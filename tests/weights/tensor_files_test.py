@@ -3,6 +3,7 @@
 import pickle
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import serialization
@@ -51,6 +52,20 @@ def test_npz_and_msgpack(tmp_path):
     require_equal(found, {"params/dense/kernel": TENSORS["a"]})
 
 
+def test_bfloat16_in_an_npz_is_read_as_such(tmp_path):
+    """numpy writes the format's bytes and loses its name: it reads them as two raw bytes."""
+    values = np.array([1.0, -2.5, 3e38], ml_dtypes.bfloat16)
+    np.savez(tmp_path / "x.npz", bias=values)
+    found = tensor_files.read(tmp_path / "x.npz").tensors["bias"]
+    assert found.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(found.astype(np.float32), values.astype(np.float32))
+
+
+def test_an_npz_of_texts_is_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", names=np.array(["a", "b"]))
+    refused(tmp_path / "x.npz", "names has dtype <U1.* save it as float32")
+
+
 def test_pickles_are_refused_unopened_with_the_lines_that_convert_them(tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -68,7 +83,7 @@ def test_pickles_are_refused_unopened_with_the_lines_that_convert_them(tmp_path)
         archive.writestr("archive/data.pkl", bomb)
     refused(tmp_path / "zip.npz", "is a pickle")
     np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
-    refused(tmp_path / "objects.npz", "no npz file of plain arrays: Object arrays")
+    refused(tmp_path / "objects.npz", "not an npz file of plain arrays: Object arrays")
 
 
 def test_tensorflow_checkpoints_are_refused_with_the_lines_that_convert_them(tmp_path):
@@ -103,7 +118,7 @@ def test_damaged_files_are_refused(tmp_path):
             path.write_bytes(data)
             refused(path, "is no")
     (tmp_path / "leaf.msgpack").write_bytes(serialization.to_bytes({"params": {"x": "text"}}))
-    refused(tmp_path / "leaf.msgpack", "params/x is no array but str")
+    refused(tmp_path / "leaf.msgpack", "params/x is not an array but str")
 
 
 def test_other_kinds_and_absent_files(tmp_path):

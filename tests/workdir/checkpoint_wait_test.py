@@ -13,9 +13,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from bn_jax import train
-from bn_jax.distributed import mesh
 from bn_jax.errors import DiskError
-from bn_jax.experiment import evaluator
+from bn_jax.experiment import build, evaluator
 from bn_jax.experiment.evaluator import Evaluator
 from bn_jax.workdir import checkpoint, timing
 from bn_jax.workdir.checkpoint import Checkpoints
@@ -62,8 +61,8 @@ def follow(monkeypatch, look) -> None:
 @pytest.fixture
 def quick(monkeypatch) -> ConfigDict:
     """A run of 40 steps in dispatches of 5 on one device that evaluates nothing: compiles fast."""
-    make = mesh.make
-    monkeypatch.setattr(mesh, "make", lambda: make(jax.devices()[:1]))
+    make = build.make
+    monkeypatch.setattr(build, "make", lambda: make(jax.devices()[:1]))
     monkeypatch.setattr(Evaluator, "compile", lambda self: None)
     monkeypatch.setattr(train.Loop, "evaluate", lambda self, step, state: None)
     monkeypatch.setattr(evaluator, "sentence", lambda *_: "not evaluated")

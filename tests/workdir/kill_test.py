@@ -39,14 +39,14 @@ SERVER = """
 import importlib, json, os, pathlib, sys, traceback
 import grain, jax
 from bn_jax import train
-from bn_jax.distributed import mesh, startup
-from bn_jax.experiment import programs
+from bn_jax.distributed import startup
+from bn_jax.experiment import build, programs
 from bn_jax.data import memory
 name, settings, workdir = sys.argv[1:]
 digits = memory.digits()
 memory.digits = lambda: digits  # read once
-make = mesh.make
-mesh.make = lambda: make(jax.devices()[:1])
+make = build.make
+build.make = lambda: make(jax.devices()[:1])
 programs._source()  # remembered: the package's files are read once, too
 for line in sys.stdin:
     pid = os.fork()

@@ -1,0 +1,50 @@
+"""Which pictures and tables a folder of records makes."""
+
+import pathlib
+
+from bn_jax.figures import ablations, fig2, fig3
+from bn_jax.figures.fig1 import draw_fig1
+from bn_jax.figures.fig4 import draw_fig4
+from bn_jax.figures.run import draw_run
+from bn_jax.workdir import files, reader
+
+
+def draw(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
+    """Draws what a folder holds: one run, the pair of Fig. 1 or a sweep; and its evaluations."""
+    scored = reader.find_evaluations(workdir) if workdir.is_dir() else []
+    paths = []
+    if not scored or any(reader.find_runs(workdir)):
+        paths += draw_runs(workdir, out)
+    if scored:
+        paths += draw_fig4(workdir, out)
+    return paths
+
+
+def draw_runs(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
+    """Draws the runs of a folder: Fig. 1's pair, one run, or all of a sweep."""
+    if all(reader.is_run(workdir / name) for name in ("mnist", "mnist_bn")):
+        return draw_fig1(workdir, out)
+    if reader.is_run(workdir) or next(reader.find_runs(workdir), None) is None:
+        return draw_run(workdir, out)
+    return draw_sweep(workdir, out)
+
+
+def draw_sweep(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
+    """Fig. 2, the table of Fig. 3 and the ablations from the runs in `folder`; prints the table.
+
+    Raises ConfigError if there are none, or if they cannot be compared with each other.
+    """
+    groups = reader.read_groups(folder)
+    texts = {
+        "fig3.md": fig3.fig3(groups),
+        "fig3.csv": fig3.fig3_csv(groups),
+        "fig2.csv": fig2.curves_csv(groups),
+    }
+    if ablations.ablations(groups):
+        texts["ablations.md"] = ablations.ablations_markdown(groups)
+        texts["ablations.csv"] = ablations.ablations_csv(groups)
+    paths = fig2.draw_fig2(groups, out) + ablations.draw_ablations(groups, out)
+    for name, text in texts.items():
+        files.write_atomic(out / name, text.encode())
+    print(texts["fig3.md"])
+    return [*paths, *(out / name for name in texts)]
