@@ -8,9 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from bn_jax.data import cache, decode, folder, load
+from bn_jax.data import cache, decode, folder, load, pipeline
 from bn_jax.errors import ConfigError, DataError
 from bn_jax.prepare import check
+from configs import bn_x30
 from tests.support import small_sets
 
 JPEG = small_sets.encode(small_sets.photo())
@@ -240,3 +241,13 @@ def test_without_a_home_nothing_is_kept(monkeypatch, root):
     monkeypatch.setattr(folder, "KEPT", 3)
     settled(root)
     assert len(folder.open_splits(root)[0]) == 6
+
+
+def test_class_folders_at_the_scale_of_imagenet(root):
+    """No copying: the config of the paper's own scale reads class folders."""
+    config = bn_x30.get_config()
+    config.data.name, config.data.dir = "folder", str(root)
+    data = pipeline.open_data(config)
+    assert data.image_shape == (224, 224, 3) and data.class_names == ("cat", "dog")
+    batch = data.train_batch(0, 4, slice(0, 4), seed=0)
+    assert batch["image"].shape == (4, 224, 224, 3) and batch["mask"].all()

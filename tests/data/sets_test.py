@@ -78,7 +78,8 @@ def test_flipped_bits_are_noticed(tmp_path, file_format):
         [records[k] for k in range(3)]
 
 
-def test_several_chunks_of_a_shard_one_of_them_damaged(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", [2, 5])
+def test_several_chunks_of_a_shard_one_of_them_damaged(tmp_path, monkeypatch, place):
     """Records that are read in sequence come in chunks: each keeps its own name, and one that is
     damaged leaves the others right."""
     monkeypatch.setattr(tfds, "AT_ONCE", 4)
@@ -95,10 +96,10 @@ def test_several_chunks_of_a_shard_one_of_them_damaged(tmp_path, monkeypatch):
     reader = train._readers[1]
 
     class Damaged:
-        """Chunks that hold record 2 of the second shard cannot be read at once."""
+        """Chunks that hold one record of the second shard cannot be read at once."""
 
         def read(self, *places):
-            if len(places) == 2 and places[0] <= 2 < places[1]:
+            if len(places) == 2 and places[0] <= place < places[1]:
                 raise ValueError("damaged chunk")
             return reader.read(*places)
 
@@ -113,6 +114,23 @@ def test_absent_sets_say_what_to_do(tmp_path):
     (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(DataError, match="not a TFDS image classification set"):
         tfds.source("x", str(tmp_path))
+
+
+def test_the_validation_split_is_evaluated_where_there_is_a_test_split_too(tmp_path):
+    splits = {"test": examples(1), "train": examples(3), "validation": examples(2)}
+    small_sets.write_tfds(tmp_path, splits, file_format="tfrecord")
+    source = tfds.source("little", str(tmp_path))
+    assert source.split == "validation" and len(source.evaluation) == 2
+    assert "2 of split 'validation'" in source.description
+
+
+@pytest.mark.parametrize("text", ["a\nb\nc", "a\nb\nc\n\n", "\ufeffa\nb\nc\n", "a\r\nb\r\nc\r\n"])
+def test_class_names_as_editors_leave_them(tmp_path, text):
+    """With a byte order mark, with empty lines at the end, with Windows' line ends."""
+    splits = {"train": examples(3), "test": examples(2)}
+    written = small_sets.write_tfds(tmp_path, splits, file_format="tfrecord", shards=1)
+    (written / "label.labels.txt").write_bytes(text.encode())
+    assert tfds.source("little", str(tmp_path)).class_names == ("a", "b", "c")
 
 
 def test_newest_version_is_taken(tmp_path):
