@@ -16,19 +16,30 @@ def random_box(height: int, width: int, draws: tuple[float, ...], min_area: floa
     """A random crop of min_area..1 of the image's area with an aspect of 3/4..4/3 (GoogLeNet, sec.
     6).
 
-    `draws` are four numbers in [0, 1): area (uniform), aspect (log-uniform), top, left. A box that
-    does not fit is cut to the image and then to the allowed aspects. Differs from the paper: other
-    implementations draw again (TF-slim up to 100 times) and GoogLeNet does not say; one draw keeps
-    the box a plain function of its numbers.
+    A box that does not fit is cut to the image and then to the allowed aspects. Differs from the
+    paper: other implementations draw again (TF-slim up to 100 times) and GoogLeNet does not say;
+    one draw keeps the box a plain function of its numbers.
+
+    Args:
+      height, width: of the image, in pixels.
+      draws: four numbers in [0, 1): area (uniform), aspect (log-uniform), top, left.
+      min_area: the smallest area as a share of the image.
     """
     area = (min_area + (1 - min_area) * draws[0]) * height * width
-    low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
+    low = math.log(ASPECT[0])
+    high = math.log(ASPECT[1])
     aspect = math.exp(low + (high - low) * draws[1])
+
+    # Cut to the image, then to the allowed aspects.
     w = min(max(round(math.sqrt(area * aspect)), 1), width)
     h = min(max(round(math.sqrt(area / aspect)), 1), height)
     h = min(h, max(math.floor(w / ASPECT[0]), 1))
     w = min(w, max(math.floor(h * ASPECT[1]), 1))
-    return int(draws[2] * (height - h + 1)), int(draws[3] * (width - w + 1)), h, w
+
+    # Any place from the first row and column to the last, with the same probability.
+    top = int(draws[2] * (height - h + 1))
+    left = int(draws[3] * (width - w + 1))
+    return top, left, h, w
 
 
 def center_box(height: int, width: int) -> Box:
@@ -50,34 +61,45 @@ class Crop(NamedTuple):
 
 
 def views(height: int, width: int, crops: int, size: int, mirror: bool) -> Counter[Crop]:
-    """GoogLeNet's 144 looks at an image (its section 7), or AlexNet's 10 (its section 4.1).
+    """GoogLeNet's 144 crops of an image (its section 7), or AlexNet's 10 (its section 4.1).
 
-    144: four sizes of the shorter side (`SIDES` at 224 px, in this ratio at any `size`); of each
-    the left, centre and right square (of a portrait top, centre and bottom); of each the four
-    corners and the centre of `size` pixels, and the square resized to `size`; of each the mirror
-    image.
-    10: corners and centre of the centre square at the smallest size, and their mirror images.
-    Without `mirror` half as many. Counted: of a square image, say, the three squares are one, and
-    each view of it has the count 3. The counts sum to `crops`, or to half of it without `mirror`.
+    144: there are four sizes of the shorter side (`SIDES` at 224 px, in this ratio at any `size`);
+    of each the left, centre and right square (of a portrait top, centre and bottom); of each the
+    four corners and the centre of `size` pixels, and the square resized to `size`; of each the
+    mirror image.
+    10: these are the corners and the centre of the centre square at the smallest size, and their
+    mirror images.
+
+    Crops that coincide are counted: of a square image the three squares are one, and each crop of
+    it has the count 3. The counts sum to `crops`, or to half of it without `mirror`.
     """
-    sides = [round(side * size / 224) for side in (SIDES if crops == 144 else SIDES[:1])]
+    squares = _squares(height, width)
+    scales = SIDES
+    if crops != 144:
+        squares = squares[1:2]
+        scales = SIDES[:1]
+
     found: Counter[Crop] = Counter()
-    for side in sides:
-        low, middle = side - size, (side - size) // 2
+    for scale in scales:
+        side = round(scale * size / 224)
+        low = side - size
+        middle = low // 2
         corners: list[tuple[int, int] | None]
         corners = [(0, 0), (0, low), (low, 0), (low, low), (middle, middle)]
         if crops == 144:
             corners.append(None)
-        for square in _squares(height, width)[slice(None) if crops == 144 else slice(1, 2)]:
+        for square in squares:
             for corner in corners:
-                for mirrored in (False, True) if mirror else (False,):
-                    found[Crop(square, side, corner, mirrored)] += 1
+                found[Crop(square, side, corner, False)] += 1
+                if mirror:
+                    found[Crop(square, side, corner, True)] += 1
     return found
 
 
 def _squares(height: int, width: int) -> list[Box]:
     """The squares of the shorter side at the start, centre and end of the longer one."""
-    side, spare = min(height, width), abs(height - width)
+    side = min(height, width)
+    spare = abs(height - width)
     places = (0, spare // 2, spare)
     if height > width:
         return [(place, 0, side, side) for place in places]

@@ -112,14 +112,20 @@ def color_maps(means_NC: np.ndarray, draws: np.ndarray, strength: float) -> np.n
     """
     n, channels = means_NC.shape
     luma = LUMA if channels == 3 else np.ones(1)
+
     factors = 1 + strength * FACTOR * (2 * draws[:, Draw.FACTORS : Draw.FACTORS + 3] - 1)
     which = ORDERS[(draws[:, Draw.ORDER] * len(ORDERS)).astype(np.int64)]
+
+    # The colour so far is matrix @ colour + offset; each operation is applied to that.
     matrix = np.broadcast_to(np.eye(channels), (n, channels, channels))
     offset = np.zeros((n, channels))
     grey = np.broadcast_to(luma, (channels, channels))
     for place in range(3):
         operation = which[:, place]
         f = factors[np.arange(n), operation]
+
+        # Contrast moves towards the grey of the mean colour as it is by now, saturation towards the
+        # grey of each pixel.
         mean = np.einsum("nij,nj->ni", matrix, means_NC) + offset
         to_grey = np.where(operation == 2, 1 - f, 0)
         to_mean = np.where(operation == 1, 1 - f, 0)
@@ -134,7 +140,8 @@ def color_maps(means_NC: np.ndarray, draws: np.ndarray, strength: float) -> np.n
 def lighting(draws: np.ndarray, strength: float) -> np.ndarray:
     """float64 [N, 3]: the colour that PCA lighting adds to each image, in 0..255."""
     u = draws[:, Draw.LIGHTING : Draw.LIGHTING + 4]
-    radius = np.sqrt(-2 * np.log1p(-u[:, [0, 0, 1]]))  # Box-Muller
+    # Box-Muller: two normal numbers from the first pair of draws, one from the second.
+    radius = np.sqrt(-2 * np.log1p(-u[:, [0, 0, 1]]))
     angle = 2 * np.pi * u[:, [2, 2, 3]]
     normal = radius * np.where(np.arange(3) == 1, np.sin(angle), np.cos(angle))
     return 255 * strength * LIGHTING * (normal * PCA_VALUES) @ PCA_VECTORS.T

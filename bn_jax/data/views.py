@@ -18,8 +18,14 @@ CROPS = (1, 10, 144)
 
 
 class Rows(NamedTuple):
-    """A batch of views: image uint8 [n, H, W, C]; for each the place of its example in the split
-    (int64 [n], -1: no example), its weight (float32 [n]) and its label (int32 [n])."""
+    """A batch of views.
+
+    Attributes:
+      image: uint8 [n, H, W, C].
+      example: int64 [n], the place of the example in the split; -1: the row holds no example.
+      weight: float32 [n], how many crops the view stands for.
+      label: int32 [n].
+    """
 
     image: np.ndarray
     example: np.ndarray
@@ -121,23 +127,26 @@ def batches(data: Data, number: int, size: int) -> Iterator[Rows]:
 def in_batches(examples: Iterable[dict[str, np.ndarray]], size: int) -> Iterator[Rows]:
     """Examples (image [views, H, W, C], weight [views], label []) as batches of `size` views."""
     parts: list[Rows] = []
-    waiting = 0
+    waiting = 0  # rows in `parts`
     for index, example in enumerate(examples):
         n = len(example["image"])
         label = np.full(n, example["label"], np.int32)
         parts.append(Rows(example["image"], np.full(n, index), example["weight"], label))
         waiting += n
+
         if waiting >= size:
             whole = Rows(*map(np.concatenate, zip(*parts, strict=True)))
             for start in range(0, waiting - size + 1, size):
                 yield Rows(*(x[start : start + size] for x in whole))
             waiting %= size
             parts = [Rows(*(x[len(x) - waiting :] for x in whole))]
+
     if waiting:
         yield _padded(Rows(*map(np.concatenate, zip(*parts, strict=True))), size)
 
 
 def _single(data: Data, size: int) -> Iterator[Rows]:
+    """Batches of one centre crop an example, as evaluation while training has them."""
     for k, batch in enumerate(data.evaluation(size, slice(0, size))):
         example = np.where(batch["mask"], k * size + np.arange(size), -1)
         weight = batch["mask"].astype(np.float32)
@@ -158,7 +167,10 @@ def _example(data: Data, index: int, number: int) -> dict[str, np.ndarray]:
 
 
 def _padded(rows: Rows, size: int) -> Rows:
-    short = size - len(rows.weight)
-    padded = [np.concatenate([x, np.zeros((short, *x.shape[1:]), x.dtype)]) for x in rows]
-    padded[1][size - short :] = -1
-    return Rows(*padded)
+    """The rows and, up to `size`, rows that hold no example."""
+    count = len(rows.weight)
+    padded = Rows(
+        *(np.concatenate([x, np.zeros((size - count, *x.shape[1:]), x.dtype)]) for x in rows)
+    )
+    padded.example[count:] = -1
+    return padded

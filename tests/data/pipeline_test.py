@@ -152,6 +152,11 @@ def test_statistics_batches_are_fixed_and_their_own():
     first, again = ([digest(b) for b in data.statistics(3, 10, slice(0, 10), 0)] for _ in range(2))
     assert first == again
     assert not set(first) & {digest(data.train_batch(k, 10, slice(0, 10), 0)) for k in range(3)}
+    # Where training is shuffled in the same way, too.
+    source = sources.Source(Pictures(70), Pictures(19), 7, 3, "pictures")
+    data = pipeline.Data(source, distort.Augmentation(16, crop=0.08), shuffle="global")
+    own = {digest(b) for b in data.statistics(3, 10, slice(0, 10), 0)}
+    assert not own & {digest(data.train_batch(k, 10, slice(0, 10), 0)) for k in range(3)}
 
 
 def test_holdout_is_part_of_training_only(digits):

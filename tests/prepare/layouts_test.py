@@ -37,11 +37,18 @@ INNER = small_sets.tar_bytes({"n01440764_1.JPEG": JPEG})
 MEMBER = INNER[: 512 + -(-len(JPEG) // 512) * 512]  # header and padded picture
 
 
+# Two tars in a tar, and the place of the second one's header.
+INNER_TAR = small_sets.tar_bytes(
+    {"n01440764.tar": INNER, "n01443537.tar": small_sets.tar_bytes({"n01443537_1.JPEG": JPEG})}
+)
+AT = 512 + -(-len(INNER) // 512) * 512
+
 HOSTILE = {
     "a path that climbs": (hostile("../../../evil.tar"), "unexpected member"),
     "an absolute path": (hostile("/etc/passwd"), "unexpected member"),
     "a symbolic link": (hostile("n01440764.tar", tarfile.SYMTYPE, "/etc/passwd"), "plain files"),
     "a hard link": (hostile("n01440764.tar", tarfile.LNKTYPE, "/etc/passwd"), "plain files"),
+    "a sparse file": (hostile("n01440764.tar", tarfile.GNUTYPE_SPARSE), "plain files"),
     "a device": (hostile("n01440764.tar", tarfile.CHRTYPE), "plain files"),
     "an unknown synset": (small_sets.tar_bytes({"n00000000.tar": INNER}), "unexpected member"),
     "a picture of another synset": (
@@ -52,6 +59,10 @@ HOSTILE = {
     "no tar within": (small_sets.tar_bytes({"n01440764.tar": b"text" * 200}), "damaged"),
     "a cut tar": (small_sets.tar_bytes({"n01440764.tar": INNER})[:2000], "cut"),
     "a flipped header": (flipped(small_sets.tar_bytes({"n01440764.tar": INNER})), "checksum"),
+    "a flipped header further on": (
+        INNER_TAR[:AT] + flipped(INNER_TAR[AT:]),
+        "the header at byte",
+    ),
     "no end": (small_sets.tar_bytes({"n01440764.tar": INNER})[: 512 + len(INNER)], "end mark"),
 }
 

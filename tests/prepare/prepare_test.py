@@ -200,5 +200,5 @@ def test_contact_sheet(tmp_path, monkeypatch, capsys):
         assert np.abs(undistorted.astype(int) - distorted).mean() > 1
         assert np.array_equal(sheet[:40, :40], sheet[44:84, :40])  # the original, in every row
     monkeypatch.setattr(sys, "argv", ["prepare", "sheet", str(tmp_path / "none.jpg")])
-    with pytest.raises(ConfigError, match="no picture"):
+    with pytest.raises(ConfigError, match="is not a picture"):
         prepare.main()
