@@ -74,10 +74,10 @@ def views(height: int, width: int, crops: int, size: int, mirror: bool) -> Count
     it has the count 3. The counts sum to `crops`, or to half of it without `mirror`.
     """
     squares = _squares(height, width)
-    scales = SIDES
+    scales: tuple[int, ...] = SIDES
     if crops != 144:
         squares = squares[1:2]
-        scales = SIDES[:1]
+        scales = scales[:1]
 
     found: Counter[Crop] = Counter()
     for scale in scales:

@@ -22,10 +22,10 @@ TRAIN = ("train",)
 EVALUATION = ("val", "validation", "test")  # the first that exists is evaluated
 
 # Names of pictures. Those that cannot be decoded are here, too: they are not lost without a word.
-_DECODED = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp")
-_DECODED += (".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+_COMMON = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp")
+_OTHERS = (".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 _NOT_DECODED = (".avif", ".heic", ".heif", ".jxl", ".svg", ".ico")
-SUFFIXES = _DECODED + _NOT_DECODED
+SUFFIXES = (*_COMMON, *_OTHERS, *_NOT_DECODED)
 
 KEPT = 10_000  # a listing of so many files is kept: a large set on a network disk takes minutes
 _SETTLED = 2.0  # seconds after which a folder's time of change tells of every later change
@@ -110,7 +110,7 @@ def open_splits(root: pathlib.Path) -> tuple[Files, Files]:
     for split in splits:
         if not len(split):
             raise ConfigError(
-                f"no pictures in {split.root}: it needs CLASS/* of {', '.join(_DECODED)}"
+                f"no pictures in {split.root}: it needs CLASS/* of {', '.join(_COMMON + _OTHERS)}"
             )
     return splits
 
@@ -162,7 +162,7 @@ def _listing(root: pathlib.Path, classes: list[str]) -> cache.Arrays:
 
     names = [os.fsencode(name) for pictures, _, _ in found for name in pictures]
     labels = [label for label, (pictures, _, _) in enumerate(found) for _ in pictures]
-    listing = {
+    listing: cache.Arrays = {
         "names": np.frombuffer(b"".join(names), np.uint8),
         "ends": np.cumsum([len(name) for name in names], dtype=np.int64),
         "labels": np.array(labels, np.int32),

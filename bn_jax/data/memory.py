@@ -155,22 +155,20 @@ def mnist_idx(directory: pathlib.Path) -> Source | None:
     """MNIST from its four original files in a folder, or in one of IDX_FOLDERS in it; None if none
     of them is there. Raises ConfigError if only some of the four are, DataError for damaged
     ones."""
+    stems = [stem for pair in IDX_FILES.values() for stem in pair]
     for folder in IDX_FOLDERS:
-        found = {
-            stem: idx_path(directory / folder, stem)
-            for stems in IDX_FILES.values()
-            for stem in stems
-        }
-        if not any(found.values()):
+        paths = {stem: idx_path(directory / folder, stem) for stem in stems}
+        found = {stem: path for stem, path in paths.items() if path is not None}
+        if not found:
             continue
-        missing = [stem for stem, path in found.items() if path is None]
+        missing = [stem for stem in stems if stem not in found]
         if missing:
             raise ConfigError(
                 f"{directory / folder} holds some of MNIST's four files, but not "
                 f"{', '.join(missing)}: put them there, too"
             )
-        splits = [_idx_split(*(found[s] for s in stems)) for stems in IDX_FILES.values()]
-        return mnist_source(*splits, "the idx files")
+        train, test = (_idx_split(found[a], found[b]) for a, b in IDX_FILES.values())
+        return mnist_source(train, test, "the idx files")
     return None
 
 

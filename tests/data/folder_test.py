@@ -74,7 +74,7 @@ def test_hidden_files_are_no_pictures_and_no_classes(root):
 
 
 def test_pictures_in_folders_of_a_class_folder(root):
-    """As Tiny ImageNet has them; torchvision reads them, too."""
+    """As Tiny ImageNet has them; torchvision reads them, too. (They were left out silently.)"""
     inner = root / "train" / "cat" / "images" / "more"
     inner.mkdir(parents=True)
     (inner / "9.png").write_bytes(JPEG)
@@ -84,8 +84,9 @@ def test_pictures_in_folders_of_a_class_folder(root):
 
 
 def test_what_is_named_like_a_picture_is_an_example_or_a_bad_record(root):
-    """Links to nowhere, in a circle, pipes, folders without permission, formats that are not read:
-    nothing is lost without a word."""
+    """Links that lead nowhere or in a circle, pipes, formats that are not read: nothing is lost
+    without a word. (Broken links, pipes and other formats were left out silently; a circle ended
+    with a traceback.)"""
     cat = root / "train" / "cat"
     (cat / "circle.jpg").symlink_to("circle.jpg")
     (cat / "nowhere.png").symlink_to("absent")
@@ -116,6 +117,9 @@ def test_what_is_named_like_a_picture_is_an_example_or_a_bad_record(root):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_what_cannot_be_a_class_is_refused_in_one_line(root, split):
+    """(A broken link and a picture beside the class folders were left out silently; a circle ended
+    with a traceback.)"""
+
     def refused(match):
         with pytest.raises(ConfigError, match=match) as caught:
             folder.source(str(root))
@@ -136,6 +140,8 @@ def test_what_cannot_be_a_class_is_refused_in_one_line(root, split):
 
 
 def test_a_folder_without_permission_is_refused_in_one_line(root, monkeypatch):
+    """(It was a traceback.)"""
+
     def scandir(path):
         if str(path).endswith("train/dog"):
             raise PermissionError(13, "Permission denied", str(path))
@@ -165,6 +171,7 @@ def test_names_in_no_encoding(root, capsys):
 
 
 def test_a_class_without_training_pictures_is_said(root):
+    """(Nothing was said.)"""
     for k in range(3):
         (root / "train" / "dog" / f"{k}.JPEG").unlink()
     assert "1 of them without training pictures" in folder.source(str(root)).description

@@ -80,7 +80,8 @@ def test_tfrecord_round_trip_and_index(tmp_path, cache):
 
 
 def test_a_damaged_index_is_built_again(tmp_path, cache):
-    """Whatever is wrong with the cached file: it is made again, and is right the next time."""
+    """Whatever is wrong with the cached file: it is made again, and is right the next time. (Some
+    damage was a traceback, and an index of another shape was believed.)"""
     tfds.write(tmp_path / "a", [b"x" * 50] * 9)
     expected = tfds.index([tmp_path / "a"])[0].tolist()
     (kept,) = cache.iterdir()

@@ -126,7 +126,8 @@ def test_the_validation_split_is_evaluated_where_there_is_a_test_split_too(tmp_p
 
 @pytest.mark.parametrize("text", ["a\nb\nc", "a\nb\nc\n\n", "\ufeffa\nb\nc\n", "a\r\nb\r\nc\r\n"])
 def test_class_names_as_editors_leave_them(tmp_path, text):
-    """With a byte order mark, with empty lines at the end, with Windows' line ends."""
+    """With a byte order mark, with empty lines at the end, with Windows' line ends. (All names were
+    dropped silently, or had the mark or a carriage return in them.)"""
     splits = {"train": examples(3), "test": examples(2)}
     written = small_sets.write_tfds(tmp_path, splits, file_format="tfrecord", shards=1)
     (written / "label.labels.txt").write_bytes(text.encode())
@@ -183,7 +184,8 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("packed", [False, True])
 def test_idx_files_under_all_their_names(tmp_path, name, packed):
-    """Whether a file is gzipped is decided by its content: browsers unpack and keep the name."""
+    """Whether a file is gzipped is decided by its content: browsers unpack and keep the name. (Only
+    the published names were found, and `.gz` had to be gzipped.)"""
     idx_files(tmp_path, NAMES[name], gzip.compress if packed else bytes)
     source = pipeline.open_source("mnist", str(tmp_path), 28)
     assert (len(source.train), len(source.evaluation)) == (60, 10)
@@ -191,6 +193,7 @@ def test_idx_files_under_all_their_names(tmp_path, name, packed):
 
 
 def test_some_of_the_idx_files_are_not_enough(tmp_path):
+    """(The message was that there is no data set at all.)"""
     idx_files(tmp_path, NAMES["as published"])
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(ConfigError, match="some of MNIST's four files, but not t10k-labels-idx1"):

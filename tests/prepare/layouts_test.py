@@ -171,7 +171,8 @@ def test_all_forms_give_the_same_shards(test_data, tmp_path, capsys):
 
 
 def test_files_that_are_not_of_the_set_are_counted(tmp_path, capsys):
-    """macOS' companions in tars and folders, and ./ before the names of a tar's members."""
+    """macOS' companions in tars and folders, and ./ before the names of a tar's members. (Such tars
+    were refused.)"""
     tars = small_sets.write_tars(tmp_path / "tars")
     expected = built(tars, tmp_path / "out" / "plain")
     flat = unpack(tars, tmp_path / "flat")
@@ -276,6 +277,20 @@ def test_interrupted_unpacking_of_parquet_files_resumes(tmp_path, monkeypatch):
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*-of-*")}
     built(hub, tmp_path / "out")
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
+
+
+def test_other_tars_beside_the_two(tmp_path):
+    """Who has fetched all of ILSVRC2012 has the dogs of task 3 and the test split, too."""
+    tars = small_sets.write_tars(tmp_path / "tars")
+    expected = built(tars, tmp_path / "out" / "two")
+    shutil.copy(tars / layouts.TARS["train"], tars / "ILSVRC2012_img_train_t3.tar")
+    test = small_sets.tar_bytes({"ILSVRC2012_test_00000001.JPEG": JPEG})
+    (tars / "ILSVRC2012_img_test_v10102019.tar").write_bytes(test)
+    assert built(tars, tmp_path / "out" / "more") == expected
+
+    (tars / "ILSVRC2012_img_train_t3.tar").unlink()  # under other names it is found by its content
+    (tars / layouts.TARS["train"]).rename(tars / "train.tar")
+    assert built(tars, tmp_path / "out" / "renamed") == expected
 
 
 def test_a_source_that_is_not_there_or_unknown(tmp_path):
