@@ -231,9 +231,8 @@ def test_progressive_images_are_charged_for_their_coefficients():
 @pytest.mark.parametrize("name", odd_files.files())
 def test_odd_files_are_decoded_where_pillow_and_opencv_agree(name):
     """(Refused were: an unknown version of JFIF, stray bytes and restarts between segments, a
-    comment one byte short, a restart of a wrong number, a scan that is closed too early, bytes after
-    a PNG, OS/2's BMP, GIF, TIFF, PPM, JPEG 2000. CMYK without Adobe's marker had inverted
-    colours.)"""
+    comment one byte short, a restart of a wrong number, a scan closed too early, bytes after a PNG,
+    OS/2's BMP, GIF, TIFF, PPM, JPEG 2000. CMYK without Adobe's marker had inverted colours.)"""
     data = odd_files.files()[name]
     pillow = odd_files.by_pillow(data)
     opencv = odd_files.by_opencv(data)
