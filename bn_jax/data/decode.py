@@ -62,14 +62,20 @@ def _jpeg_frame(data: bytes) -> Frame | None:
     except (ValueError, KeyError):
         return None
     components = {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(colours, 3)
-    return Frame("jpeg", height, width, components, _jpeg_bytes_per_pixel(data, components))
+    return _jpeg(data, height, width, components)
 
 
-def _jpeg_bytes_per_pixel(data: bytes, components: int) -> int:
-    """An image of several scans keeps all its coefficients, of two bytes, until it is complete."""
+def _jpeg(data: bytes, height: int, width: int, components: int) -> Frame:
+    """The frame of a JPEG. One of several scans keeps all its coefficients, of two bytes, until it
+    is complete; whether there are several takes a search of the file, which only a large image is
+    worth."""
+    least = Frame("jpeg", height, width, components, components)
+    if height * width * 3 * components <= MAX_BYTES:
+        return least
     progressive = any(bytes([0xFF, marker]) in data for marker in (0xC2, 0xC6, 0xCA, 0xCE))
-    scans = data.count(b"\xff\xda")
-    return (3 if progressive or scans > 1 else 1) * components
+    if progressive or data.count(b"\xff\xda") > 1:
+        return least._replace(bytes_per_pixel=3 * components)
+    return least
 
 
 def _png_frame(data: bytes) -> Frame | None:
@@ -130,9 +136,7 @@ def _pillow_frame(data: bytes) -> Frame:
         raise BadImageError(f"its header cannot be read as {kind.upper()}: {reason}") from None
     width, height = image.size
     if kind == "jpeg":
-        components = len(image.getbands())
-        per_pixel = _jpeg_bytes_per_pixel(data, components)
-        return Frame(kind, height, width, components, per_pixel)
+        return _jpeg(data, height, width, len(image.getbands()))
     # OpenCV holds the image as stored and as 8-bit RGB, with room for a transparent channel.
     deep = kind in ("tiff", "jpeg 2000")
     return Frame(kind, height, width, bytes_per_pixel=11 if deep else 7)
