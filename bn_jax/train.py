@@ -19,7 +19,15 @@ from ml_collections import ConfigDict
 
 from bn_jax.activations import RecordedActivations
 from bn_jax.distributed import preempt, watchdog
-from bn_jax.distributed.mesh import along_batch, put, put_batch, put_replicated, replicated, rows
+from bn_jax.distributed.mesh import (
+    along_batch,
+    put,
+    put_batch,
+    put_replicated,
+    replicated,
+    rows,
+    wait_for_all,
+)
 from bn_jax.distributed.watchdog import Watchdog
 from bn_jax.errors import ConfigError, DivergedError, Preempted
 from bn_jax.experiment import build, evaluator, programs, reproducible
@@ -57,11 +65,12 @@ def run(
     info["data"]["digest"] = exp.data.digest()
     records = recorder.open_workdir(workdir, config.to_dict(), **info)
     keep = {"keep_last": config.keep_last, "keep_best": config.keep_best}
-    with records, Checkpoints(workdir / "checkpoints", **keep) as checkpoints, watch.blaming():
+    saved = Checkpoints(workdir / "checkpoints", **keep)
+    with records, saved as checkpoints, watchdog.reporting_lost_processes():
         loop = Loop(exp, recorded, records, checkpoints)
         watch.follow(loop.place, loop.abandon)
         step, state = loop.start()
-        with preempt.Signals(loop.dispatch) as signals:
+        with preempt.Signals(step, loop.dispatch) as signals:
             try:
                 scores = loop.run(step, state, signals)
             finally:
@@ -95,7 +104,7 @@ class Loop:
 
         self.dispatch = 1  # known once `start` has found the first step
         self.begun = -1
-        self.taken = watchdog.Dispatches()  # how long the dispatches took
+        self.dispatches = watchdog.Dispatches()
         self.saved_at = 0.0  # seconds of training before the last save
         self.scores: dict[str, Any] = {}
         self.prepared: Prepared  # made by `prepare`
@@ -177,6 +186,8 @@ class Loop:
             self.record_activations(0, state)
         with records.timed("compile"):
             self.evaluator.begin()  # its programs are compiled beside the first steps
+            # The watchdog must not see a process wait in its first step for another that compiles.
+            wait_for_all("compiled")
 
         batches = self.prepared.batches()
         pending = None  # the last dispatch, until its metrics are reported
@@ -204,6 +215,10 @@ class Loop:
                 event(step, state)
             if stopping and step < total:
                 self.stop(step, signals.reason)
+            if due:
+                # Process 0 alone writes. The others wait for it here and not in their next step.
+                with records.timed("save"):
+                    wait_for_all("saved")
 
     def due(self, step: int, stopping: bool) -> list[Callable[[int, TrainState], None]]:
         """What follows `step`, in the order of `events`; all of it after the last one."""
@@ -218,7 +233,7 @@ class Loop:
         if pending is None:
             return
         last, metrics = pending[0], jax.device_get(pending[1])
-        self.taken.through(self.records.at()[1])
+        self.dispatches.finished(self.records.at()[1])
         config = self.exp.config
 
         squares = metrics.pop("gradient_square")
@@ -278,15 +293,15 @@ class Loop:
         with self.records.timed("save"):
             self.checkpoints.wait()
         raise Preempted(
-            f"stopped by {reason or 'another process'} after step {step:,}, "
+            f"stopped by {reason} after step {step:,}, "
             "which is saved: the same command resumes there"
         )
 
     # For the watchdog.
 
-    def place(self) -> tuple[int, str, float | None]:
+    def place(self) -> watchdog.Place:
         """Where the loop is, for `Watchdog.follow`."""
-        return self.begun, self.records.at()[0], self.taken.slowest()
+        return watchdog.Place(self.begun, self.records.at()[0], self.dispatches.slowest())
 
     def abandon(self, error: BaseException) -> None:
         """Leaves whole records, and a save under way if it is quick, when the loop is stuck."""

@@ -24,6 +24,8 @@ from absl import flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `configs` is found from any working directory
 
+from tests.support import processes  # noqa: E402 (found from here on)
+
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # The table of faults, a line of JSON a row: what, injected, detected, lost, note. `make faults`
@@ -50,6 +52,13 @@ def measured(request):
     yield add
     if not added:
         write(f"FAILED: {request.node.name}"[:57], 1, 0, 1, "")
+
+
+@pytest.fixture(autouse=True)
+def children_end():
+    """No process that a test has started outlives it, whether it passes or fails."""
+    yield
+    processes.end_children()
 
 
 @pytest.fixture

@@ -121,6 +121,12 @@ def _copy(leaf: jax.Array) -> np.ndarray:
     return np.array(multihost_utils.process_allgather(leaf, tiled=True), copy=True)
 
 
+def wait_for_all(point: str) -> None:
+    """Returns when all processes have come to `point` of the program; collective."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(point)
+
+
 def broadcast(data: bytes | None) -> bytes:
     """`data` of process 0, on every process; collective, all processes must call it.
 

@@ -10,6 +10,12 @@ import jax
 
 from bn_jax.errors import ConfigError, expand_path
 
+HEARTBEAT = 15  # seconds after which jax takes a process that gives no sign of life for lost
+
+# Seconds that a process which is done waits for the others. Process 0 is the last: it still saves
+# and draws.
+SHUTDOWN = 1800
+
 
 def initialize() -> None:
     """Joins the other processes of this run, if there are any.
@@ -44,9 +50,14 @@ def initialize() -> None:
             env["JAX_COORDINATOR_ADDRESS"],
             num_processes=processes,
             process_id=process,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=SHUTDOWN,
         )
     elif cluster_has_many_hosts(env):
-        jax.distributed.initialize()
+        jax.distributed.initialize(
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=SHUTDOWN,
+        )
 
 
 def use_compilation_cache() -> None:

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from bn_jax import models, optim, step
 from bn_jax.data import pipeline
-from bn_jax.distributed import mesh as meshes
-from bn_jax.distributed.mesh import along_batch, check_batch, make, replicated
+from bn_jax.distributed import mesh
+from bn_jax.distributed.mesh import along_batch, check_batch, replicated
 from bn_jax.errors import CheckpointError, ConfigError
 from bn_jax.experiment import programs
 from bn_jax.experiment.config import check
@@ -63,25 +63,25 @@ def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
 def build(config: ConfigDict) -> Experiment:
     """Everything a run needs but its state. Raises ConfigError before anything is compiled."""
     check(config)
-    mesh = make()
-    config = for_devices(config, mesh.size)
+    devices = mesh.make()
+    config = for_devices(config, devices.size)
     check(config)  # the batch may have changed
-    if config.reproducible and mesh.size & (mesh.size - 1):
+    if config.reproducible and devices.size & (devices.size - 1):
         raise ConfigError(
-            f"reproducible=True on {mesh.size} devices: the number must be a power of two; use "
+            f"reproducible=True on {devices.size} devices: the number must be a power of two; use "
             "fewer devices"
         )
-    check_batch(config.batch_size, mesh.size, config.bn.group_size)
+    check_batch(config.batch_size, devices.size, config.bn.group_size)
     check_dispatch(config)
     data = pipeline.open_data(config)
     check_data(config, data)
-    return assemble(config, mesh, data)
+    return assemble(config, devices, data)
 
 
-def assemble(config: ConfigDict, mesh: Mesh, data: Any) -> Experiment:
+def assemble(config: ConfigDict, devices: Mesh, data: Any) -> Experiment:
     """An experiment on this data set, or on what run.json says of it (`Recorded`)."""
     model = models.build(config, data.num_classes)
-    return Experiment(config, mesh, data, model, optim.Hyper.from_config(config))
+    return Experiment(config, devices, data, model, optim.Hyper.from_config(config))
 
 
 def convolutions_loop_slowly() -> bool:
@@ -143,7 +143,7 @@ def without_data(workdir: pathlib.Path) -> Experiment:
         description=recorded["description"],
         num_eval=recorded["eval_examples"],
     )
-    return assemble(config, make(), data)
+    return assemble(config, mesh.make(), data)
 
 
 def with_data(exp: Experiment, workdir: pathlib.Path) -> Experiment:
@@ -232,7 +232,7 @@ def describe(exp: Experiment) -> dict[str, Any]:
         # Empty where the classes are their numbers.
         "class_names": [] if _numbered(exp.data.class_names) else list(exp.data.class_names),
     }
-    return {"data": data, "mesh": meshes.describe(exp.mesh)}
+    return {"data": data, "mesh": mesh.describe(exp.mesh)}
 
 
 def _numbered(names: tuple[str, ...]) -> bool:

@@ -15,8 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from bn_jax import layers, step
-from bn_jax.distributed import mesh as meshes
-from bn_jax.distributed.mesh import put_batch, put_replicated, replicated
+from bn_jax.distributed.mesh import put_batch, put_replicated, replicated, rows
 from bn_jax.errors import DataError
 from bn_jax.experiment import build, programs
 from bn_jax.experiment.build import Experiment
@@ -98,9 +97,9 @@ class Evaluator:
 
         config, mesh = self.exp.config, self.exp.mesh
         n, size = config.statistics_batches, config.batch_size
-        rows = meshes.rows(mesh, size)
         total = put_replicated(mesh, jax.device_get(layers.fresh_stats(batch_stats)))
-        for batch in self.exp.data.statistics(n, size, rows, seed=config.seed):
+        own = rows(mesh, size)
+        for batch in self.exp.data.statistics(n, size, own, seed=config.seed):
             fed = put_batch(mesh, batch, size)
             total = self._merge_batch(params, batch_stats, total, fed)
         return total
@@ -117,7 +116,7 @@ class Evaluator:
 
         mesh, data, size = self.exp.mesh, self.exp.data, self._eval_size()
         sums = []
-        for batch in data.evaluation(size, meshes.rows(mesh, size)):
+        for batch in data.evaluation(size, rows(mesh, size)):
             sums.append(self._eval_batch(params, batch_stats, put_batch(mesh, batch, size)))
 
         total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}

@@ -11,8 +11,7 @@ import time
 import pytest
 
 from bn_jax.distributed import preempt
-from bn_jax.errors import PeerLostError
-from tests.support.processes import spawn
+from tests.support.processes import spawn, start
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -22,11 +21,14 @@ import os, pathlib, signal, sys, threading
 import jax, numpy as np
 sys.path.insert(0, sys.argv[1])
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from bn_jax.distributed import mesh as meshes, preempt, startup
+from bn_jax.distributed import mesh, preempt, startup
 from bn_jax.workdir.checkpoint import Checkpoints
 startup.initialize()
-me, mesh = jax.process_index(), meshes.make()
-put = lambda x, s: jax.make_array_from_callback(x.shape, NamedSharding(mesh, s), lambda i: x[i])
+me, number, moment = jax.process_index(), getattr(signal, sys.argv[3]), sys.argv[4]
+if me == 1 and moment == "before":
+    os.kill(os.getpid(), number)
+devices = mesh.make()
+put = lambda x, s: jax.make_array_from_callback(x.shape, NamedSharding(devices, s), lambda i: x[i])
 state = {
     "replicated": put(np.array([-0.0, np.float32(1e-45), 3.5], np.float32), P()),
     "sharded": put(np.arange(6, dtype=np.int32), P("data")),
@@ -50,23 +52,32 @@ with Checkpoints(directory, keep_last=2, keep_best=0) as checkpoints:
     except Exception as error:
         print("refused", type(error).__name__, flush=True)
 add, x = jax.jit(lambda x: x + 1 + 0 * x.sum()), put(np.zeros(2, np.float32), P("data"))
-with preempt.Signals(2) as signals:
-    if me == 1:
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    for step in range(2, 10**6, 2):
+with preempt.Signals(100, 2) as signals:
+    if me == 1 and moment == "in":
+        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+    for step in range(102, 10**6, 2):
         x = add(add(x))
         if me == 0:  # the other one runs ahead
             x.block_until_ready()
         if signals.stop_at(step):
             break
-    assert float(x.addressable_shards[0].data[0]) == step
+    assert float(x.addressable_shards[0].data[0]) == step - 100
 print("stopped at", step, flush=True)
 """
 
 
-def test_two_processes_stop_at_the_same_step_and_share_one_disk(tmp_path: pathlib.Path):
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [
+        ("SIGTERM", "in"),
+        pytest.param("SIGTERM", "before", marks=pytest.mark.faults),  # the loop
+        pytest.param("SIGINT", "in", marks=pytest.mark.faults),
+    ],
+)
+def test_two_processes_stop_at_the_same_step_and_share_one_disk(tmp_path, name, moment):
     log = tmp_path / "log"
-    children = spawn(["-c", PAIR, str(ROOT), str(tmp_path / "checkpoints")], log, processes=2)
+    arguments = ["-c", PAIR, str(ROOT), str(tmp_path / "checkpoints"), name, moment]
+    children = spawn(arguments, log, processes=2)
     codes = [child.wait(120) for child in children]
     texts = [log.with_suffix(f".{index}").read_text() for index in range(2)]
     assert codes == [0, 0], texts
@@ -80,7 +91,7 @@ def test_two_processes_stop_at_the_same_step_and_share_one_disk(tmp_path: pathli
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_after_the_step(number: signal.Signals, capfd):
     before = signal.getsignal(number)
-    with preempt.Signals(1) as signals:
+    with preempt.Signals(0, 1) as signals:
         assert not signals.stop_at(1)
         os.kill(os.getpid(), number)
         assert signals.stop_at(2) and signals.reason == number.name
@@ -92,7 +103,7 @@ def test_outside_the_main_thread_there_are_no_handlers():
     found = []
 
     def run() -> None:
-        with preempt.Signals(1) as signals:
+        with preempt.Signals(0, 1) as signals:
             found.append(signals.stop_at(1))
 
     thread = threading.Thread(target=run)
@@ -101,43 +112,11 @@ def test_outside_the_main_thread_there_are_no_handlers():
     assert found == [False]
 
 
-class Gone:
-    """A coordination service that answers nothing any more, from the first call or a later one."""
-
-    def __init__(self, key_value_set):
-        self.key_value_set = key_value_set
-
-    def blocking_key_value_get(self, key: str, timeout_ms: int) -> str:
-        if key.endswith("/0"):
-            return "7"
-        raise TimeoutError("deadline exceeded\nand more")
-
-
-def unreachable(key: str, value: str) -> None:
-    raise ConnectionError
-
-
-@pytest.mark.parametrize(
-    ("post", "message"),
-    [
-        (unreachable, "the coordination service did not answer within 20 s of a request to stop"),
-        (lambda key, value: None, "process 1 did not answer .*: deadline exceeded$"),
-    ],
-)
-def test_who_does_not_answer_is_named(post, message, monkeypatch):
-    monkeypatch.setattr(preempt.jax, "process_count", lambda: 2)
-    signals = preempt.Signals(1)
-    signals._thread = threading.Thread()  # as with several processes
-    signals._agree(Gone(post))
-    with pytest.raises(PeerLostError, match=message):
-        signals.stop_at(1)
-
-
 STUCK = """
 import ctypes, sys, time
 sys.path.insert(0, sys.argv[1])
 from bn_jax.distributed import preempt
-with preempt.Signals(1) as signals:
+with preempt.Signals(0, 1) as signals:
     print("ready", flush=True)
     while not signals.requested.is_set():
         time.sleep(0.01)
@@ -146,9 +125,8 @@ with preempt.Signals(1) as signals:
 
 
 def test_a_second_ctrl_c_ends_at_once():
-    child = subprocess.Popen(
-        [sys.executable, "-c", STUCK, str(ROOT)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    command = [sys.executable, "-c", STUCK, str(ROOT)]
+    child = start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None and child.stdout.readline() == b"ready\n"
     child.send_signal(signal.SIGINT)
     assert child.stderr is not None and b"Ctrl-C ends at once" in child.stderr.readline()

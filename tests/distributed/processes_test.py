@@ -5,8 +5,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 
@@ -15,10 +13,11 @@ import numpy as np
 import pytest
 
 from bn_jax import train
-from bn_jax.distributed import mesh as meshes
-from bn_jax.distributed import preempt
+from bn_jax.distributed import mesh, preempt
 from bn_jax.errors import Preempted
 from bn_jax.experiment import build
+from tests.support import processes
+from tests.support.processes import free_port
 from tests.train_test import arrays, lines, small
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -58,7 +57,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def start(workdir, cache, what, *, devices, process=0, processes=1, port=0):
+def start(workdir, cache, what, *, devices, process=0, count=1, port=0):
     """Starts the command in a process with `devices` virtual CPU devices."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     env |= {
@@ -67,16 +66,16 @@ def start(workdir, cache, what, *, devices, process=0, processes=1, port=0):
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    if processes > 1:
+    if count > 1:
         env |= {
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(process),
         }
     config, settings = what
     overrides = [f"--config.{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "bn_jax.main", f"--config=configs/{config}.py:digits"]
-    return subprocess.Popen(
+    return processes.start(
         [*command, f"--workdir={workdir}", *overrides],
         cwd=ROOT,
         env=env,
@@ -86,26 +85,19 @@ def start(workdir, cache, what, *, devices, process=0, processes=1, port=0):
     )
 
 
-def finish(*processes, code=0):
+def finish(*children, code=0):
     """Waits for the processes; every one must end with `code`. Returns what they printed."""
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == code, output
+    outputs = [child.communicate(timeout=300)[0] for child in children]
+    for child, output in zip(children, outputs, strict=True):
+        assert child.returncode == code, output
     return outputs
-
-
-def free_port() -> int:
-    """A port nobody uses at this moment."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def two(workdir, cache, what):
     """Starts two processes of one device each."""
     port = free_port()
     return [
-        start(workdir, cache, what, devices=1, process=i, processes=2, port=port) for i in range(2)
+        start(workdir, cache, what, devices=1, process=i, count=2, port=port) for i in range(2)
     ]
 
 
@@ -154,8 +146,8 @@ def test_two_processes_are_the_same_experiment(single, tmp_path, cache):
     first, second = finish(*two(tmp_path, cache, what))
     assert_same(curve(one), curve(tmp_path))
     assert "test accuracy" in first and "test accuracy" not in second  # one process speaks
-    mesh = json.loads((tmp_path / "run.json").read_text())["info"]["mesh"]
-    assert (mesh["devices"], mesh["processes"]) == (2, 2)
+    hardware = json.loads((tmp_path / "run.json").read_text())["info"]["mesh"]
+    assert (hardware["devices"], hardware["processes"]) == (2, 2)
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +163,9 @@ def eight(tmp_path_factory):
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_a_run_saved_on_8_devices_goes_on_with_fewer(eight, tmp_path, monkeypatch, devices):
-    (whole, expected, cut), workdir, make = eight, tmp_path / "run", meshes.make
+    (whole, expected, cut), workdir, make = eight, tmp_path / "run", mesh.make
     shutil.copytree(cut, workdir)
-    monkeypatch.setattr(meshes, "make", lambda: make(jax.devices()[:devices]))
+    monkeypatch.setattr(mesh, "make", lambda: make(jax.devices()[:devices]))
     scores = train.run(small(), workdir)
     run = json.loads((workdir / "run.json").read_text())
     assert run["attempts"][1]["resume_step"] == 10 and run["info"]["mesh"]["devices"] == devices
@@ -191,15 +183,15 @@ def test_a_run_saved_on_8_devices_goes_on_with_fewer(eight, tmp_path, monkeypatc
 
 
 def test_two_processes_stop_together_and_one_goes_on(tmp_path, cache):
-    processes = two(tmp_path, cache, ("mnist_bn", LONG))
+    pair = two(tmp_path, cache, ("mnist_bn", LONG))
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and '"train"' in metrics.read_text()):
-        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+        assert time.monotonic() < deadline and all(p.poll() is None for p in pair)
         time.sleep(0.2)
-    processes[1].send_signal(signal.SIGTERM)
+    pair[1].send_signal(signal.SIGTERM)
     began = time.monotonic()
-    finish(*processes, code=75)
+    finish(*pair, code=75)
     assert time.monotonic() - began < 30  # 5 s on a quiet machine; this one may not be
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["status"] == "preempted"

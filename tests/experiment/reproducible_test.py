@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from bn_jax import ops, optim
 from bn_jax import train as train_
-from bn_jax.distributed import mesh as meshes
+from bn_jax.distributed import mesh
 from bn_jax.distributed import preempt
 from bn_jax.distributed.mesh import put_batch, put_replicated
 from bn_jax.errors import ConfigError, Preempted
@@ -70,8 +70,8 @@ def trained(exp, fed, state, cls=reproducible.Step):
 
 def on(devices, model, **changes):
     config = SimpleNamespace(batch_size=BATCH, bn=SimpleNamespace(group_size=GROUP))
-    mesh = meshes.make(jax.devices()[:devices])
-    return SimpleNamespace(mesh=mesh, model=model, config=config, **changes)
+    some = mesh.make(jax.devices()[:devices])
+    return SimpleNamespace(mesh=some, model=model, config=config, **changes)
 
 
 def assert_same_bits(a, b):
@@ -160,10 +160,10 @@ def test_the_run_refuses_devices_before_anything_is_written(tmp_path):
 
 
 def test_a_run_that_goes_on_with_other_devices_ends_with_the_same_bits(tmp_path, monkeypatch):
-    make = meshes.make
+    make = mesh.make
 
     def run(name, devices, stop=None):
-        monkeypatch.setattr(meshes, "make", lambda: make(jax.devices()[:devices]))
+        monkeypatch.setattr(mesh, "make", lambda: make(jax.devices()[:devices]))
         monkeypatch.setattr(preempt.Signals, "stop_at", lambda self, step: step == stop)
         train_.run(small(), tmp_path / name)
 
@@ -189,7 +189,7 @@ def test_the_digits_network_has_the_same_bits_on_1_2_4_and_8_devices():
     fed = [exp.data.train_batch(k, 256, slice(0, 256), 0) for k in range(2)]
     state = jax.device_get(jax.jit(functools.partial(build.initial_state, exp))())
     ends = {
-        n: trained(exp._replace(mesh=meshes.make(jax.devices()[:n])), fed, state)
+        n: trained(exp._replace(mesh=mesh.make(jax.devices()[:n])), fed, state)
         for n in (1, 2, 4, 8)
     }
     for n in (2, 4, 8):

@@ -1,12 +1,15 @@
 """Trainers as processes of their own, to be signalled, killed and started again."""
 
+import contextlib
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -25,11 +28,35 @@ TRAIN = [
 ]
 
 
-def spawn(arguments: list[str], log: pathlib.Path, processes: int = 1) -> list[subprocess.Popen]:
-    """Python processes with one CPU device each; their output goes to LOG.0, LOG.1, ..."""
+_started: list[subprocess.Popen] = []
+
+
+def start(command: list[str], **options: Any) -> subprocess.Popen:
+    """A child in a process group of its own; the fixture `children_end` ends the group."""
+    child = subprocess.Popen(command, start_new_session=True, **options)
+    _started.append(child)
+    return child
+
+
+def end_children() -> None:
+    """Kills every child that `start` has started, and the children of these, if they still run."""
+    while _started:
+        child = _started.pop()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def free_port() -> int:
+    """A port that nobody uses at this moment."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def spawn(arguments: list[str], log: pathlib.Path, processes: int = 1) -> list[subprocess.Popen]:
+    """Python processes with one CPU device each; their output goes to LOG.0, LOG.1, ..."""
+    port = free_port()
     children = []
     for index in range(processes):
         env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
@@ -41,7 +68,7 @@ def spawn(arguments: list[str], log: pathlib.Path, processes: int = 1) -> list[s
             }
         with log.with_suffix(f".{index}").open("wb") as file:
             command = [sys.executable, *arguments]
-            children.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file))
+            children.append(start(command, cwd=ROOT, env=env, stdout=file, stderr=file))
     return children
 
 
