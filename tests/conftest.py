@@ -24,7 +24,7 @@ from absl import flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `configs` is found from any working directory
 
-from tests.support import processes  # noqa: E402 (found from here on)
+from tests.support import processes
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

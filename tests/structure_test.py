@@ -114,4 +114,4 @@ def test_batch_norm_imports_jax_alone():
 
 def test_no_private_part_of_jax_is_used():
     private = {name for name, file in modules().items() if "jax._src" in file.read_text()}
-    assert private <= {"bn_jax.distributed.preempt", "bn_jax.distributed.watchdog"}
+    assert private == set()

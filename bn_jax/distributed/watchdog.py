@@ -230,8 +230,8 @@ def reporting_lost_processes() -> Iterator[None]:
 def failed_collective(error: BaseException) -> bool:
     """Whether a collective operation failed, which happens when a process is gone.
 
-    Seen with Gloo (CPU), which raises a ValueError. NCCL and TPUs have not been tried: the words are
-    those of XLA's messages.
+    Seen with Gloo (CPU), which raises a ValueError. NCCL and TPUs have not been tried: the words
+    are those of XLA's messages.
     """
     if isinstance(error, UserError):
         return False
@@ -259,8 +259,8 @@ def report(error: BaseException) -> int:
 def leave(code: int, patience: float) -> None:
     """Ends this process with `code`, whether the other processes end or not.
 
-    Where all processes end, as after divergence, they meet at jax's barrier and each keeps its code:
-    without it process 0 might be gone first, and jax aborts the others when it is.
+    Where all processes end, as after divergence, they meet at jax's barrier and each keeps its
+    code: without it process 0 might be gone first, and jax aborts the others when it is.
 
     patience: seconds to wait for the others.
     """

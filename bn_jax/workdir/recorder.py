@@ -121,6 +121,11 @@ class Recorder:
             changed = provenance.changes({**before, **attempts[-1]}, origin)
             if changed:
                 self.say(f"{self.workdir}: differs from the previous attempt: {changed}")
+            if attempts[-1]["status"] == "running":
+                self.say(
+                    f"{self.workdir}: the previous attempt was killed, or jax ended it because it "
+                    "had lost another process"
+                )
 
         guard.new_attempt(attempts, resume_step, origin)
         return {

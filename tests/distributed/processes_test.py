@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -96,9 +97,7 @@ def finish(*children, code=0):
 def two(workdir, cache, what):
     """Starts two processes of one device each."""
     port = free_port()
-    return [
-        start(workdir, cache, what, devices=1, process=i, count=2, port=port) for i in range(2)
-    ]
+    return [start(workdir, cache, what, devices=1, process=i, count=2, port=port) for i in range(2)]
 
 
 def curve(workdir) -> dict[str, np.ndarray]:

@@ -125,9 +125,9 @@ def test_one_process_is_left_alone():
 
 def test_the_error_of_a_collective_says_that_a_process_is_lost(monkeypatch):
     monkeypatch.setattr(watchdog.jax, "process_count", lambda: 2)
-    with pytest.raises(PeerLostError, match="has lost another process .*Gloo all-reduce failed: x"):
-        with watchdog.reporting_lost_processes():
-            raise ValueError("UNKNOWN: Gloo all-reduce failed: x\nand more")
+    said = "has lost another process .*Gloo all-reduce failed: x"
+    with pytest.raises(PeerLostError, match=said), watchdog.reporting_lost_processes():
+        raise ValueError("UNKNOWN: Gloo all-reduce failed: x\nand more")
     for error in (ValueError("shapes differ"), DataError("the file Gloo.jpg is damaged")):
         with pytest.raises(type(error)) as caught, watchdog.reporting_lost_processes():
             raise error

@@ -17,8 +17,7 @@ from flax import linen as nn
 
 from bn_jax import ops, optim
 from bn_jax import train as train_
-from bn_jax.distributed import mesh
-from bn_jax.distributed import preempt
+from bn_jax.distributed import mesh, preempt
 from bn_jax.distributed.mesh import put_batch, put_replicated
 from bn_jax.errors import ConfigError, Preempted
 from bn_jax.experiment import build, reproducible

@@ -104,6 +104,19 @@ def test_each_attempt_keeps_its_origin_and_a_change_is_said(tmp_path, monkeypatc
     assert "commit bbb, now ccc" in attempt(4)
 
 
+def test_an_attempt_that_could_not_record_its_end_is_said_to_be_killed(tmp_path, capsys):
+    for status, said in (("running", True), ("done", False)):
+        with open_run(tmp_path) as recorder:
+            recorder.begin(0)
+        run = read_json(tmp_path)
+        run["attempts"][-1]["status"] = status
+        (tmp_path / "run.json").write_text(json.dumps(run))
+        capsys.readouterr()
+        with open_run(tmp_path) as recorder:
+            recorder.begin(0)
+        assert ("previous attempt was killed, or jax ended it" in capsys.readouterr().out) is said
+
+
 def test_without_begin_the_records_stay_as_they_are(tmp_path: pathlib.Path):
     with open_run(tmp_path) as recorder:
         recorder.begin(0)
