@@ -1,6 +1,5 @@
 """Trainers as processes of their own, to be signalled, killed and started again."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -39,12 +38,12 @@ def start(command: list[str], **options: Any) -> subprocess.Popen:
 
 
 def end_children() -> None:
-    """Kills every child that `start` has started, and the children of these, if they still run."""
+    """Kills every child of `start` that still runs, with its own children."""
     while _started:
         child = _started.pop()
-        with contextlib.suppress(ProcessLookupError):
+        if child.poll() is None:  # else its number may be another process's by now
             os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+            child.wait()
 
 
 def free_port() -> int:
