@@ -94,7 +94,15 @@ def fake(folder: pathlib.Path, name: str, body: str) -> None:
 
 @pytest.mark.parametrize(
     ("code", "restarts", "again"),
-    [(0, 0, False), (2, 0, False), (4, 0, False), (6, 0, True), (75, 3, True), (75, 50, False)],
+    [
+        (0, 0, False),
+        (2, 0, False),
+        (4, 0, False),
+        (6, 0, True),
+        (134, 0, True),
+        (75, 3, True),
+        (75, 50, False),
+    ],
 )
 def test_slurm_requeues_what_a_restart_mends(tmp_path, code, restarts, again):
     fake(tmp_path, "srun", f"exit {code}")
@@ -108,8 +116,8 @@ def test_slurm_requeues_what_a_restart_mends(tmp_path, code, restarts, again):
 
 
 def test_slurm_heeds_the_task_that_failed_for_good(tmp_path):
-    """Process 0 finds a damaged shard (3), process 1 has lost it (6), the highest of the two."""
-    fake(tmp_path, "python", "exit $((SLURM_PROCID ? 6 : 3))")
+    """Process 0 finds a damaged shard (3), jax ends process 1 (134), the highest of the two."""
+    fake(tmp_path, "python", "exit $((SLURM_PROCID ? 134 : 3))")
     fake(
         tmp_path, "srun", 'shift; for i in 0 1; do SLURM_PROCID=$i "$@"; code=$?; done; exit $code'
     )
