@@ -19,7 +19,6 @@ a product that only cuBLAS takes: --flags=--xla_gpu_enable_triton_gemm=false get
 """
 
 import argparse
-import importlib
 import importlib.util
 import json
 import os
@@ -29,6 +28,7 @@ import time
 from typing import Any
 
 from benchmarks import fair, hlo
+from bn_jax import errors
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 H100 = pathlib.Path(__file__).with_name("h100.textproto")
@@ -56,18 +56,21 @@ def devices(count: int) -> list[Any]:
 
 
 def training_config(args: argparse.Namespace) -> Any:
-    """The named config with this batch, these groups and this number format, nothing recorded."""
-    from ml_collections import ConfigDict
+    """The named config with this batch, these groups and this number format, nothing recorded.
 
-    name, _, scale = args.config.partition(":")
-    module = importlib.import_module(f"configs.{name}")
-    config = ConfigDict(module.get_config(scale or "synthetic").to_dict())
-    config.batch_size = args.batch
-    config.bn.group_size = args.group
-    config.dtype = args.dtype
-    config.steps_per_dispatch = 1
-    config.record.activations = ()
-    return config.lock()
+    Raises ConfigError.
+    """
+    from bn_jax.sweep import read_config
+
+    fields = {
+        "batch_size": args.batch,
+        "bn.group_size": args.group,
+        "dtype": args.dtype,
+        "steps_per_dispatch": 1,
+        "record.activations": (),
+    }
+    settings = [f"--config.{field}={value}" for field, value in fields.items()]
+    return read_config([f"--config={args.config}", *settings])
 
 
 def round_filter_gradients() -> None:
@@ -213,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run_command(main)

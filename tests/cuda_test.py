@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import cuda, cuda_page
+from bn_jax.errors import ConfigError
 from bn_jax.ops import mixed
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -70,6 +71,11 @@ def test_the_config_is_the_named_one_with_what_was_asked_for():
     assert (config.batch_size, config.bn.group_size, config.dtype) == (64, 16, "float32")
     assert config.image_size == 224 and config.model.width == 1
     assert cuda.parse(["--smoke"]).config == "mnist_bn:synthetic"
+
+
+def test_a_batch_without_whole_groups_is_refused():
+    with pytest.raises(ConfigError, match="group_size"):
+        cuda.training_config(cuda.parse(["--batch=48"]))
 
 
 def test_rounded_filter_gradients_are_near_those_in_float32():
