@@ -4,13 +4,15 @@ A message is one line: what is wrong, the value, the limit, the remedy.
 """
 
 import argparse
+import contextlib
 import io
+import os
 import pathlib
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 
@@ -105,6 +107,22 @@ def expand_path(text: str) -> pathlib.Path:
     except RuntimeError:
         raise ConfigError(
             f"{text}: this user has no home directory; set HOME or give the path without ~"
+        ) from None
+
+
+def printable(path: str | pathlib.Path) -> str:
+    """A path for people: bytes that are not UTF-8 are escaped, so that any stream can print it."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+@contextlib.contextmanager
+def reading(path: str | pathlib.Path) -> Iterator[None]:
+    """Turns an error of the file system while `path` is read into a ConfigError of one line."""
+    try:
+        yield
+    except OSError as e:
+        raise ConfigError(
+            f"{printable(e.filename or path)} cannot be read ({e.strerror or e}): mend or remove it"
         ) from None
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from bn_jax.data import cache, sources
 from bn_jax.data.load import BadRecordError, Record
-from bn_jax.errors import ConfigError, expand_path
+from bn_jax.errors import ConfigError, expand_path, printable, reading
 
 TRAIN = ("train",)
 EVALUATION = ("val", "validation", "test")  # the first that exists is evaluated
@@ -59,7 +59,7 @@ class Files(sources.Records):
 
     def __getitem__(self, index: int) -> Record:
         path = self.path(index)
-        name = printable(str(path))
+        name = printable(path)
         try:
             data = _read(path)
         except OSError as e:
@@ -72,7 +72,7 @@ def source(directory: str) -> sources.Source:
     root = expand_path(directory)
     train, evaluation = open_splits(root)
     described = (
-        f"folder {printable(str(root))}: {len(train):,} training and {len(evaluation):,} "
+        f"folder {printable(root)}: {len(train):,} training and {len(evaluation):,} "
         f"evaluation pictures of {train.num_classes} classes"
     )
     empty = train.num_classes - len(np.unique(train.labels))
@@ -115,11 +115,6 @@ def open_splits(root: pathlib.Path) -> tuple[Files, Files]:
     return splits
 
 
-def printable(name: str) -> str:
-    """A name for people: bytes that are not UTF-8 are escaped, so that any stream can print it."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
 def _split(root: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
     for name in names:
         if (root / name).is_dir():
@@ -152,13 +147,14 @@ def _classes(split: pathlib.Path) -> list[str]:
 def _listing(root: pathlib.Path, classes: list[str]) -> cache.Arrays:
     """names (uint8: all file names, one after another), ends (int64 [N]: where each of them ends),
     labels (int32 [N]), skipped (a number); from the cache if no folder has changed."""
+    folders = [root / name for name in classes]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        state = list(pool.map(lambda name: _times(root / name), classes))
-        kept = cache.path_for("folder", (str(root.resolve()), classes, state))
+        changed = list(pool.map(_change_time, folders))
+        kept = cache.path_for("folder", (str(root.resolve()), classes, changed))
         arrays = cache.load(kept, _is_whole)
         if arrays is not None:
             return arrays
-        found = list(pool.map(lambda name: _pictures(root / name), classes))
+        found = list(pool.map(_pictures, folders))
 
     names = [os.fsencode(name) for pictures, _, _ in found for name in pictures]
     labels = [label for label, (pictures, _, _) in enumerate(found) for _ in pictures]
@@ -170,8 +166,8 @@ def _listing(root: pathlib.Path, classes: list[str]) -> cache.Arrays:
     }
     # Folders inside class folders may change without a trace in the class folder.
     is_flat = not any(nested for _, _, nested in found)
-    newest = max((t for t in state if t is not None), default=0) / 1e9
-    if len(names) >= KEPT and is_flat and time.time() - newest > _SETTLED:
+    is_settled = time.time() - max(changed) / 1e9 > _SETTLED
+    if len(names) >= KEPT and is_flat and is_settled:
         cache.store(kept, **listing)
     return listing
 
@@ -182,14 +178,14 @@ def _is_whole(listing: cache.Arrays) -> bool:
     return whole and (not len(ends) or ends[-1] == len(listing["names"]))
 
 
-def _times(folder: pathlib.Path) -> int | None:
-    """When a folder has changed, that is, when a file in it was made, renamed or removed."""
-    try:
-        return folder.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
-    except OSError as e:
-        raise _unreadable(folder, e) from None
+def _change_time(folder: pathlib.Path) -> int:
+    """When a folder has changed, that is, when a file in it was made, renamed or removed, in
+    nanoseconds; 0 if it does not exist: val/ need not have all classes."""
+    with reading(folder):
+        try:
+            return folder.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
 
 def _pictures(folder: pathlib.Path) -> tuple[list[str], int, bool]:
@@ -198,10 +194,10 @@ def _pictures(folder: pathlib.Path) -> tuple[list[str], int, bool]:
     pictures: list[str] = []
     skipped = 0
     nested = False
-    folders = [""]
+    folders = [""] if folder.exists() else []
     while folders:
         inside = folders.pop()
-        for entry in _scan(folder / inside, inside == ""):
+        for entry in _scan(folder / inside):
             name = f"{inside}{entry.name}"
             if is_hidden(entry.name):
                 skipped += 1
@@ -215,34 +211,22 @@ def _pictures(folder: pathlib.Path) -> tuple[list[str], int, bool]:
     return sorted(pictures), skipped, nested
 
 
-def _scan(folder: pathlib.Path, may_be_absent: bool = False) -> list[os.DirEntry[str]]:
+def _scan(folder: pathlib.Path) -> list[os.DirEntry[str]]:
     """What lies in a folder. Raises ConfigError if it cannot be read."""
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except FileNotFoundError as e:
-        if may_be_absent:  # val/ need not have all classes
-            return []
-        raise _unreadable(folder, e) from None
-    except OSError as e:
-        raise _unreadable(folder, e) from None
+    with reading(folder), os.scandir(folder) as entries:
+        return list(entries)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether this is a folder. Raises ConfigError for a link in a circle, which might be one,
     unless it is named like a picture: then it is a bad record."""
-    try:
-        return entry.is_dir()
-    except OSError as e:
-        if entry.name.lower().endswith(SUFFIXES):
-            return False
-        raise _unreadable(pathlib.Path(entry.path), e) from None
-
-
-def _unreadable(path: pathlib.Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"{printable(str(path))} cannot be read ({error.strerror or error}): mend or remove it"
-    )
+    with reading(entry.path):
+        try:
+            return entry.is_dir()
+        except OSError:
+            if entry.name.lower().endswith(SUFFIXES):
+                return False
+            raise
 
 
 def is_hidden(name: str) -> bool:

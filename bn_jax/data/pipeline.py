@@ -19,7 +19,7 @@ from absl import logging
 from bn_jax.data import distort, folder, memory, order, sources, tfds
 from bn_jax.data.distort import Augmentation
 from bn_jax.data.sources import Batch
-from bn_jax.errors import ConfigError, expand_path
+from bn_jax.errors import ConfigError, expand_path, reading
 
 PREFETCH_BYTES = 512 * 2**20  # at most this much is decoded ahead of the step
 
@@ -44,18 +44,19 @@ def open_data(config) -> "Data":
 
 
 def open_source(name: str, directory: str, image_size: int) -> sources.Source:
-    """The data set `name` in `directory`. Raises ConfigError if it is absent."""
+    """The data set `name` in `directory`. Raises ConfigError if it is absent or cannot be read."""
     if name == "digits":
         return memory.digits()
     if name == "synthetic":
         return memory.synthetic(image_size)
-    if name == "folder":
-        return folder.source(directory)
-    if name == "mnist" and directory:
-        found = memory.mnist_idx(expand_path(directory))
-        if found is not None:
-            return found
-    return tfds.source(name, directory)
+    with reading(directory):
+        if name == "folder":
+            return folder.source(directory)
+        if name == "mnist" and directory:
+            found = memory.mnist_idx(expand_path(directory))
+            if found is not None:
+                return found
+        return tfds.source(name, directory)
 
 
 class Data:

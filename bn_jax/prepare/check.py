@@ -13,7 +13,7 @@ import numpy as np
 
 from bn_jax.data import decode, folder, tfds
 from bn_jax.data.load import BadRecordError, Readable, Record, checked_label
-from bn_jax.errors import ConfigError, DataError
+from bn_jax.errors import ConfigError, DataError, printable, reading
 from bn_jax.prepare import imagenet
 
 _SHOWN = 10  # problems printed of each split
@@ -67,7 +67,9 @@ def check(directory: pathlib.Path, name: str, *, threads: int) -> None:
     """
     problems = 0
     seen: dict[bytes, str] = {}
-    for part in _parts(directory, name):
+    with reading(directory):
+        parts = list(_parts(directory, name))
+    for part in parts:
         began = time.perf_counter()
         report = _examine(part, threads)
         seconds = time.perf_counter() - began
@@ -79,7 +81,7 @@ def check(directory: pathlib.Path, name: str, *, threads: int) -> None:
             print(f"  {len(across)} also in another split, such as {across[0]}")
         seen |= report.digests
         problems += len(report.problems)
-    shown = folder.printable(str(directory))
+    shown = printable(directory)
     if problems:
         raise DataError(f"verdict: {shown} is NOT sound, {problems} problems (see above)")
     print(f"verdict: {shown} is sound")

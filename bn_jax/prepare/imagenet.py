@@ -25,6 +25,7 @@ from bn_jax.data import decode, tfds
 from bn_jax.errors import ConfigError, DataError, DiskError
 from bn_jax.prepare import layouts
 from bn_jax.prepare.layouts import Image
+from bn_jax.workdir.files import reported
 from bn_jax.workdir.timing import ImageProgress
 
 NAME = "imagenet2012"
@@ -66,10 +67,11 @@ def build(
         print(f"{folder} is complete already")
         return folder
 
-    folder.mkdir(parents=True, exist_ok=True)
-    plan.write_text(digest)
-    for left in folder.glob("*.part"):
-        left.unlink()
+    with reported(folder, "cannot write"):
+        folder.mkdir(parents=True, exist_ok=True)
+        plan.write_text(digest)
+        for left in folder.glob("*.part"):
+            left.unlink()
     todo = [shard for shard in shards if not shard.path.exists()]
     _check_space(folder, todo)
     _write_all(todo, threads)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from bn_jax.data.folder import is_hidden
-from bn_jax.errors import ConfigError, DataError
+from bn_jax.errors import ConfigError, DataError, printable, reading
 from bn_jax.workdir.files import reported, write_atomic
 
 TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
@@ -85,7 +85,8 @@ def find(source: pathlib.Path, unpacked: pathlib.Path) -> Found:
     if not folder.is_dir():
         raise ConfigError(f"{source} does not exist: give a file or folder as --from")
     skipped: Counter[str] = Counter()
-    found = _find(folder, unpacked, skipped)
+    with reading(folder):
+        found = _find(folder, unpacked, skipped)
     for what, count in skipped.items():
         print(f"skipped: {count:,} {what}", flush=True)
 
@@ -308,7 +309,9 @@ def _in_folders(root: pathlib.Path, skipped: Counter[str]) -> Found:
                 inner = _entries(pathlib.Path(entry.path), skipped)
                 images += _pictures(inner, split, entry.name, skipped)
             elif entry.is_dir():
-                raise DataError(f"{entry.path} is not the folder of a class: nXXXXXXXX is expected")
+                raise DataError(
+                    f"{printable(entry.path)} is not the folder of a class: nXXXXXXXX is expected"
+                )
             elif split == "validation":
                 images += _pictures([entry], split, None, skipped)
             else:
@@ -318,13 +321,9 @@ def _in_folders(root: pathlib.Path, skipped: Counter[str]) -> Found:
 
 
 def _entries(folder: pathlib.Path, skipped: Counter[str]) -> list[os.DirEntry[str]]:
-    """What lies in a folder, sorted; hidden files are counted. Raises DataError if it cannot be
-    read."""
-    try:
-        with os.scandir(folder) as scanned:
-            entries = sorted(scanned, key=lambda e: e.name)
-    except OSError as e:
-        raise DataError(f"{folder} cannot be read: {e}") from None
+    """What lies in a folder, sorted; hidden files are counted."""
+    with os.scandir(folder) as scanned:
+        entries = sorted(scanned, key=lambda e: e.name)
     shown = [e for e in entries if not is_hidden(e.name)]
     if len(shown) < len(entries):
         skipped["hidden files"] += len(entries) - len(shown)
@@ -335,20 +334,19 @@ def _pictures(
     entries: Iterable[os.DirEntry[str]], split: str, synset: str | None, skipped: Counter[str]
 ) -> Iterator[Image]:
     """The pictures among these files, of a class folder or of no class. Raises DataError for names
-    that ImageNet does not have there, and for files that cannot be read."""
+    that ImageNet does not have there."""
     for entry in entries:
         if not re.search(rf"{_PICTURE}$", entry.name, re.IGNORECASE):
             skipped["files that are not pictures by their names"] += 1
             continue
         picture = named(entry.name)
         if picture is None or picture[0] != split:
-            raise DataError(f"{entry.path} is not named as a picture of the {split} split")
+            raise DataError(
+                f"{printable(entry.path)} is not named as a picture of the {split} split"
+            )
         if synset is not None and _class_of().get(synset) != picture[2]:
             raise _wrong_class(entry.path, synset, picture[1], picture[2])
-        try:
-            size = entry.stat().st_size
-        except OSError as e:
-            raise DataError(f"{entry.path} cannot be read: {e}") from None
+        size = entry.stat().st_size
         yield Image(picture[1], picture[2], pathlib.Path(entry.path), 0, size)
 
 

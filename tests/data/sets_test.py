@@ -1,5 +1,6 @@
 """tfds.py, shards.py, folder.py, memory.py: sets as users have them, and damaged ones."""
 
+import errno
 import gzip
 import importlib.util
 import json
@@ -132,6 +133,23 @@ def test_class_names_as_editors_leave_them(tmp_path, text):
     written = small_sets.write_tfds(tmp_path, splits, file_format="tfrecord", shards=1)
     (written / "label.labels.txt").write_bytes(text.encode())
     assert tfds.source("little", str(tmp_path)).class_names == ("a", "b", "c")
+
+
+def test_what_the_file_system_refuses_is_one_line(tmp_path, monkeypatch):
+    """A folder without permission, a server that is gone: whatever is read at the start. (It was a
+    traceback.)"""
+
+    def refuses(self):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+
+    for name, method in (("little", "iterdir"), ("mnist", "is_file"), ("folder", "is_dir")):
+        with monkeypatch.context() as patched:
+            patched.setattr(pathlib.Path, method, refuses)
+            with pytest.raises(
+                ConfigError, match=r"cannot be read \(Stale file handle\)"
+            ) as caught:
+                pipeline.open_source(name, str(tmp_path), 28)
+            assert "\n" not in str(caught.value)
 
 
 def test_newest_version_is_taken(tmp_path):

@@ -220,7 +220,7 @@ def test_folders_that_are_not_imagenets(tmp_path):
     twice.unlink()
     loop = picture.with_name("n01440764_77.JPEG")
     loop.symlink_to(loop.name)
-    refused(DataError, "n01440764_77.JPEG cannot be read")
+    refused(ConfigError, "n01440764_77.JPEG cannot be read")
     loop.unlink()
     (flat / "train" / "cats").mkdir()
     refused(DataError, "cats is not the folder of a class")
