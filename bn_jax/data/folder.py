@@ -41,11 +41,12 @@ class Files(sources.Records):
       labels: int32 [N].
     """
 
-    def __init__(self, root: pathlib.Path, classes: list[str]):
+    def __init__(self, root: pathlib.Path, classes: list[str], beside: int = 0):
+        """`beside`: files beside the class folders, which are skipped, too."""
         self.root = root
         self.classes = classes
         listing = _listing(root, classes)
-        self.skipped = int(listing["skipped"])
+        self.skipped = int(listing["skipped"]) + beside
         self.labels = listing["labels"]
         self._names = listing["names"]
         self._ends = listing["ends"]
@@ -99,14 +100,15 @@ def open_splits(root: pathlib.Path) -> tuple[Files, Files]:
     """
     train = _split(root, TRAIN)
     evaluation = _split(root, EVALUATION)
-    classes = _classes(train)
-    strange = sorted(set(_classes(evaluation)) - set(classes))
+    classes, beside_train = _classes(train)
+    others, beside_evaluation = _classes(evaluation)
+    strange = sorted(set(others) - set(classes))
     if strange:
         raise ConfigError(
             f"{evaluation} has {len(strange)} classes that {train} does not have, the first is "
             f"{printable(strange[0])!r}: both need the same class folders"
         )
-    splits = Files(train, classes), Files(evaluation, classes)
+    splits = Files(train, classes, beside_train), Files(evaluation, classes, beside_evaluation)
     for split in splits:
         if not len(split):
             raise ConfigError(
@@ -125,14 +127,15 @@ def _split(root: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
     )
 
 
-def _classes(split: pathlib.Path) -> list[str]:
-    """The class folders of a split. Raises ConfigError for pictures beside them, which would be
-    left out, and for what cannot be read."""
+def _classes(split: pathlib.Path) -> tuple[list[str], int]:
+    """The class folders of a split, and how many other files lie beside them. Raises ConfigError
+    for pictures beside them, which would be left out, and for what cannot be read."""
     classes = []
+    others = 0
     for entry in _scan(split):
         if is_hidden(entry.name):
-            continue
-        if _is_folder(entry):
+            others += 1
+        elif _is_folder(entry):
             classes.append(entry.name)
         elif entry.is_symlink() and not pathlib.Path(entry.path).exists():
             raise ConfigError(f"{printable(entry.path)} is a broken link: mend or remove it")
@@ -141,7 +144,9 @@ def _classes(split: pathlib.Path) -> list[str]:
                 f"{printable(entry.path)} lies beside the class folders: move it into one of them "
                 "(python -m bn_jax.prepare imagenet --from reads ImageNet's flat val)"
             )
-    return sorted(classes)
+        else:
+            others += 1
+    return sorted(classes), others
 
 
 def _listing(root: pathlib.Path, classes: list[str]) -> cache.Arrays:
