@@ -60,7 +60,7 @@ def training_config(args: argparse.Namespace) -> Any:
 
     Raises ConfigError.
     """
-    from bn_jax.sweep import read_config
+    from bn_jax.experiment.config import read
 
     fields = {
         "batch_size": args.batch,
@@ -69,8 +69,7 @@ def training_config(args: argparse.Namespace) -> Any:
         "steps_per_dispatch": 1,
         "record.activations": (),
     }
-    settings = [f"--config.{field}={value}" for field, value in fields.items()]
-    return read_config([f"--config={args.config}", *settings])
+    return read(args.config, [f"{field}={value}" for field, value in fields.items()])
 
 
 def round_filter_gradients() -> None:

@@ -64,7 +64,7 @@ class LockedError(UserError):
     exit_code = 8
 
 
-class Preempted(UserError):  # noqa: N818 (it is no error: the state is saved)
+class Preempted(UserError):  # noqa: N818 (not an error: the state is saved)
     """The run was told to stop and has saved its state: run the same command again."""
 
     exit_code = 75
@@ -73,30 +73,32 @@ class Preempted(UserError):  # noqa: N818 (it is no error: the state is saved)
 # What the commands share: a user's error is one line on stderr and an exit code, no traceback.
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command. A UserError becomes one line and its exit code; Ctrl-C exits with 130.
+class Parser(argparse.ArgumentParser):
+    """argparse's parser with one line for a command line that it refuses.
 
-    So does a command line that argparse refuses: its own usage message of several lines hides what
-    is wrong.
+    Its own usage message of several lines hides what is wrong.
     """
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program."""
+        fail(f"{message}; {self.prog} --help names the options", ConfigError.exit_code)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command. A UserError becomes one line and its exit code; Ctrl-C exits with 130."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name may be in no encoding
-    argparse.ArgumentParser.error = _refuse  # type: ignore[method-assign,assignment]
     try:
         require_paths(sys.argv[1:])
         main()
     except UserError as error:
-        # What a thread still compiles is waited for: a second Ctrl-C ends that without a traceback.
+        # A compilation in another thread is waited for. A second Ctrl-C ends it without traceback.
         if threading.current_thread() is threading.main_thread():  # not the watchdog
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         fail("interrupted", 130)
-
-
-def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    fail(f"{message}; {parser.prog} --help names the options", ConfigError.exit_code)
 
 
 def expand_path(text: str) -> pathlib.Path:
@@ -127,7 +129,7 @@ def reading(path: str | pathlib.Path) -> Iterator[None]:
 
 
 def require_paths(argv: Sequence[str]) -> None:
-    """Raises ConfigError for an option's value such as gs://bucket/run: no path of this machine.
+    """Raises ConfigError for an option's value such as gs://bucket/run, which is not a local path.
 
     As a path it would be a new folder `gs:` here, of which a pod's other machines know nothing.
     """
@@ -144,20 +146,3 @@ def fail(message: str, code: int) -> NoReturn:
     """Ends the program with one line on stderr."""
     print(f"bn_jax: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(code)
-
-
-def reason(error: Exception) -> str:
-    """Why a command line was refused: an unknown field by name, a config's error without a stack.
-
-    ml_collections reports an unknown field as an AttributeError around a quoted KeyError; a module
-    without an attribute, such as a file without `get_config`, is said as Python says it.
-    """
-    text = str(error)
-    # Set in a config file, where the other fields follow in quotes, or on the command line.
-    field = re.search(r'Key "(\w+)" does not exist', text) or re.search(r"'(\w+)\\?'", text)
-    if isinstance(error, (AttributeError, KeyError)) and field and not text.startswith("module"):
-        close = re.search(r'Did you mean "(\w+)"', text)
-        hint = f"did you mean {close[1]!r}?" if close else "--dry_run prints them all"
-        return f"the config has no field {field[1]!r}: {hint}"
-    stack = text.rpartition("Traceback (most recent call last):")[2]
-    return text if stack == text else stack.rpartition("Error: ")[2] or text

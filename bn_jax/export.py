@@ -6,7 +6,6 @@ file is run again and compared with the network before it is moved into place. F
 (`jax.export`), onnx, safetensors (kernels and biases), flax (params and batch_stats, not folded).
 """
 
-import argparse
 import pathlib
 
 from bn_jax import errors
@@ -19,7 +18,7 @@ from bn_jax.weights.exporting import TOLERANCE, batch_size, export_run
 def main(argv: list[str] | None = None) -> None:
     """Exports a run's newest checkpoint, or the one of a given step."""
     names = tuple(exporting.formats())
-    parser = argparse.ArgumentParser("python -m bn_jax.export", description=__doc__)
+    parser = errors.Parser("python -m bn_jax.export", description=__doc__)
     parser.add_argument(
         "--workdir", required=True, type=pathlib.Path, help="a trained or imported run"
     )

@@ -13,12 +13,11 @@ from ml_collections import ConfigDict
 
 from bn_jax import errors
 from bn_jax.errors import ConfigError
-from bn_jax.experiment.config import check
+from bn_jax.experiment.config import check, load
 from bn_jax.weights import tensor_files
 from bn_jax.weights.importing import (
     DEFAULT_CONFIG,
     VARIANTS,
-    load_config,
     published,
     recorded_config,
     variables,
@@ -29,7 +28,7 @@ from bn_jax.weights.mapping import common_prefix
 
 def main(argv: list[str] | None = None) -> None:
     """Imports a file."""
-    parser = argparse.ArgumentParser("python -m bn_jax.import_weights", description=__doc__)
+    parser = errors.Parser("python -m bn_jax.import_weights", description=__doc__)
     parser.add_argument("--from", required=True, dest="file", type=pathlib.Path, metavar="FILE")
     parser.add_argument(
         "--variant",
@@ -99,7 +98,7 @@ def _config(args: argparse.Namespace, file: tensor_files.TensorFile) -> ConfigDi
     if args.variant == "flax" and args.config is None:
         config = recorded_config(args.file, file)
     else:
-        config = load_config(args.config or DEFAULT_CONFIG)
+        config = load(args.config or DEFAULT_CONFIG)
         if args.variant != "flax":
             config = published(args.variant, config)
     config = config.copy_and_resolve_references().unlock()

@@ -48,9 +48,6 @@ class Hyper(NamedTuple):
         )
 
 
-SCALINGS = ("none", "linear", "sqrt")
-
-
 def rate_factor(scaling: str, batch_size: int, mini_batch: int | None) -> float:
     """The factor by which a rate for mini-batches of `mini_batch` grows for `batch_size` examples.
 

@@ -8,7 +8,6 @@ A picture is treated as in evaluation: the centre crop, or the mean over 10 or 1
 networks of small grey images (the digits: white on black) its centre square becomes grey.
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -109,7 +108,7 @@ def _say(line: str) -> None:
 
 def main() -> None:
     """Names what is in pictures."""
-    parser = argparse.ArgumentParser("python -m bn_jax.predict", description=__doc__)
+    parser = errors.Parser("python -m bn_jax.predict", description=__doc__)
     parser.add_argument("--workdir", required=True, help="a run; several are an ensemble")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG, BMP or WebP files")
     parser.add_argument("--json", action="store_true", help="one JSON object a picture")

@@ -5,9 +5,6 @@ its output in member.log. The same sweep again skips members that are done or ha
 resumes those that were stopped. A grid of values adds a folder: DIR/CONFIG/FIELD=VALUE/seed_K.
 """
 
-import argparse
-import contextlib
-import io
 import itertools
 import os
 import pathlib
@@ -17,12 +14,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from bn_jax import errors
 from bn_jax.errors import ConfigError, DivergedError, Preempted, UserError
-from bn_jax.experiment.config import check, check_fields, resolve, shorten
+from bn_jax.experiment.config import read
 from bn_jax.experiment.pool import Pool
 from bn_jax.workdir import guard, reader
 
@@ -73,29 +69,12 @@ def members(
                 if any("/" in point for point in points):
                     raise ConfigError(f"--grid: a value with / cannot name a folder: {points}")
                 name = "/".join([config, *points, f"seed_{seed}"])
-                arguments = [f"--config=configs/{config}.py{':' if scale else ''}{scale}"]
-                for setting in (*settings, *points, f"seed={seed}"):
-                    arguments.append(f"--config.{setting}")
-                read = read_config(arguments)
+                file = f"configs/{config}.py{':' if scale else ''}{scale}"
+                changes = [*settings, *points, f"seed={seed}"]
+                arguments = [f"--config={file}", *(f"--config.{change}" for change in changes)]
                 arguments.append(f"--workdir={workdir / name}")
-                found.append(SweepMember(name, workdir / name, arguments, read))
+                found.append(SweepMember(name, workdir / name, arguments, read(file, changes)))
     return found
-
-
-def read_config(arguments: Sequence[str]) -> ConfigDict:
-    """The config that `bn_jax.main` would train with these arguments. Raises ConfigError."""
-    try:
-        argv = resolve(["sweep", *arguments])
-        values = flags.FlagValues()
-        holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-        values(argv)
-        config = holder.value
-    except (flags.Error, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ConfigError(errors.reason(error)) from error
-    check_fields(config)
-    check(config)
-    with contextlib.redirect_stdout(io.StringIO()):  # each member says that it is shortened
-        return shorten(config)
 
 
 def status(member: SweepMember) -> str:
@@ -218,7 +197,7 @@ def outcome(found: Sequence[SweepMember]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser("python -m bn_jax.sweep", description=__doc__)
+    parser = errors.Parser("python -m bn_jax.sweep", description=__doc__)
     add = parser.add_argument
     add("--configs", required=True, help="of bn_jax.main --list, with commas: inception,bn_x5")
     add("--scale", default="", help="digits, imagenet, ... (default: each experiment's own)")

@@ -56,8 +56,6 @@ def run(
     """
     exp = build.build(config)
     config = exp.config
-    if config.reproducible:
-        reproducible.check_devices(config, exp.mesh.size)
     recorded = RecordedActivations(exp)
     watch = watch or Watchdog()  # one that is not entered does nothing
 

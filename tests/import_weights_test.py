@@ -12,6 +12,7 @@ import pytest
 
 from bn_jax import models, ops, step
 from bn_jax.data import crops, decode
+from bn_jax.experiment.config import load
 from bn_jax.weights import importing, mapping
 from bn_jax.weights.tensor_files import TensorFile
 from configs import bn_x30
@@ -23,7 +24,7 @@ TOLERANCES = {"float32": 1e-4, "float64": 1e-10}
 
 
 def config(variant):
-    return importing.published(variant, importing.load_config(importing.DEFAULT_CONFIG))
+    return importing.published(variant, load(importing.DEFAULT_CONFIG))
 
 
 def ours(variant, tensors, images, dtype, *, background=False):

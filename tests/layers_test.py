@@ -1,4 +1,4 @@
-"""The Linen modules: drop-in for flax.linen.BatchNorm, folding, Algorithm 2, taps."""
+"""The Linen modules: drop-in for flax.linen.BatchNorm, folding, Algorithm 2, activations."""
 
 import functools
 
@@ -188,7 +188,7 @@ def test_algorithm_2_over_a_network(trained):
     assert all(total[k]["bn"]["count"] == 3 for k in "abc")
 
 
-def test_taps_are_free_unless_asked_for():
+def test_activations_are_recorded_only_where_asked_for():
     x = draw(4, 5, 5, 3)
     conv = layers.ConvBN(2, (3, 3))
     variables = conv.init(jax.random.key(0), x, train=True)

@@ -6,11 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from ml_collections import ConfigDict
-
-from bn_jax.errors import ConfigError
-from bn_jax.experiment.config import check_fields
-from configs import bn_x30
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -28,8 +23,8 @@ def run(*words, cwd=ROOT, **env):
     )
 
 
-# (words, what the line must say). One process each: the commoner mistakes; tests/validate_test.py
-# has the rest as a table.
+# (words, what the line must say). One process each: the commoner mistakes; tests/experiment/
+# config_test.py has the rest as a table.
 MISTAKES = [
     ([], "--list names them"),
     (["--config=configs/bn_x3.py"], "did you mean configs/bn_x30.py?"),
@@ -40,9 +35,9 @@ MISTAKES = [
     (["--config=configs/bn_x30.py", "--config.learning_rate=nan"], "learning_rate=nan"),
     (["--config=configs/bn_x30.py", "--config.total_steps=0"], "total_steps=0"),
     (["--config=configs/bn_x30.py:digits", "--config.batch_size=48"], "group_size"),
-    (["--confg=configs/bn_x30.py"], "Did you mean: config; --help names the options"),
-    (["--config=LICENSE"], "(LICENSE, line "),  # no Python
-    (["--config=configs/__init__.py"], "has no attribute 'get_config'"),
+    (["--confg=configs/bn_x30.py"], "unexpected argument '--confg=configs/bn_x30.py'"),
+    (["--config=LICENSE"], "(LICENSE, line "),  # not Python
+    (["--config=configs/__init__.py"], "has no function get_config()"),
     (["configs/bn_x30.py"], "unexpected argument 'configs/bn_x30.py'"),
 ]
 
@@ -62,7 +57,10 @@ OWN = [  # bodies of a config file of a user's own, and what the line says
         "c = bn_x30.get_config('digits').unlock(); del c.bn.momentum",
         "the config has no bn.momentum:",
     ),
-    ("c = bn_x30.get_config('digits'); c.lerning_rate = 1.0", "did you mean 'learning_rate'?"),
+    (
+        "c = bn_x30.get_config('digits'); c.lerning_rate = 1.0",
+        'own.py, line 5: AttributeError: \'Key "lerning_rate" does not exist',
+    ),
     (
         "c = bn_x30.get_config('digits').unlock(); c.seed = ConfigDict()",
         "Could not override field 'seed'",
@@ -71,34 +69,18 @@ OWN = [  # bodies of a config file of a user's own, and what the line says
         "c = bn_x30.get_config('digits').unlock(); c.lerning_rate = 1.0",
         "there is no field 'lerning_rate': did you mean 'learning_rate'?",
     ),
-    ("c = {}", "get_config() gives a dict, no ConfigDict: begin with a config of this package"),
+    ("c = {}", "returns a dict, not a ConfigDict: begin with a config of this package"),
 ]
 
 
 @pytest.mark.parametrize(("body", "said"), OWN, ids=lambda v: str(v)[:40])
-def test_a_config_of_ones_own_is_held_to_the_fields_of_ours(tmp_path, body, said):
+def test_a_users_own_config_must_have_the_fields_of_ours(tmp_path, body, said):
     file = tmp_path / "own.py"
     imports = "from ml_collections import ConfigDict\nfrom configs import bn_x30\n"
     file.write_text(f"{imports}\ndef get_config(scale=''):\n    {body}\n    return c\n")
     done = run(f"--config={file}", "--dry_run", cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize("value", ["fast", 0.5, True, None])
-def test_a_field_of_another_type_is_refused(value):
-    config = bn_x30.get_config("digits").to_dict()
-    with pytest.raises(ConfigError, match="^total_steps=.*: not of type int"):
-        check_fields(ConfigDict({**config, "total_steps": value}))
-    check_fields(ConfigDict({**config, "momentum": 0}))  # a whole number will do
-
-
-def test_elements_of_another_type_are_refused_and_an_unknown_model_is_left_to_validate():
-    config = bn_x30.get_config("digits")
-    record = {**config.record.to_dict(), "activations": (1,)}
-    with pytest.raises(ConfigError, match="^record.activations=.*: not of str alone"):
-        check_fields(ConfigDict({**config.to_dict(), "record": record}))
-    check_fields(ConfigDict({**config.to_dict(), "model": {"name": "MLP"}}))
 
 
 def test_without_imagenet_it_says_how_to_get_it(tmp_path):
@@ -137,9 +119,7 @@ def test_list_names_every_experiment_from_any_folder(tmp_path):
 def test_help_names_the_flags_and_succeeds():
     done = run("--help")
     assert done.returncode == 0
-    assert all(
-        word in done.stdout for word in ("--config", "--workdir", "--[no]list", "--[no]dry_run")
-    )
+    assert all(word in done.stdout for word in ("--config", "--workdir", "--list", "--dry_run"))
 
 
 def test_dry_run_prints_the_config_and_writes_nothing(tmp_path):

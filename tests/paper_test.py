@@ -103,7 +103,7 @@ def sizes_of(model, size=224, channels=3):
     return {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
 
 
-def taps(model, size):
+def map_shapes(model, size):
     """Shape [H, W, features] of every nonlinearity's input, by path."""
     images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8)
     _, sown = jax.eval_shape(
@@ -174,7 +174,7 @@ BRANCHES = (
 
 
 def test_every_module_of_fig_5():
-    seen = taps(network(), 224)
+    seen = map_shapes(network(), 224)
     for name, (filters, size) in FIG_5.items():
         before = 2 * size if name in ("3c", "4e") else size  # the reductions precede the stride
         for branch, features in zip(BRANCHES, filters, strict=True):
@@ -212,7 +212,7 @@ def test_forward_cost_of_an_image(options, gmac):
     """Multiplications of a 224 px image, in units of 1e9: 2.02 to 2.03 with the plain stem."""
     model = network(**options)
     params = traverse_util.flatten_dict(variables(model, 224, 3)["params"], sep="/")
-    maps = taps(model, 224) | {"conv1_7x7_depthwise": (112, 112, 24), "classifier": (1, 1)}
+    maps = map_shapes(model, 224) | {"conv1_7x7_depthwise": (112, 112, 24), "classifier": (1, 1)}
     cost = 0
     for path, leaf in params.items():
         if path.endswith("/kernel"):
@@ -223,9 +223,9 @@ def test_forward_cost_of_an_image(options, gmac):
 
 def test_maps_of_digits():
     """At 28 px the second stem pool is dropped: stage 3 at 7x7, 4 at 4x4, 5 at 2x2."""
-    seen = taps(network(width=0.125), 28)
+    seen = map_shapes(network(width=0.125), 28)
     assert seen["conv2_3x3"] == (7, 7, 24)
     for name, side in (("3a", 7), ("4a", 4), ("5b", 2)):
         assert seen[f"inception_{name}/conv_1x1"][:2] == (side, side)
     assert len(seen) == 69
-    assert taps(network(width=0.125), 64)["inception_3a/conv_1x1"][:2] == (8, 8)
+    assert map_shapes(network(width=0.125), 64)["inception_3a/conv_1x1"][:2] == (8, 8)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from bn_jax import layers, optim, step
 from bn_jax.layers import BatchNorm
@@ -75,6 +76,55 @@ def test_a_masked_row_changes_nothing_whatever_it_holds(junk):
     c, metrics_c = train_step(state, seven, HYPER, SEED, model=net)
     np.testing.assert_allclose(metrics_a["loss"], metrics_c["loss"], rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a.params, c.params)
+
+
+class Logits(nn.Module):
+    """A network whose logits are its pixels, and in training twice as much in an auxiliary head."""
+
+    @nn.compact
+    def __call__(self, images, *, train, mask=None):
+        scale = self.param("scale", nn.initializers.ones, ())
+        logits = scale * images[:, 0, 0].astype(jnp.float32)
+        return (logits, (2 * logits,)) if train else logits
+
+
+def test_a_masked_row_takes_no_part_in_the_auxiliary_losses():
+    rng = np.random.default_rng(0)
+    data = {
+        "image": rng.normal(size=(4, 1, 1, 3)).astype(np.float32),
+        "label": np.array([0, 2, 1, 1]),
+        "mask": np.array([True, False, True, True]),
+    }
+    params = {"scale": jnp.float32(1)}
+    grads, means, _ = step.gradients(params, {}, data, jax.random.key(0), model=Logits())
+
+    valid = data["image"][data["mask"], 0, 0]
+    picked = data["label"][data["mask"]]
+
+    def cross_entropy(logits):
+        return -np.mean(jax.nn.log_softmax(logits)[np.arange(3), picked])
+
+    main, aux = cross_entropy(valid), cross_entropy(2 * valid)
+    np.testing.assert_allclose(means["cross_entropy"], main, rtol=1e-6)
+    np.testing.assert_allclose(means["loss"], main + 0.3 * aux, rtol=1e-6)  # GoogLeNet's weight
+    spoilt = {**data, "image": data["image"].copy()}
+    spoilt["image"][1] = 100
+    again, _, _ = step.gradients(params, {}, spoilt, jax.random.key(0), model=Logits())
+    np.testing.assert_array_equal(grads["scale"], again["scale"])
+
+
+def test_top5_counts_the_first_five_places():
+    """The true class of row k has place k among seven logits; the last row is masked."""
+    logits = np.tile(np.arange(7.0, 0, -1, np.float32), (8, 1))
+    batch = {
+        "image": logits[:, None, None],
+        "label": np.array([0, 1, 2, 3, 4, 5, 6, 0]),
+        "mask": np.arange(8) < 7,
+    }
+    sums = step.eval_step({"scale": jnp.float32(1)}, {}, batch, model=Logits())
+    assert {name: int(sums[name]) for name in ("top1", "top5", "examples")} == {
+        "top1": 1, "top5": 5, "examples": 7
+    }  # fmt: skip
 
 
 def test_without_a_mask_all_rows_count():

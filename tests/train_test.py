@@ -86,6 +86,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch, st
         np.testing.assert_array_equal(array, twice[path], err_msg=path)
 
 
+def test_a_checkpoint_has_the_accuracy_of_its_own_step_or_none(whole):
+    """Saved every 10 steps, evaluated every 20."""
+    workdir, scores = whole
+    kept = {int(p.parent.name): p for p in (workdir / "checkpoints").glob("*/manifest.json")}
+    assert {30, 40} <= kept.keys()
+    metrics = {step: json.loads(kept[step].read_text())["body"]["metric"] for step in (30, 40)}
+    assert metrics == {30: None, 40: scores["top1"]}
+
+
 def test_a_finished_run_is_not_trained_again(whole, monkeypatch):
     monkeypatch.setattr(train, "compile_step", lambda *args: pytest.fail("trained again"))
     before = (whole[0] / "metrics.jsonl").read_bytes()
@@ -115,7 +124,7 @@ def test_a_run_cannot_end_before_where_it_is(whole):
     [
         ({"batch_size": 6016}, "batch_size=6016 exceeds the 4000 training examples"),
         ({"record.activation_examples": 4032}, "activation_examples=4032 exceeds the 4000"),
-        ({"data.shift": 2}, "steps_per_dispatch=5 is for undistorted data"),
+        ({"data.shift": 2}, "steps_per_dispatch=5: needs undistorted data"),
         ({"dtype": "float64"}, "JAX_ENABLE_X64=1"),
         ({"reproducible": True}, "steps_per_dispatch=5: reproducible=True takes single steps"),
     ],
@@ -215,15 +224,3 @@ def test_pictures_rest_on_the_device_where_a_dispatch_has_several_steps(tmp_path
     # float32, in two programs, the first of which has a mask
     for a, b in zip(fed, resident, strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
-
-
-def test_convolutions_take_one_step_a_dispatch_on_a_cpu(monkeypatch):
-    config = bn_x30.get_config("folder")
-    config.steps_per_dispatch = 2
-    with pytest.raises(ConfigError, match="steps_per_dispatch=2 is for undistorted data"):
-        build.check_dispatch(config)
-    config.data.crop, config.data.mirror, config.data.distortion = 1.0, False, 0.0
-    with pytest.raises(ConfigError, match="steps_per_dispatch=2 is for the MLP on a CPU"):
-        build.check_dispatch(config)
-    monkeypatch.setattr(build, "convolutions_loop_slowly", lambda: False)
-    build.check_dispatch(config)

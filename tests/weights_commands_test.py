@@ -16,6 +16,7 @@ from flax import serialization, traverse_util
 from bn_jax import export, import_weights, models
 from bn_jax.errors import ConfigError
 from bn_jax.experiment import build
+from bn_jax.experiment.config import load
 from bn_jax.weights import exporting, importing, tensor_files
 from configs import mnist_bn
 from tests.import_weights_test import cadene_names, reference
@@ -94,7 +95,7 @@ def test_imports_as_typed(here, monkeypatch, capsys):
 
 
 def import_weights_config(variant):
-    return importing.published(variant, importing.load_config(importing.DEFAULT_CONFIG))
+    return importing.published(variant, load(importing.DEFAULT_CONFIG))
 
 
 def test_exports_as_typed(here, monkeypatch, capsys):

@@ -5,15 +5,12 @@ is replicated. `jax.jit` with these shardings inserts the collectives. What a st
 depend on the number of devices, since a statistic group is a range of places in the global batch.
 """
 
-import math
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-from bn_jax.errors import ConfigError
 
 
 def make(devices: list[jax.Device] | None = None) -> Mesh:
@@ -48,25 +45,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def along_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """The sharding of a batch: cut along `axis` over all devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
-
-
-def check_batch(batch_size: int, devices: int, group_size: int | None) -> None:
-    """Raises ConfigError unless every device gets the same number of examples, at least one.
-
-    The number that the message proposes is a multiple of `group_size`, too.
-    """
-    if batch_size < devices:
-        raise ConfigError(
-            f"batch_size={batch_size} is smaller than the {devices} devices: use the scale `:pod` "
-            "(ImageNet, 32 examples a device), a larger batch or fewer devices"
-        )
-    if batch_size % devices:
-        step = math.lcm(devices, group_size or 1)
-        near = max(step, batch_size // step * step)
-        raise ConfigError(
-            f"batch_size={batch_size} is not divisible by the {devices} devices: "
-            f"use a multiple of {step}, such as {near}, or fewer devices"
-        )
 
 
 def rows(mesh: Mesh, batch_size: int) -> slice:

@@ -6,7 +6,6 @@ are an ensemble: the mean of their class probabilities. Each evaluation is recor
 (evaluations.jsonl), from which bn_jax.figures makes the table of Fig. 4.
 """
 
-import argparse
 import json
 import pathlib
 
@@ -21,7 +20,7 @@ from bn_jax.workdir import files, reader
 
 def main() -> None:
     """Scores the newest checkpoints of runs, or saved predictions."""
-    parser = argparse.ArgumentParser("python -m bn_jax.evaluate", description=__doc__)
+    parser = errors.Parser("python -m bn_jax.evaluate", description=__doc__)
     parser.add_argument(
         "--workdir", help="a run; several, with commas or as their folder, are an ensemble"
     )

@@ -13,10 +13,10 @@ from ml_collections import ConfigDict
 from bn_jax import models, optim, step
 from bn_jax.data import pipeline
 from bn_jax.distributed import mesh
-from bn_jax.distributed.mesh import along_batch, check_batch, replicated
+from bn_jax.distributed.mesh import along_batch, replicated
 from bn_jax.errors import CheckpointError, ConfigError
 from bn_jax.experiment import programs
-from bn_jax.experiment.config import check
+from bn_jax.experiment.config import check, check_data
 from bn_jax.workdir.checkpoint import Checkpoints
 from bn_jax.workdir.reader import require_record
 
@@ -48,8 +48,9 @@ def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
     Counts of steps are divided so that the number of examples seen stays the same (configs/
     inception.py, `_pod`).
     """
-    if not config.batch_per_device:
+    if not config.batch_per_device or config.batch_size < 1:  # that one is refused later
         return config
+
     config = ConfigDict(config.to_dict())
     factor = config.batch_per_device * devices / config.batch_size
     config.batch_size = config.batch_per_device * devices
@@ -60,19 +61,16 @@ def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
     return config.lock()
 
 
-def build(config: ConfigDict) -> Experiment:
-    """Everything a run needs but its state. Raises ConfigError before anything is compiled."""
-    check(config)
+def build(config: ConfigDict, *, training: bool = True) -> Experiment:
+    """Everything a run needs but its state. Raises ConfigError before anything is compiled.
+
+    training: False to evaluate a trained network only.
+    """
+    # The devices come first: at scale `pod` they decide the batch, which is then checked once.
     devices = mesh.make()
     config = for_devices(config, devices.size)
-    check(config)  # the batch may have changed
-    if config.reproducible and devices.size & (devices.size - 1):
-        raise ConfigError(
-            f"reproducible=True on {devices.size} devices: the number must be a power of two; use "
-            "fewer devices"
-        )
-    check_batch(config.batch_size, devices.size, config.bn.group_size)
-    check_dispatch(config)
+    check(config, list(devices.devices.flat), training=training)
+
     data = pipeline.open_data(config)
     check_data(config, data)
     return assemble(config, devices, data)
@@ -84,45 +82,9 @@ def assemble(config: ConfigDict, devices: Mesh, data: Any) -> Experiment:
     return Experiment(config, devices, data, model, optim.Hyper.from_config(config))
 
 
-def convolutions_loop_slowly() -> bool:
-    """Whether XLA is several times slower with a convolution inside a loop: it is on CPU."""
-    return jax.default_backend() == "cpu"
-
-
-def check_dispatch(config: ConfigDict) -> None:
-    """Raises ConfigError for several steps in one dispatch where they cannot be had."""
-    dispatch, data = config.steps_per_dispatch, config.data
-    if dispatch == 1:
-        return
-    if data.mirror or data.shift or data.distortion or data.crop < 1:
-        raise ConfigError(
-            f"steps_per_dispatch={dispatch} is for undistorted data: set it to 1, or "
-            "data.mirror=False, data.shift=0, data.distortion=0 and data.crop=1"
-        )
-    if config.model.name != "mlp" and convolutions_loop_slowly():
-        raise ConfigError(
-            f"steps_per_dispatch={dispatch} is for the MLP on a CPU, where convolutions in a loop "
-            "are several times slower: set it to 1"
-        )
-
-
-def check_data(config: ConfigDict, data: Any) -> None:
-    """Raises ConfigError for a config that does not fit its data set or its number format."""
-    data.steps_per_epoch(config.batch_size)
-    examples = config.record.activation_examples
-    if config.record.activations and examples > data.num_train:
-        raise ConfigError(
-            f"record.activation_examples={examples} exceeds the {data.num_train} training examples"
-        )
-    if config.steps_per_dispatch > 1:
-        data.resident()  # raises if the set is not held in memory
-    if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
-        raise ConfigError("dtype=float64 needs JAX_ENABLE_X64=1 in the environment")
-
-
 def from_workdir(workdir: pathlib.Path) -> Experiment:
     """The experiment that a run's run.json describes. Raises ConfigError if there is none."""
-    return build(_read_run(workdir)[0])
+    return build(_read_run(workdir)[0], training=False)
 
 
 def without_data(workdir: pathlib.Path) -> Experiment:

@@ -1,23 +1,28 @@
-"""Finding experiments: `configs/NAME.py` beside the code, or the copy that the wheel carries."""
+"""From the command line to a checked config: find the file, read it, set fields, check them.
+
+Nothing here imports jax before a config is checked, so that `--help` and a mistyped name are
+answered at once.
+"""
 
 import ast
 import difflib
-import importlib.util
 import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+import textwrap
+import traceback
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from bn_jax import optim
 from bn_jax.errors import ConfigError
-from bn_jax.models import ACTIVATIONS, PRECISIONS
-from bn_jax.models.inception import TABLE, VARIANTS
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+
+# 1. The experiments that there are.
 
 
 def configs_folder() -> pathlib.Path:
@@ -32,20 +37,17 @@ def experiment_names() -> list[str]:
 
 
 def experiments() -> str:
-    """One line an experiment: its name and what its file says first; then the scales."""
+    """One line an experiment: its name and the first sentence of its file; then the scales."""
     lines = []
     for name in experiment_names():
         doc = ast.get_docstring(ast.parse((configs_folder() / f"{name}.py").read_text())) or ""
-        lines.append(f"{name:24} {' '.join(doc.split(chr(10) * 2)[0].split())}")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Scales: imagenet (default), digits, folder, synthetic, pod;",
-            "        of mnist*: mnist (default), digits, synthetic.",
-            "Train one: python -m bn_jax.main --config=configs/bn_x30.py:digits",
-        ]
-    )
+        first = " ".join(doc.partition("\n\n")[0].split())
+        lines.append(f"{name:24} {first}")
+    scales = """
+Scales: imagenet (default), digits, folder, synthetic, pod;
+        of mnist*: mnist (default), digits, synthetic.
+Train one: python -m bn_jax.main --config=configs/bn_x30.py:digits"""
+    return "\n".join([*lines, scales])
 
 
 def run_name(config: ConfigDict) -> str:
@@ -54,318 +56,153 @@ def run_name(config: ConfigDict) -> str:
     return config.name if config.scale == default else f"{config.name}_{config.scale}"
 
 
-def check_fields(config: Any) -> None:
-    """Raises ConfigError for a config of somebody's own that is not like the root experiments':
-    a field is missing, or of another type."""
-    remedy = "begin with a config of this package, as configs/bn_x5.py does, and change its fields"
-    if not isinstance(config, ConfigDict):
-        raise ConfigError(f"get_config() gives a {type(config).__name__}, no ConfigDict: {remedy}")
-    own = dict(_fields(config))
-    name = own.get("model.name", "inception")
-    if name not in ("inception", "mlp"):
-        return  # `validate.check` names those there are
-    root = "mnist" if name == "mlp" else "inception"
-    spec = importlib.util.spec_from_file_location(root, configs_folder() / f"{root}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    wanted = dict(_fields(module.get_config()))
-    if missing := [field for field in wanted if field not in own]:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        raise ConfigError(f"the config has no {', '.join(missing[:4])}{more}: {remedy}")
-    if extra := [field for field in own if field not in wanted]:
-        close = difflib.get_close_matches(extra[0], wanted, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "nothing reads it: take it out"
-        raise ConfigError(f"there is no field {extra[0]!r}: {hint}")
-    for field, value in wanted.items():
-        kinds: tuple[type, ...] = {
-            float: (float, int),
-            tuple: (tuple, list),
-            int: (int, type(None)) if field == "bn.group_size" else (int,),
-        }.get(type(value), (type(value),))
-        found = own[field]
-        if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
-            raise ConfigError(f"{field}={found!r}: not of type {kinds[0].__name__}; correct it")
-        element = type(value[0]) if isinstance(value, tuple) and value else str
-        if isinstance(found, (tuple, list)) and not all(type(x) is element for x in found):
-            raise ConfigError(f"{field}={found!r}: not of {element.__name__} alone; correct it")
+# 2. Reading one.
 
 
-def _fields(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, (Mapping, ConfigDict)):
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def read(file: str, settings: Sequence[str] = ()) -> ConfigDict:
+    """The config of a command line, checked and locked.
 
+    Args:
+      file: NAME or PATH of a config, with a scale after a colon: configs/bn_x30.py:digits.
+      settings: what `--config.` stands before: FIELD=VALUE.
 
-def resolve(argv: list[str]) -> list[str]:
-    """The command line with `--config`'s file found: a path, or the bare name of an experiment.
+    With BN_JAX_SMOKE=1 the config is shortened (`shorten`).
 
-    Raises ConfigError, naming what comes closest, if there is no such file. The folder above the
-    file's is made importable, because experiments build on each other (`from configs import ...`).
+    Raises ConfigError with the field, its value, the limit and the remedy. Devices and the data set
+    are not looked at (see `check`).
     """
-    argv = list(argv)
-    if any(word.lstrip("-") in ("help", "helpshort", "helpfull", "h", "?") for word in argv[1:]):
-        print(f"{experiments()}\n")  # what --config may be; the flags' own help follows
-    for i, word in enumerate(argv):
-        if word in ("--config", "-config") and i + 1 < len(argv):
-            argv[i + 1] = _file(argv[i + 1])
-        elif word.startswith(("--config=", "-config=")):
-            flag, value = word.split("=", 1)
-            argv[i] = f"{flag}={_file(value)}"
-    return argv
+    config = load(file)
+    for setting in settings:
+        field, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--config.{setting}: write --config.{field}=VALUE")
+        set_field(config, field, text)
+    check(config)
+    return shorten(config).lock()
 
 
-def _file(value: str) -> str:
-    name, colon, scale = value.partition(":")
+def load(file: str) -> ConfigDict:
+    """The config of NAME or PATH[:SCALE]. Raises ConfigError, also for errors inside of the file.
+
+    The folder above the file's is made importable, because experiments build on each other
+    (`from configs import ...`), and so are the experiments of this package.
+    """
+    name, _, scale = file.partition(":")
+    path = _find(name)
+    for folder in (path.resolve().parents[1], configs_folder().parent):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+
+    config = _get_config(path, scale)
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"get_config() of {name} returns a {type(config).__name__}, not a ConfigDict: {REMEDY}"
+        )
+    return config
+
+
+def _get_config(path: pathlib.Path, scale: str = "") -> Any:
+    """Runs a config file and calls its get_config(scale)."""
+    module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+        get_config = module.__dict__.get("get_config")
+        if get_config is not None:
+            return get_config(scale) if scale else get_config()
+    except SyntaxError as error:
+        raise ConfigError(f"--config: {error}; it is to be a Python file") from None
+    except Exception as error:
+        raise ConfigError(_mistake(error, path)) from error
+    raise ConfigError(f"{path} has no function get_config(): `--list` names the experiments")
+
+
+REMEDY = "begin with a config of this package, as configs/bn_x5.py does, and change its fields"
+
+
+def _find(name: str) -> pathlib.Path:
+    """The file of a config: a path, or the bare name of an experiment.
+
+    Raises ConfigError, naming what comes closest, if there is no such file.
+    """
     path = pathlib.Path(name)
-    if not path.is_file() and path.suffix in ("", ".py") and path.parent in _KNOWN_PARENTS:
+    own = path.suffix in ("", ".py") and path.parent in (pathlib.Path(), pathlib.Path("configs"))
+    if not path.is_file() and own:
         path = configs_folder() / f"{path.stem}.py"
     if not path.is_file():
         close = difflib.get_close_matches(path.stem, experiment_names(), n=1, cutoff=0.5)
         hint = f"did you mean configs/{close[0]}.py? " if close else ""
         raise ConfigError(f"there is no config {name}: {hint}`--list` names them all")
-    parent = str(path.resolve().parent.parent)
-    if parent not in sys.path:
-        sys.path.append(parent)
-    return f"{path}{colon}{scale}"
+    return path
 
 
-_KNOWN_PARENTS = (pathlib.Path(), pathlib.Path("configs"))
+def _mistake(error: Exception, path: pathlib.Path) -> str:
+    """One line about an error in a config file: where in the file, and what Python says."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    where = f"{path}, line {lines[-1]}: " if lines else f"{path}: "
+    if isinstance(error, ValueError):
+        return f"{where}{error}"  # of an unknown scale: the whole sentence
+    # ml_collections lists all fields of a locked config behind a misspelt one.
+    return where + textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
 
 
-# Whether a config can be trained, decided from its values alone: no device, data set or disk.
-#
-# What needs more is checked where it is known: the number of devices in `mesh.check_batch`, the
-# data set in `data.pipeline`, the paths of activations in `activations.Taps`.
+# Fields that may be None, and their type if they are not.
+OPTIONAL: dict[str, type] = {"bn.group_size": int}
 
 
-MODELS = ("inception", "mlp")
-NORMS = ("none", "batch_norm")
-DTYPES = ("float32", "bfloat16", "float64")
-SHUFFLES = ("none", "within_shard", "global")
-LARGEST = 2**31 - 1  # steps and seeds are int32 on the device
-INF = math.inf
+def set_field(config: ConfigDict, field: str, text: str) -> None:
+    """Sets a field to a value of the command line, which has the type of the value before.
+
+    Numbers and tuples are written as in Python; true, false, 1 and 0 are taken for booleans. Raises
+    ConfigError for an unknown field, naming what comes closest, and for a value of another type.
+    """
+    known = dict(fields(config))
+    if field not in known:
+        close = difflib.get_close_matches(field, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "--dry_run prints them all"
+        raise ConfigError(f"the config has no field {field!r}: {hint}")
+
+    kind = OPTIONAL.get(field, type(known[field]))
+    try:
+        value = None if text == "None" and field in OPTIONAL else _parse(text, kind)
+    except (ValueError, SyntaxError):
+        raise ConfigError(f"{field}={text}: not of type {kind.__name__}; correct it") from None
+
+    *groups, name = field.split(".")
+    for group in groups:
+        config = config[group]
+    config[name] = value
 
 
-def check(config: ConfigDict) -> None:
-    """Raises ConfigError with the field, its value, the limit and the remedy, or returns None."""
-    _optimization(config)
-    _network(config)
-    _normalization(config)
-    _data(config)
-    _records(config)
-    _reproducible(config)
+def _parse(text: str, kind: type) -> Any:
+    """A value of the command line. Raises ValueError or SyntaxError."""
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(text)
+        return text.lower() in ("true", "1")
+    if kind is tuple:
+        value = ast.literal_eval(text)
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return kind(text)
 
 
-def _optimization(config: ConfigDict) -> None:
-    _number(
-        config, "learning_rate", 0, INF, low_open=True, hint="the paper's rates: 0.0015 to 0.045"
-    )
-    _number(config, "momentum", 0, 1, high_open=True, hint="0.9 is usual, 0 for plain SGD")
-    _number(config, "decay_rate", 0, 1, low_open=True, hint="0.96 in the paper, 1 for none")
-    _number(config, "decay_examples", 0, INF, low_open=True, hint="8 epochs in the paper")
-    _number(config, "l2", 0, INF, hint="0.001 or 0.0002, 0 for none")
-    _choice(config, "learning_rate_scaling", optim.SCALINGS)
-    _number(config, "warmup_examples", 0, INF, hint="0 for none, 5 epochs are usual")
-    scaling = config.learning_rate_scaling
-    if scaling != "none" and config.bn.group_size is None:
-        raise _error(
-            config,
-            "learning_rate_scaling",
-            "bn.group_size=None does not say for how many examples learning_rate is",
-            "set bn.group_size=32",
-        )
-    if scaling == "none" and config.warmup_examples:
-        raise _error(
-            config,
-            "warmup_examples",
-            "goes from the unscaled rate to the scaled, and learning_rate_scaling='none'",
-            "set that to linear or sqrt",
-        )
-    _integer(config, "batch_size", 1, hint="32 in the paper")
-    _integer(config, "batch_per_device", 0, hint="0 to use batch_size as it stands")
-    _integer(config, "total_steps", 1, hint="train for at least one step")
-    _integer(config, "seed", 0, hint="any number from 0 on")
-    _integer(config, "steps_per_dispatch", 1, hint="above 1 for small networks on data in memory")
-
-
-def _network(config: ConfigDict) -> None:
-    _choice(config, "activation", tuple(ACTIVATIONS))
-    _choice(config, "norm", NORMS)
-    _choice(config, "dtype", DTYPES)
-    _choice(config, "precision", tuple(PRECISIONS))
-    _number(config, "dropout", 0, 1, high_open=True, hint="0.4 in Inception, 0 for none")
-    _choice(config, "model.name", MODELS)
-    if config.model.name == "mlp":
-        _integer(config, "image_size", 1, 4096, hint="28 for MNIST")
-        _number(config, "model.init_std", 0, INF, low_open=True, hint="a small number such as 0.1")
-        _number(config, "model.threshold", 0, 1, high_open=True, hint="0.5 is usual")
-        if not config.model.widths or min(config.model.widths) < 1:
-            raise _error(
-                config,
-                "model.widths",
-                "not one or more positive numbers of units",
-                "(100, 100, 100)",
-            )
-        if config.lrn:
-            raise _error(config, "lrn", "not an option of model.name='mlp'", "set it to False")
-        return
-    _integer(config, "image_size", 16, 4096, hint="224 in the paper, 28 for digits")
-    _choice(config, "model.variant", tuple(VARIANTS))
-    _number(config, "model.width", 0, 16, low_open=True, hint="1 is the paper's network")
-    _number(config, "model.init_scale", 0, INF, low_open=True, hint="1 is Glorot's")
-    modules = [f"inception_{row.name}" for row in TABLE]
-    for name in config.bn.per_activation:
-        if name not in modules:
-            raise _error(
-                config,
-                "bn.per_activation",
-                f"{name!r} is no module",
-                f"choose from {', '.join(modules)}",
-            )
-    if config.bn.per_activation and config.norm == "none":
-        raise _error(config, "bn.per_activation", "there is no BN (norm='none')", "set it to ()")
-
-
-def _normalization(config: ConfigDict) -> None:
-    _number(config, "bn.epsilon", 0, INF, hint="1e-3 is usual")
-    _number(
-        config, "bn.momentum", 0, 1, high_open=True, hint="0.99 is usual: the share that is kept"
-    )
-    group = config.bn.group_size
-    if group is None:
-        smallest = config.batch_per_device or config.batch_size
-        if config.norm == "batch_norm" and smallest < 2:
-            raise _error(config, "batch_size", "BN needs at least 2 examples", "set batch_size=32")
-        return
-    _integer(config, "bn.group_size", 2, hint="32 in the paper; batch_size for the whole batch")
-    if config.norm == "none":
-        return
-    for field in ("batch_size", "record.activation_examples"):
-        value = _get(config, field)
-        if value % group:
-            near = max(group, value // group * group)
-            raise _error(
-                config,
-                field,
-                f"not divisible by bn.group_size={group}",
-                f"use a multiple, such as {near}",
-            )
-
-
-def _reproducible(config: ConfigDict) -> None:
-    """A batch of 2^k groups, of which every device gets as many (reproducible.py)."""
-    if not config.reproducible:
-        return
-    group = config.bn.group_size
-    if group is None:
-        raise _error(
-            config, "bn.group_size", "reproducible=True needs groups of fixed size", "set it to 32"
-        )
-    field = "batch_per_device" if config.batch_per_device else "batch_size"
-    size = _get(config, field)
-    groups = size // group
-    if size % group or groups & (groups - 1):
-        near = group << max(0, groups.bit_length() - 1)
-        raise _error(
-            config,
-            field,
-            f"reproducible=True needs bn.group_size={group} times a power of two",
-            f"use {near} or {2 * near}",
-        )
-    if config.steps_per_dispatch > 1:
-        raise _error(
-            config, "steps_per_dispatch", "reproducible=True takes single steps", "set it to 1"
-        )
-
-
-def _data(config: ConfigDict) -> None:
-    data = config.data
-    if not data.name:
-        raise _error(config, "data.name", "empty", "name a data set, such as digits")
-    _choice(config, "data.shuffle", SHUFFLES)
-    _number(config, "data.crop", 0, 1, low_open=True, hint="0.08 in GoogLeNet, 1 for no crop")
-    _integer(config, "data.shift", 0, config.image_size // 2, hint="a few pixels, 0 for none")
-    _number(config, "data.distortion", 0, 1, hint="0 for none")
-    _number(config, "data.holdout", 0, 1, high_open=True, hint="0 evaluates the test split")
-
-
-def _records(config: ConfigDict) -> None:
-    for field in ("eval_every", "checkpoint_every", "log_every", "record.activation_every"):
-        _integer(config, field, 1, hint="a number of steps; total_steps for once, at the end")
-    _number(config, "checkpoint_wait", 0, INF, hint="0.04 is usual, 1e9 to wait for every save")
-    for field in (
-        "eval_batch_size",
-        "statistics_batches",
-        "record.activation_examples",
-        "keep_last",
-    ):
-        _integer(config, field, 1, hint="at least one")
-    _integer(config, "keep_best", 0, hint="0 keeps the last ones only")
-    for path in config.record.activations:
-        if not path.endswith(("/input", "/pre_bn")):
-            raise _error(
-                config, "record.activations", f"{path!r} is no tap", "end it with /input or /pre_bn"
-            )
-        if path.endswith("/pre_bn") and config.norm == "none":
-            raise _error(
-                config,
-                "record.activations",
-                f"{path!r} needs BN (norm='none')",
-                "record /input instead",
-            )
-
-
-def _get(config: ConfigDict, field: str) -> Any:
-    for name in field.split("."):
-        config = config[name]
-    return config
-
-
-def _error(config: ConfigDict, field: str, limit: str, remedy: str) -> ConfigError:
-    return ConfigError(f"{field}={_get(config, field)!r}: {limit}; {remedy}")
-
-
-def _number(
-    config: ConfigDict,
-    field: str,
-    low: float,
-    high: float,
-    *,
-    low_open: bool = False,
-    high_open: bool = False,
-    hint: str,
-) -> None:
-    """A finite number between the limits."""
-    value = _get(config, field)
-    above = value > low if low_open else value >= low
-    below = value < high if high_open else value <= high
-    if not (math.isfinite(value) and above and below):  # comparisons with NaN are False
-        start, end = "(" if low_open else "[", ")" if high_open or high == INF else "]"
-        raise _error(config, field, f"not in {start}{low:g}, {high:g}{end}", hint)
-
-
-def _integer(config: ConfigDict, field: str, low: int, high: int = LARGEST, *, hint: str) -> None:
-    value = _get(config, field)
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise _error(config, field, f"not a whole number from {low} to {high}", hint)
-
-
-def _choice(config: ConfigDict, field: str, choices: tuple[str, ...]) -> None:
-    if _get(config, field) not in choices:
-        raise _error(config, field, "unknown", f"choose from {', '.join(choices)}")
-
-
-# BN_JAX_SMOKE=1: documented commands in seconds, to see that they run; results mean nothing.
+def fields(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All fields with their values; `model.width` is a field, `model` is not."""
+    for name, value in tree.items():
+        if isinstance(value, (Mapping, ConfigDict)):
+            yield from fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def shorten(config: ConfigDict) -> ConfigDict:
-    """The config cut to two dispatches and one evaluation if BN_JAX_SMOKE=1, else as it is."""
-    if os.environ.get("BN_JAX_SMOKE") != "1":
+    """The config cut to two dispatches and one evaluation if BN_JAX_SMOKE=1, else as it is.
+
+    Documented commands then end in seconds: one sees that they run, and results mean nothing.
+    """
+    if not smoke():
         return config
-    print("BN_JAX_SMOKE=1: a shortened run, its results mean nothing", flush=True)
+
     short = ConfigDict(config.to_dict())
     steps = 2 * config.steps_per_dispatch
     short.total_steps = min(config.total_steps, steps)
@@ -374,4 +211,313 @@ def shorten(config: ConfigDict) -> ConfigDict:
     short.record.activation_every = min(config.record.activation_every, steps)
     short.statistics_batches = 1
     short.scale = f"{config.scale}_smoke"  # the default workdir is not the real run's
-    return short.lock()
+    return short
+
+
+def smoke() -> bool:
+    """Whether BN_JAX_SMOKE=1 asks for shortened runs."""
+    return os.environ.get("BN_JAX_SMOKE") == "1"
+
+
+# 3. Checking one.
+
+MODELS = ("inception", "mlp")
+NORMS = ("none", "batch_norm")
+DTYPES = ("float32", "bfloat16", "float64")
+SHUFFLES = ("none", "within_shard", "global")
+LARGEST = 2**31 - 1  # steps and seeds are int32 on the device
+
+
+def check(
+    config: ConfigDict, devices: Sequence[Any] | None = None, *, training: bool = True
+) -> None:
+    """Raises ConfigError with the field, its value, the limit and the remedy, or returns None.
+
+    Args:
+      config: of this run (`build.for_devices`) where devices are given.
+      devices: those of the run; None where they are not known yet, as on the command line.
+      training: False where a trained network is only evaluated.
+
+    `check_data` goes on where this ends: the data set is opened with a config that is checked.
+    """
+    _check_fields(config)
+    rules = _Rules(config)
+    _check_optimization(config, rules)
+    _check_network(config, rules)
+    _check_input(config, rules)
+    _check_records(config, rules)
+    _check_groups(config, rules)
+    if devices is not None:
+        _check_devices(config, rules, devices, training)
+
+
+def check_data(config: ConfigDict, data: Any) -> None:
+    """Raises ConfigError for a config that does not fit its data set (`data.pipeline.Data`)."""
+    data.steps_per_epoch(config.batch_size)  # raises if there is not one full batch
+    examples = config.record.activation_examples
+    if config.record.activations and examples > data.num_train:
+        raise ConfigError(
+            f"record.activation_examples={examples} exceeds the {data.num_train} training examples"
+        )
+    if config.steps_per_dispatch > 1:
+        data.resident()  # raises if the set is not held in memory
+
+
+def _check_fields(config: ConfigDict) -> None:
+    """A config that somebody wrote has the fields of the root experiments, of the same types."""
+    own = dict(fields(config))
+    name = own.get("model.name", "inception")
+    if name not in MODELS:
+        return  # _check_network says which there are
+    root = "mnist" if name == "mlp" else "inception"
+    wanted = dict(fields(_get_config(configs_folder() / f"{root}.py")))
+
+    if missing := [field for field in wanted if field not in own]:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ConfigError(f"the config has no {', '.join(missing[:4])}{more}: {REMEDY}")
+    if extra := [field for field in own if field not in wanted]:
+        close = difflib.get_close_matches(extra[0], wanted, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "nothing reads it: take it out"
+        raise ConfigError(f"there is no field {extra[0]!r}: {hint}")
+
+    for field, value in wanted.items():
+        _check_type(field, own[field], value)
+
+
+def _check_type(field: str, found: Any, example: Any) -> None:
+    if found is None and field in OPTIONAL:
+        return
+    kind: Any = type(example)
+    # A whole number will do for a float, and a list for a tuple: run.json has lists.
+    allowed = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
+    if not isinstance(found, allowed) or (isinstance(found, bool) and kind is not bool):
+        raise ConfigError(f"{field}={found!r}: not of type {kind.__name__}; correct it")
+
+    if kind is tuple:
+        element = type(example[0]) if example else str
+        if not all(type(x) is element for x in found):
+            raise ConfigError(f"{field}={found!r}: not of {element.__name__} alone; correct it")
+
+
+class _Rules:
+    """The forms that most rules have, for the fields of one config."""
+
+    def __init__(self, config: ConfigDict):
+        self._values = dict(fields(config))
+
+    def error(self, field: str, limit: str, remedy: str) -> ConfigError:
+        """The error of a field: value, limit and remedy in one line."""
+        return ConfigError(f"{field}={self._values[field]!r}: {limit}; {remedy}")
+
+    def number(
+        self,
+        field: str,
+        hint: str,
+        *,
+        above: float | None = None,
+        at_least: float = 0,
+        below: float = math.inf,
+        at_most: float | None = None,
+    ) -> None:
+        """A finite number within limits; `above` and `below` are not allowed themselves."""
+        value = self._values[field]
+        high = value < below if at_most is None else value <= at_most
+        low = value >= at_least if above is None else value > above
+        if math.isfinite(value) and low and high:  # comparisons with NaN are False
+            return
+        start = f"[{at_least:g}" if above is None else f"({above:g}"
+        end = f"{below:g})" if at_most is None else f"{at_most:g}]"
+        raise self.error(field, f"not in {start}, {end}", hint)
+
+    def whole(self, field: str, hint: str, *, at_least: int = 1, at_most: int = LARGEST) -> None:
+        """A whole number within limits, which are allowed."""
+        if not at_least <= self._values[field] <= at_most:
+            raise self.error(field, f"not a whole number from {at_least} to {at_most}", hint)
+
+    def choice(self, field: str, choices: Sequence[str]) -> None:
+        """One of a few words."""
+        if self._values[field] not in choices:
+            raise self.error(field, "unknown", f"choose from {', '.join(choices)}")
+
+
+def _check_optimization(config: ConfigDict, rules: _Rules) -> None:
+    rules.number("learning_rate", "the paper's rates are 0.0015 to 0.045", above=0)
+    rules.number("momentum", "0.9 is usual, 0 for plain SGD", below=1)
+    rules.number("decay_rate", "0.96 in the paper, 1 for none", above=0, at_most=1)
+    rules.number("decay_examples", "8 epochs in the paper", above=0)
+    rules.number("l2", "0.001 or 0.0002, 0 for none")
+    rules.whole("total_steps", "train for at least one step")
+    rules.whole("seed", "any number from 0 on", at_least=0)
+
+    rules.choice("learning_rate_scaling", ("none", "linear", "sqrt"))
+    rules.number("warmup_examples", "0 for none, 5 epochs are usual")
+    if config.learning_rate_scaling != "none" and config.bn.group_size is None:
+        raise rules.error(
+            "learning_rate_scaling",
+            "bn.group_size=None does not say for how many examples learning_rate is",
+            "set bn.group_size=32",
+        )
+    if config.learning_rate_scaling == "none" and config.warmup_examples:
+        raise rules.error(
+            "warmup_examples",
+            "goes from the unscaled rate to the scaled, and learning_rate_scaling='none'",
+            "set that to linear or sqrt",
+        )
+
+
+def _check_network(config: ConfigDict, rules: _Rules) -> None:
+    # Imported here because flax takes a second.
+    from bn_jax.models import ACTIVATIONS, PRECISIONS
+    from bn_jax.models.inception import TABLE, VARIANTS
+
+    rules.choice("activation", tuple(ACTIVATIONS))
+    rules.choice("norm", NORMS)
+    rules.choice("dtype", DTYPES)
+    rules.choice("precision", tuple(PRECISIONS))
+    rules.number("dropout", "0.4 in Inception, 0 for none", below=1)
+    rules.number("bn.epsilon", "1e-3 is usual")
+    rules.number("bn.momentum", "0.99 is usual: the share that is kept", below=1)
+    rules.choice("model.name", MODELS)
+
+    if config.model.name == "mlp":
+        rules.whole("image_size", "28 for MNIST", at_most=4096)
+        rules.number("model.init_std", "a small number such as 0.1", above=0)
+        rules.number("model.threshold", "0.5 is usual", below=1)
+        if not config.model.widths or min(config.model.widths) < 1:
+            limit = "not one or more positive numbers of units"
+            raise rules.error("model.widths", limit, "(100, 100, 100)")
+        if config.lrn:
+            raise rules.error("lrn", "not an option of model.name='mlp'", "set it to False")
+        return
+
+    rules.whole("image_size", "224 in the paper, 28 for digits", at_least=16, at_most=4096)
+    rules.choice("model.variant", tuple(VARIANTS))
+    rules.number("model.width", "1 is the paper's network", above=0, at_most=16)
+    rules.number("model.init_scale", "1 is Glorot's", above=0)
+    modules = [f"inception_{row.name}" for row in TABLE]
+    for name in config.bn.per_activation:
+        if name not in modules:
+            known = f"choose from {', '.join(modules)}"
+            raise rules.error("bn.per_activation", f"{name!r} is not a module", known)
+    if config.bn.per_activation and config.norm == "none":
+        raise rules.error("bn.per_activation", "there is no BN (norm='none')", "set it to ()")
+
+
+def _check_input(config: ConfigDict, rules: _Rules) -> None:
+    if not config.data.name:
+        raise rules.error("data.name", "empty", "name a data set, such as digits")
+    rules.choice("data.shuffle", SHUFFLES)
+    rules.number("data.crop", "0.08 in GoogLeNet, 1 for no crop", above=0, at_most=1)
+    half = config.image_size // 2
+    rules.whole("data.shift", "a few pixels, 0 for none", at_least=0, at_most=half)
+    rules.number("data.distortion", "0 for none", at_most=1)
+    rules.number("data.holdout", "0 evaluates the test split", below=1)
+
+    rules.whole("steps_per_dispatch", "above 1 for small networks on data in memory")
+    distorted = config.data.mirror or config.data.shift or config.data.distortion
+    if config.steps_per_dispatch > 1 and (distorted or config.data.crop < 1):
+        raise rules.error(
+            "steps_per_dispatch",
+            "needs undistorted data",
+            "set it to 1, or data.mirror=False, data.shift=0, data.distortion=0 and data.crop=1",
+        )
+
+
+def _check_records(config: ConfigDict, rules: _Rules) -> None:
+    for field in ("eval_every", "checkpoint_every", "log_every", "record.activation_every"):
+        rules.whole(field, "a number of steps; total_steps for once, at the end")
+    for field in ("eval_batch_size", "statistics_batches", "keep_last"):
+        rules.whole(field, "at least one")
+    rules.whole("record.activation_examples", "at least one")
+    rules.whole("keep_best", "0 keeps the last ones only", at_least=0)
+    rules.number("checkpoint_wait", "0.04 is usual, 1e9 to wait for every save")
+
+    for path in config.record.activations:
+        field = "record.activations"
+        if not path.endswith(("/input", "/pre_bn")):
+            limit = f"{path!r} does not say what to record of the layer"
+            raise rules.error(field, limit, "end it with /input or /pre_bn")
+        if path.endswith("/pre_bn") and config.norm == "none":
+            raise rules.error(field, f"{path!r} needs BN (norm='none')", "record /input instead")
+
+
+def _check_groups(config: ConfigDict, rules: _Rules) -> None:
+    """The batch, and the statistic groups of bn.group_size examples that it consists of."""
+    rules.whole("batch_size", "32 in the paper")
+    rules.whole("batch_per_device", "0 to use batch_size as it stands", at_least=0)
+    group = config.bn.group_size
+    if group is not None:
+        rules.whole("bn.group_size", "32 in the paper; None for the whole batch", at_least=2)
+
+    if config.norm == "batch_norm":
+        if group is None and (config.batch_per_device or config.batch_size) < 2:
+            raise rules.error("batch_size", "BN needs at least 2 examples", "set batch_size=32")
+        sizes = {
+            "batch_size": config.batch_size,
+            "record.activation_examples": config.record.activation_examples,
+        }
+        for field, size in sizes.items():
+            if group is not None and size % group:
+                near = max(group, size // group * group)
+                limit = f"not divisible by bn.group_size={group}"
+                raise rules.error(field, limit, f"use a multiple, such as {near}")
+
+    if not config.reproducible:
+        return
+    # The sum over the groups is a binary tree (reproducible.py).
+    if group is None:
+        limit = "reproducible=True needs groups of fixed size"
+        raise rules.error("bn.group_size", limit, "set it to 32")
+    field = "batch_per_device" if config.batch_per_device else "batch_size"
+    size = config.batch_per_device or config.batch_size
+    if size % group or not _power_of_two(size // group):
+        near = group << max(0, (size // group).bit_length() - 1)
+        limit = f"reproducible=True needs bn.group_size={group} times a power of two"
+        raise rules.error(field, limit, f"use {near} or {2 * near}")
+    if config.steps_per_dispatch > 1:
+        limit = "reproducible=True takes single steps"
+        raise rules.error("steps_per_dispatch", limit, "set it to 1")
+
+
+def _check_devices(
+    config: ConfigDict, rules: _Rules, devices: Sequence[Any], training: bool
+) -> None:
+    """Every device gets as many examples as the others, at least one."""
+    count, batch, group = len(devices), config.batch_size, config.bn.group_size
+    if batch < count:
+        raise ConfigError(
+            f"batch_size={batch} is smaller than the {count} devices: use the scale `:pod` "
+            "(ImageNet, 32 examples a device), a larger batch or fewer devices"
+        )
+    if batch % count:
+        multiple = math.lcm(count, group or 1)  # of whole groups, too
+        near = max(multiple, batch // multiple * multiple)
+        raise ConfigError(
+            f"batch_size={batch} is not divisible by the {count} devices: "
+            f"use a multiple of {multiple}, such as {near}, or fewer devices"
+        )
+    if config.dtype == "float64":
+        import jax
+
+        if not jax.config.read("jax_enable_x64"):
+            raise ConfigError("dtype=float64 needs JAX_ENABLE_X64=1 in the environment")
+    if not training:
+        return
+
+    if config.reproducible and (count > batch // group or not _power_of_two(count)):
+        raise ConfigError(
+            f"reproducible=True on {count} devices: batch_size={batch} in groups of "
+            f"bn.group_size={group} needs a power of two of at most {batch // group} "
+            "devices; use fewer, a larger batch_size, or reproducible=False"
+        )
+    convolutions = config.model.name != "mlp"
+    if config.steps_per_dispatch > 1 and convolutions and devices[0].platform == "cpu":
+        raise rules.error(
+            "steps_per_dispatch",
+            "is only for the MLP on a CPU, where convolutions in a loop are several times slower",
+            "set it to 1",
+        )
+
+
+def _power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0

@@ -26,28 +26,12 @@ from flax import traverse_util
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec, SingleDeviceSharding
-from ml_collections import ConfigDict
 
 from bn_jax import step as steps
 from bn_jax.distributed import mesh
-from bn_jax.errors import ConfigError
 from bn_jax.experiment.build import Experiment
 from bn_jax.layers import BatchNorm
 from bn_jax.step import dropout_key, gradients
-
-
-def check_devices(config: ConfigDict, devices: int) -> None:
-    """Raises ConfigError unless every device gets the same power of two of whole groups.
-
-    config: checked by `validate.check`, so batch_size = bn.group_size x 2^k.
-    """
-    groups = config.batch_size // config.bn.group_size
-    if devices > groups or devices & (devices - 1):
-        raise ConfigError(
-            f"reproducible=True on {devices} devices: batch_size={config.batch_size} in groups of "
-            f"bn.group_size={config.bn.group_size} needs a power of two of at most {groups} "
-            "devices; use fewer, a larger batch_size, or reproducible=False"
-        )
 
 
 class Step:

@@ -6,7 +6,6 @@ of runs as bn_jax.sweep leaves it (Fig. 2, the table of Fig. 3, ablations). Wher
 were recorded (bn_jax.evaluate), the table of Fig. 4 is made of them.
 """
 
-import argparse
 import pathlib
 
 from bn_jax import errors
@@ -17,7 +16,7 @@ from bn_jax.workdir import files
 
 def main() -> None:
     """Draws what the folder holds."""
-    parser = argparse.ArgumentParser("python -m bn_jax.figures", description=__doc__)
+    parser = errors.Parser("python -m bn_jax.figures", description=__doc__)
     parser.add_argument(
         "--workdir", required=True, type=pathlib.Path, help="a run, or a folder of runs"
     )

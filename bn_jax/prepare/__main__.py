@@ -8,7 +8,7 @@ from bn_jax import errors
 
 def main() -> None:
     """Reads the command line and does what it says."""
-    parser = argparse.ArgumentParser(prog="python -m bn_jax.prepare", description=__doc__)
+    parser = errors.Parser(prog="python -m bn_jax.prepare", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     imagenet = commands.add_parser(

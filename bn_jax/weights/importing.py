@@ -1,10 +1,8 @@
 """Weights of other implementations as a run of this one."""
 
-import importlib.util
 import json
 import pathlib
 import shutil
-import sys
 from typing import Any
 
 import jax
@@ -14,7 +12,6 @@ from ml_collections import ConfigDict
 
 from bn_jax import models, optim, step
 from bn_jax.errors import ConfigError
-from bn_jax.experiment.config import configs_folder, resolve
 from bn_jax.weights import mapping, tensor_files
 from bn_jax.workdir import files, recorder
 from bn_jax.workdir.checkpoint import Checkpoints
@@ -26,21 +23,6 @@ VARIANTS = {
     "flax": "our own names, as flax.serialization or bn_jax.export write them",
 }
 DEFAULT_CONFIG = "configs/bn_baseline.py"
-
-
-def load_config(name: str) -> ConfigDict:
-    """The config of configs/NAME.py[:SCALE]; runs that file. Raises ConfigError."""
-    path, _, scale = resolve([f"--config={name}"])[0].removeprefix("--config=").partition(":")
-    if "configs" not in sys.modules and str(configs_folder().parent) not in sys.path:
-        sys.path.append(str(configs_folder().parent))
-    spec = importlib.util.spec_from_file_location("bn_jax_experiment", path)
-    assert spec is not None and spec.loader is not None  # a .py file has both
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        return module.get_config(scale) if scale else module.get_config()
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{name}: {error}") from None
 
 
 def recorded_config(path: pathlib.Path, file: tensor_files.TensorFile) -> ConfigDict:

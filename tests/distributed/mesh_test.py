@@ -8,16 +8,6 @@ from bn_jax.distributed import mesh, startup
 from bn_jax.errors import ConfigError
 
 
-def test_every_device_gets_the_same_number_of_examples():
-    mesh.check_batch(32, 8, 32)
-    with pytest.raises(ConfigError, match="30 is not divisible by the 8 devices.* such as 24"):
-        mesh.check_batch(30, 8, None)
-    with pytest.raises(ConfigError, match="32 is not divisible by the 5 devices.* such as 160"):
-        mesh.check_batch(32, 5, 32)  # 30 would cut a group
-    with pytest.raises(ConfigError, match="4 is smaller than the 8 devices.*:pod"):
-        mesh.check_batch(4, 8, 4)
-
-
 def test_a_batch_is_cut_along_its_first_axis():
     devices = mesh.make()
     assert devices.size == 8 and mesh.rows(devices, 16) == slice(0, 16)

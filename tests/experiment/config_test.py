@@ -2,11 +2,13 @@
 
 import importlib
 import math
+from types import SimpleNamespace
 
 import pytest
+from ml_collections import ConfigDict
 
 from bn_jax.errors import ConfigError
-from bn_jax.experiment.config import check
+from bn_jax.experiment.config import OPTIONAL, check, fields, read
 
 # config:scale, the wrong values, what the one line must say
 WRONG = [
@@ -71,7 +73,7 @@ WRONG = [
     (
         "bn_x30:digits",
         {"bn.per_activation": ("5b",)},
-        "'5b' is no module; choose from inception_3a",
+        "'5b' is not a module; choose from inception_3a",
     ),
     ("ensemble_4:digits", {"norm": "none"}, "bn.per_activation=('inception_5b',): there is no BN"),
     ("bn_x30:digits", {"data.name": ""}, "data.name='': empty"),
@@ -141,3 +143,150 @@ def test_the_limits_themselves_are_accepted():
     config.norm, config.batch_size = "none", 7  # without BN no group has to divide the batch
     config.record.activations = ()
     check(config)
+
+
+def device(platform="cpu"):
+    return SimpleNamespace(platform=platform)
+
+
+def config(experiment="bn_x30", **changes) -> ConfigDict:
+    found = importlib.import_module(f"configs.{experiment}").get_config("digits")
+    found.update_from_flattened_dict(changes)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("batch", "group", "devices", "said"),
+    [
+        (30, None, 8, "batch_size=30 is not divisible by the 8 devices.* such as 24"),
+        (
+            32,
+            32,
+            5,
+            "batch_size=32 is not divisible by the 5 devices.* such as 160",
+        ),  # 30: no group
+        (4, 4, 8, "batch_size=4 is smaller than the 8 devices.*:pod"),
+    ],
+)
+def test_every_device_gets_the_same_number_of_examples(batch, group, devices, said):
+    wrong = config(batch_size=batch, **{"bn.group_size": group, "record.activation_examples": 32})
+    check(wrong)
+    check(wrong, [device()])
+    with pytest.raises(ConfigError, match=said):
+        check(wrong, [device()] * devices)
+    check(config(), [device()] * 8)
+
+
+@pytest.mark.parametrize(
+    ("batch", "group", "devices", "fits"),
+    [
+        (256, 32, 1, True),
+        (256, 32, 8, True),
+        (256, 32, 16, False),  # half a group each
+        (256, 32, 32, False),
+        (32, 32, 1, True),
+        (32, 32, 2, False),
+    ],
+)
+def test_reproducible_devices_get_a_power_of_two_of_whole_groups(batch, group, devices, fits):
+    changed = config(batch_size=batch, reproducible=True, **{"bn.group_size": group})
+    if fits:
+        return check(changed, [device()] * devices)
+    with pytest.raises(ConfigError, match=f"on {devices} devices: batch_size={batch} in") as error:
+        check(changed, [device()] * devices)
+    assert error.value.exit_code == 2
+    check(changed, [device()] * devices, training=False)  # it can be evaluated there
+
+
+def test_reproducible_needs_a_power_of_two_of_devices():
+    changed = config(batch_size=192, norm="none", reproducible=True, **{"bn.group_size": 3})
+    with pytest.raises(ConfigError, match="power of two of at most 64 devices"):
+        check(changed, [device()] * 3)
+
+
+def test_convolutions_take_one_step_a_dispatch_on_a_cpu():
+    plain = {"data.shift": 0, "data.distortion": 0.0}
+    with pytest.raises(ConfigError, match="steps_per_dispatch=2: needs undistorted data"):
+        check(config(steps_per_dispatch=2))
+    changed = config(steps_per_dispatch=2, **plain)
+    check(changed, [device("gpu")])
+    check(changed, [device("cpu")], training=False)
+    with pytest.raises(ConfigError, match="steps_per_dispatch=2: is only for the MLP on a CPU"):
+        check(changed, [device("cpu")])
+
+
+@pytest.mark.parametrize("value", ["fast", 0.5, True, None])
+def test_a_field_of_another_type_is_refused(value):
+    with pytest.raises(ConfigError, match="^total_steps=.*: not of type int"):
+        check(ConfigDict({**config().to_dict(), "total_steps": value}))
+    check(ConfigDict({**config().to_dict(), "momentum": 0}))  # a whole number will do
+
+
+def test_elements_of_another_type_are_refused():
+    record = {**config().record.to_dict(), "activations": (1,)}
+    with pytest.raises(ConfigError, match="^record.activations=.*: not of str alone"):
+        check(ConfigDict({**config().to_dict(), "record": record}))
+
+
+def test_missing_and_unknown_fields_are_refused():
+    with pytest.raises(ConfigError, match="the config has no activation, batch_per_device, "):
+        check(ConfigDict({"learning_rate": 0.1}))
+    with pytest.raises(ConfigError, match="there is no field 'lerning_rate': did you mean 'learn"):
+        check(ConfigDict({**config().to_dict(), "lerning_rate": 1.0}))
+
+
+SETTINGS = [  # of the command line, and the value
+    ("learning_rate", "1e-3", 0.001),
+    ("learning_rate", "1", 1.0),
+    ("batch_size", "64", 64),
+    ("lrn", "True", True),
+    ("data.mirror", "false", False),
+    ("data.mirror", "1", True),
+    ("data.dir", "~/a=b", "~/a=b"),
+    ("bn.group_size", "None", None),
+    ("bn.group_size", "16", 16),
+    ("bn.per_activation", "('inception_5b',)", ("inception_5b",)),
+    ("bn.per_activation", "'inception_5a','inception_5b'", ("inception_5a", "inception_5b")),
+    ("record.activations", "()", ()),
+]
+
+
+@pytest.mark.parametrize(("field", "text", "value"), SETTINGS)
+def test_a_field_is_set_on_the_command_line(field, text, value):
+    found = dict(fields(read("bn_x30:digits", [f"{field}={text}"])))[field]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("optional", OPTIONAL)
+def test_a_field_that_may_be_none_takes_none_and_a_value_again(optional):
+    none = read("bn_x30:digits", [f"{optional}=None"])
+    assert dict(fields(none))[optional] is None
+    again = read("bn_x30:digits", [f"{optional}=None", f"{optional}=32"])
+    assert dict(fields(again))[optional] == 32
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("learning_rat=1", "the config has no field 'learning_rat': did you mean 'learning_rate'?"),
+        ("zzz=1", "the config has no field 'zzz': --dry_run prints them all"),
+        ("model=1", "the config has no field 'model'"),
+        ("learning_rate=fast", "learning_rate=fast: not of type float"),
+        ("learning_rate=None", "learning_rate=None: not of type float"),
+        ("batch_size=1.5", "batch_size=1.5: not of type int"),
+        ("lrn=maybe", "lrn=maybe: not of type bool"),
+        ("record.activations=(1", "record.activations=(1: not of type tuple"),
+        ("seed", "--config.seed: write --config.seed=VALUE"),
+    ],
+)
+def test_a_setting_that_cannot_be_read_is_refused(setting, said):
+    with pytest.raises(ConfigError) as caught:
+        read("bn_x30:digits", [setting])
+    assert said in str(caught.value)
+
+
+def test_what_is_read_is_locked_and_shortened_where_asked_for(monkeypatch):
+    assert read("mnist_bn:digits").is_locked
+    monkeypatch.setenv("BN_JAX_SMOKE", "1")
+    short = read("mnist_bn:digits")
+    assert short.is_locked and short.total_steps == 500 and short.scale == "digits_smoke"

@@ -111,27 +111,6 @@ def test_an_empty_batch_changes_no_statistics():
     assert np.isfinite(metrics["loss"]).all()
 
 
-@pytest.mark.parametrize(
-    ("batch", "group", "devices", "fits"),
-    [
-        (256, 32, 1, True),
-        (256, 32, 8, True),
-        (256, 32, 16, False),  # half a group each
-        (240, 60, 3, False),  # not a power of two
-        (32, 32, 1, True),
-        (32, 32, 2, False),
-    ],
-)
-def test_devices_get_a_power_of_two_of_whole_groups(batch, group, devices, fits):
-    config = bn_x30.get_config("digits")
-    config.update_from_flattened_dict({"batch_size": batch, "bn.group_size": group})
-    if fits:
-        return reproducible.check_devices(config, devices)
-    with pytest.raises(ConfigError, match=f"on {devices} devices: batch_size={batch} in") as error:
-        reproducible.check_devices(config, devices)
-    assert error.value.exit_code == 2
-
-
 def small(**changes):
     """The MNIST network with BN on digits: batches of 8 groups of 8."""
     settings = {

@@ -172,6 +172,35 @@ def test_auxiliary_heads_exist_in_training_only():
     assert run(False).shape == (4, 5)
 
 
+def test_auxiliary_heads_drop_70_percent_and_the_network_its_own_share():
+    """GoogLeNet, section 5."""
+    model = Inception(**SMALL, aux=True, dropout=0.4)
+    rates = []
+
+    def spy(following, arguments, keywords, context):
+        if isinstance(context.module, nn.Dropout):
+            rates.append(context.module.rate)
+        return following(*arguments, **keywords)
+
+    with nn.intercept_methods(spy):
+        abstract(model, images())
+    assert rates == [0.7, 0.7, 0.4]
+
+
+@pytest.mark.parametrize(("size", "side"), [(28, 7), (63, 16), (64, 8), (224, 28)])
+def test_the_second_pool_is_there_from_64_pixels_on(size, side):
+    shapes = []
+
+    def spy(following, arguments, keywords, context):
+        if isinstance(context.module, inception.Block):
+            shapes.append(arguments[0].shape[1:3])
+        return following(*arguments, **keywords)
+
+    with nn.intercept_methods(spy):
+        abstract(Inception(**SMALL), images(1, size))
+    assert shapes[0] == (side, side)  # what inception_3a gets
+
+
 def test_per_activation_bn_of_an_ensemble_member():
     """4.2.3: one scale and offset per activation, [H, W, C], in the modules the config names."""
     params = abstract(models.build(ensemble_4.get_config("digits"), 10), images(1, channels=1))

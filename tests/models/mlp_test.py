@@ -1,4 +1,4 @@
-"""The network of 4.1: what it computes, where it is tapped, what its initial weights are."""
+"""The network of 4.1: what it computes, what it records, what its initial weights are."""
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,8 @@ def test_bn_sits_before_every_sigmoid_and_replaces_the_bias():
     logits, updates = model.apply(
         variables, images, train=True, mutable=["batch_stats", "activations"]
     )
-    tapped = updates["activations"]["dense_2"]
-    (inputs,), (before,) = tapped["input"], tapped["pre_bn"]
+    recorded = updates["activations"]["dense_2"]
+    (inputs,), (before,) = recorded["input"], recorded["pre_bn"]
     # 60 examples are one group: Algorithm 1 in float64
     want = np.float64(before)
     want = (want - want.mean(0)) / np.sqrt(want.var(0) + 1e-3)
@@ -66,7 +66,7 @@ def test_bn_sits_before_every_sigmoid_and_replaces_the_bias():
     assert logits.shape == (60, 10)
 
 
-def test_taps_without_bn():
+def test_recorded_activations_without_bn():
     model = models.build(mnist.get_config(), 10)
     variables = model.init(KEY, digits(), train=True)
     assert "batch_stats" not in variables
