@@ -289,12 +289,12 @@ def _check_type(field: str, found: Any, example: Any) -> None:
         return
     kind: Any = type(example)
     # A whole number will do for a float, and a list for a tuple: run.json has lists.
-    allowed = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
+    allowed: tuple[type, ...] = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
     if not isinstance(found, allowed) or (isinstance(found, bool) and kind is not bool):
         raise ConfigError(f"{field}={found!r}: not of type {kind.__name__}; correct it")
 
     if kind is tuple:
-        element = type(example[0]) if example else str
+        element: Any = type(example[0]) if example else str
         if not all(type(x) is element for x in found):
             raise ConfigError(f"{field}={found!r}: not of {element.__name__} alone; correct it")
 
