@@ -285,17 +285,18 @@ def _check_fields(config: ConfigDict) -> None:
 
 
 def _check_type(field: str, found: Any, example: Any) -> None:
+    """Whether `found` is of the type of `example`, the field's value in the root experiment."""
     if found is None and field in OPTIONAL:
         return
-    kind: Any = type(example)
+    kind = type(example)
     # A whole number will do for a float, and a list for a tuple: run.json has lists.
-    allowed: tuple[type, ...] = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
-    if not isinstance(found, allowed) or (isinstance(found, bool) and kind is not bool):
+    also = {float: int, tuple: list}.get(kind, kind)
+    if type(found) not in (kind, also):
         raise ConfigError(f"{field}={found!r}: not of type {kind.__name__}; correct it")
 
     if kind is tuple:
-        element: Any = type(example[0]) if example else str
-        if not all(type(x) is element for x in found):
+        element = type(example[0]) if example else str
+        if any(type(x) is not element for x in found):
             raise ConfigError(f"{field}={found!r}: not of {element.__name__} alone; correct it")
 
 
