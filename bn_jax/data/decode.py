@@ -229,7 +229,10 @@ def resized_crop(image: np.ndarray, box: Box, reduce: int, out: np.ndarray) -> N
     as large as the output (or eight times reduced already), so nothing is skipped over.
     """
     top, left, height, width = (round(x / reduce) for x in box)
-    height, width = max(height, 1), max(width, 1)
-    top, left = min(top, image.shape[0] - height), min(left, image.shape[1] - width)
+    # Rounding may leave no pixels, or one beyond the edge.
+    height = max(height, 1)
+    width = max(width, 1)
+    top = min(top, image.shape[0] - height)
+    left = min(left, image.shape[1] - width)
     part = image[top : top + height, left : left + width]
     cv2.resize(part, out.shape[1::-1], dst=out, interpolation=cv2.INTER_LINEAR)

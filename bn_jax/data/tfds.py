@@ -239,37 +239,36 @@ def _shape(content: dict[str, Any]) -> tuple[int, ...]:
 def _image_and_label(
     directory: pathlib.Path, features: dict[str, Feature], info: dict[str, Any]
 ) -> tuple[str, str]:
-    """The names of the features to learn from and to predict: the supervised keys of the set, else
-    its only image and its only class label. Raises DataError if that leaves a choice."""
-    chosen = _supervised_keys(info)
-    if chosen is None:
-        names = {
-            kind: [n for n, f in features.items() if f.kind == kind] for kind in ("image", "label")
-        }
-        for kind, found in names.items():
-            if not found:
-                raise ValueError(f"no feature is of kind {kind}")
-            if len(found) > 1:
-                raise DataError(
-                    f"{directory} has {len(found)} features of kind {kind} "
-                    f"({', '.join(sorted(found))}), and dataset_info.json does not choose one: "
-                    "write its supervisedKeys"
-                )
-        chosen = names["image"][0], names["label"][0]
-    for name, kind in zip(chosen, ("image", "label"), strict=True):
-        if features[name].kind != kind:
-            raise ValueError(f"the feature {name!r} of supervisedKeys is not of kind {kind}")
-    return chosen
+    """The names of the features to learn from and to predict: the supervised keys of the set if
+    they are an image and a class label, else its only image and its only class label.
+
+    Raises DataError if that leaves a choice, ValueError if there is none of them.
+    """
+    keys = _supervised_keys(info)
+    if [features[k].kind for k in keys if k in features] == ["image", "label"]:
+        return keys[0], keys[1]
+
+    chosen = []
+    for kind in ("image", "label"):
+        names = sorted(name for name, feature in features.items() if feature.kind == kind)
+        if not names:
+            raise ValueError(f"no feature is of kind {kind}")
+        if len(names) > 1:
+            raise DataError(
+                f"{directory} has {len(names)} features of kind {kind} ({', '.join(names)}), and "
+                "dataset_info.json does not choose one: write its supervisedKeys"
+            )
+        chosen.append(names[0])
+    return chosen[0], chosen[1]
 
 
-def _supervised_keys(info: dict[str, Any]) -> tuple[str, str] | None:
-    """(input, output) as dataset_info.json names them, or None."""
+def _supervised_keys(info: dict[str, Any]) -> list[str]:
+    """Input and output as dataset_info.json names them, or nothing."""
     keys = info.get("supervisedKeys") or {}
     if "input" in keys and "output" in keys:
-        return keys["input"], keys["output"]
-    items = [item.get("featureKey") for item in keys.get("tuple", {}).get("items", [])]
-    # A third item would be weights.
-    return (items[0], items[1]) if len(items) > 1 and all(items[:2]) else None
+        return [keys["input"], keys["output"]]
+    items = keys.get("tuple", {}).get("items", [])
+    return [item.get("featureKey") for item in items[:2]]  # a third one would be weights
 
 
 def _file_name(name: str, split: dict[str, Any], file_format: str, shard: int) -> str:

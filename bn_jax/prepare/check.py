@@ -144,66 +144,81 @@ class Joined:
 def _examine(part: Part, threads: int) -> Report:
     """Reads and decodes all records, a bounded number at a time."""
     report = Report()
-    records, classes = part.records, part.classes
-    ranges = iter(range(k, min(k + _CHUNK, len(records))) for k in range(0, len(records), _CHUNK))
+    count = len(part.records)
+    ranges = iter(range(k, min(k + _CHUNK, count)) for k in range(0, count, _CHUNK))
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        jobs = {pool.submit(_some, records, r, classes) for r in islice(ranges, 2 * threads)}
+
+        def start(more: int) -> set[concurrent.futures.Future[list[Checked]]]:
+            """Starts up to `more` jobs."""
+            return {
+                pool.submit(_check_records, part.records, indices, part.classes)
+                for indices in islice(ranges, more)
+            }
+
+        jobs = start(2 * threads)
         while jobs:
             done, jobs = concurrent.futures.wait(jobs, return_when="FIRST_COMPLETED")
-            jobs |= {pool.submit(_some, records, r, classes) for r in islice(ranges, len(done))}
+            jobs |= start(len(done))
             for job in done:
-                for result in job.result():
-                    _add(report, *result)
+                for checked in job.result():
+                    _add(report, checked)
     return report
 
 
-Result = tuple[str, str, Record | None, decode.Frame | None, bytes]
+@dataclass
+class Checked:
+    """What was found out about one record. An empty `problem` is none; a record that cannot be read
+    has no label, no header and no digest."""
+
+    name: str
+    problem: str = ""
+    label: int | None = None
+    header: decode.Frame | None = None
+    digest: bytes = b""
 
 
-def _some(records: Readable, indices: range, classes: int) -> list[Result]:
-    """(name, problem or "", record without data, header, digest) of some records."""
-    results: list[Result] = []
-    for index in indices:
-        record, found, digest, problem = None, None, b"", ""
-        try:
-            record = records[index]
-            digest = hashlib.blake2b(record.data, digest_size=16).digest()
-            if record.label != _UNLABELLED:  # judged when all records are known
-                checked_label(record, classes)
-            found = decode.frame(record.data)
-            decode.pixels(record.data, found)
-        except BadRecordError as e:
-            results.append((e.name, e.reason, None, None, b""))
-            continue
-        except (DataError, decode.BadImageError) as e:
-            problem = str(e)
-        assert record is not None
-        results.append((record.name, problem, record._replace(data=b""), found, digest))
-    return results
+def _check_records(records: Readable, indices: range, classes: int) -> list[Checked]:
+    """Reads and decodes some records."""
+    return [_check_record(records, index, classes) for index in indices]
 
 
-def _add(
-    report: Report,
-    name: str,
-    problem: str,
-    record: Record | None,
-    found: decode.Frame | None,
-    digest: bytes,
-) -> None:
-    if problem:
-        report.problems.append(problem if name in problem else f"{name}: {problem}")
-    if record is None:
+def _check_record(records: Readable, index: int, classes: int) -> Checked:
+    try:
+        record = records[index]
+    except BadRecordError as e:
+        return Checked(e.name, e.reason)
+
+    digest = hashlib.blake2b(record.data, digest_size=16).digest()
+    checked = Checked(record.name, label=record.label, digest=digest)
+    try:
+        if record.label != _UNLABELLED:  # judged when all records are known
+            checked_label(record, classes)
+        checked.header = decode.frame(record.data)
+        decode.pixels(record.data, checked.header)
+    except (DataError, decode.BadImageError) as e:
+        checked.problem = str(e)
+    return checked
+
+
+def _add(report: Report, checked: Checked) -> None:
+    """Counts one record."""
+    name = checked.name
+    if checked.problem:
+        said = checked.problem if name in checked.problem else f"{name}: {checked.problem}"
+        report.problems.append(said)
+    if checked.label is None:
         return
+
     report.examples += 1
-    report.decoded += not problem
-    report.labels[record.label] += 1
-    if digest in report.digests:
-        report.duplicates.append(f"{name} = {report.digests[digest]}")
-    report.digests.setdefault(digest, name)
-    if found:
-        grey = {1: ", grey", 4: ", CMYK"}.get(found.components, "")
-        report.kinds[found.kind + grey] += 1
-        report.sides.append(min(found.height, found.width))
+    report.decoded += not checked.problem
+    report.labels[checked.label] += 1
+    if checked.digest in report.digests:
+        report.duplicates.append(f"{name} = {report.digests[checked.digest]}")
+    report.digests.setdefault(checked.digest, name)
+    if checked.header:
+        colours = {1: ", grey", 4: ", CMYK"}.get(checked.header.components, "")
+        report.kinds[checked.header.kind + colours] += 1
+        report.sides.append(min(checked.header.height, checked.header.width))
 
 
 def _print(part: Part, report: Report, seconds: float) -> None:

@@ -181,7 +181,8 @@ def test_the_supervised_keys_choose_between_two_labels(tmp_path):
     two_images = {"featuresDict": {"features": {"left": IMAGE, "right": IMAGE, "label": label(3)}}}
     with pytest.raises(DataError, match=r"2 features of kind image \(left, right\)"):
         described(two_images, {}, tmp_path)
-    with pytest.raises(DataError, match="not a TFDS image classification set"):
+    # Keys that are not an image and a label choose nothing.
+    with pytest.raises(DataError, match="2 features of kind label"):
         described(TWO_LABELS, {"supervisedKeys": {"input": "image", "output": "id"}}, tmp_path)
 
 

@@ -3,6 +3,7 @@ writes them."""
 
 import io
 import struct
+import warnings
 import zlib
 
 import cv2
@@ -380,10 +381,12 @@ def others() -> dict[str, bytes]:
 
 def by_pillow(data: bytes) -> np.ndarray | None:
     """RGB pixels by Pillow, or None."""
-    try:
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except Exception:
-        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of EXIF and palettes
+        try:
+            return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        except Exception:
+            return None
 
 
 def by_opencv(data: bytes) -> np.ndarray | None:
