@@ -30,6 +30,11 @@ from bn_jax.workdir.files import reported, write_atomic
 
 TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
 
+_FORMS = (
+    f"a folder (or a file in it) of {' and '.join(TARS.values())}, of class folders "
+    "train/nXXXXXXXX and val, of Kaggle's ILSVRC/Data/CLS-LOC, or of parquet files"
+)
+
 _PICTURE = r"\.jpe?g"  # the tars have .JPEG
 _TRAIN_NAME = re.compile(rf"((n\d{{8}})_\d+)(?:_n\d{{8}})?{_PICTURE}", re.IGNORECASE)
 _VALIDATION_NAME = re.compile(rf"(ILSVRC2012_val_(\d{{8}}))(?:_n\d{{8}})?{_PICTURE}", re.IGNORECASE)
@@ -83,7 +88,7 @@ def find(source: pathlib.Path, unpacked: pathlib.Path) -> Found:
         raise ConfigError(f"{source} is not a tar or a parquet file: unpack it, give the folder")
     folder = source.parent if source.is_file() else source
     if not folder.is_dir():
-        raise ConfigError(f"{source} does not exist: give a file or folder as --from")
+        raise ConfigError(f"no file or folder {source}: --from takes {_FORMS}")
     skipped: Counter[str] = Counter()
     with reading(folder):
         found = _find(folder, unpacked, skipped)
@@ -114,10 +119,7 @@ def _find(folder: pathlib.Path, unpacked: pathlib.Path, skipped: Counter[str]) -
         parquet = sorted(p for p in root.glob("*.parquet") if not is_hidden(p.name))
         if parquet:
             return _in_parquet(parquet, unpacked, skipped)
-    raise ConfigError(
-        f"{folder} holds no ImageNet in a form that is known: {' and '.join(TARS.values())}, class "
-        "folders train/nXXXXXXXX and val, Kaggle's ILSVRC/Data/CLS-LOC, or parquet files"
-    )
+    raise ConfigError(f"{folder} holds ImageNet in no form that is known: --from takes {_FORMS}")
 
 
 def _is_tar(path: pathlib.Path) -> bool:
