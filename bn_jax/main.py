@@ -53,13 +53,18 @@ def main() -> None:
 
     # Imported here because jax takes seconds, which a mistyped option should not wait for.
     from bn_jax import train
-    from bn_jax.distributed import startup
+    from bn_jax.distributed import accelerators, startup
     from bn_jax.distributed.watchdog import Watchdog
 
     faulthandler.enable()  # a crash of compiled code says where in Python it was called
-    startup.use_compilation_cache()
+    deterministic = config.deterministic or config.reproducible
+    if deterministic:
+        startup.make_gpus_deterministic()
+    startup.use_compilation_cache(deterministic=deterministic)
     startup.initialize()
+    backend = accelerators.start()
     with Watchdog() as watch:
+        accelerators.require_used(backend)
         train.run(config, workdir, watch, draw)
 
 

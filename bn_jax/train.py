@@ -1,7 +1,8 @@
 """The training loop: batches in, steps out; records, evaluations and checkpoints every k steps.
 
 The state after step k is a function of (config, k): what a step sees depends on (seed, step) only,
-so a run that is stopped and resumed ends with the same bits as one that never stopped.
+so on CPU a run that is stopped and resumed ends with the same bits as one that never stopped; on
+GPUs with `deterministic`.
 """
 
 import contextvars
@@ -18,7 +19,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from bn_jax.activations import RecordedActivations
-from bn_jax.distributed import preempt, watchdog
+from bn_jax.distributed import accelerators, preempt, watchdog
 from bn_jax.distributed.mesh import (
     along_batch,
     put,
@@ -60,6 +61,8 @@ def run(
     watch = watch or Watchdog()  # one that is not entered does nothing
 
     info = build.describe(exp)
+    if jax.process_index() == 0:
+        print(accelerators.sentence(info["mesh"]), flush=True)
     info["data"]["digest"] = exp.data.digest()
     records = recorder.open_workdir(workdir, config.to_dict(), **info)
     keep = {"keep_last": config.keep_last, "keep_best": config.keep_best}
@@ -78,6 +81,10 @@ def run(
                 draw(workdir)
         records.finish("done", **scores)
     return scores
+
+
+# After so many dispatches `Loop.say_days` tells a CPU's pace; the first one does not count.
+FIRST_DISPATCHES = 3
 
 
 class Loop:
@@ -157,8 +164,8 @@ class Loop:
         exp, data = self.exp, self.exp.data
         size = sum(leaf.size for leaf in jax.tree.leaves(build.abstract_state(exp).params))
         self.records.say(
-            f"{exp.config.name}: {size:,} parameters, {data.num_train:,} training examples, "
-            f"{exp.mesh.size} x {exp.mesh.devices.flat[0].device_kind}; compiling ..."
+            f"{exp.config.name}: {size:,} parameters, {data.num_train:,} training examples; "
+            "compiling ..."
         )
         with self.records.timed("input"):
             self.prepared = Prepared(exp, step, self.dispatch, self.recorded.compile)
@@ -246,6 +253,16 @@ class Loop:
 
         examples = self.dispatch * config.batch_size
         self.records.progress(last, float(metrics["loss"][-1]), examples)
+        if self.dispatches.count == FIRST_DISPATCHES:
+            self.say_days(last)
+
+    def say_days(self, step: int) -> None:
+        """On a CPU says how long a network of the paper's size would take from `step` on."""
+        config, platform = self.exp.config, jax.default_backend()
+        seconds = self.dispatches.mean() / self.dispatch
+        text = accelerators.days_on_cpu(config, platform, config.total_steps - step, seconds)
+        if text:
+            self.records.say(text)
 
     # The events.
 

@@ -77,6 +77,7 @@ def get_config(scale: str = "imagenet") -> ConfigDict:
     config.keep_last = 3  # checkpoints
     config.keep_best = 1  # checkpoints, by top-1
     config.log_every = 100  # steps
+    config.deterministic = False  # the same bits at every start on a GPU, too (operations.md)
     config.reproducible = False  # the same bits on 1, 2, 4, ... devices, at a cost (operations.md)
     config.record = ConfigDict()
     config.record.activations = ("inception_4e/conv_3x3/input",)  # paths of recorded activations

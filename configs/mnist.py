@@ -75,6 +75,7 @@ def get_config(scale: str = "mnist") -> ConfigDict:
     config.keep_last = 2  # checkpoints
     config.keep_best = 1  # checkpoints, by top-1
     config.log_every = 250  # steps
+    config.deterministic = False  # the same bits at every start on a GPU, too (operations.md)
     config.reproducible = False  # the same bits on 1, 2, 4, ... devices, at a cost (operations.md)
     config.record = ConfigDict()
     config.record.activations = ("dense_2/input",)  # inputs of the last hidden layer (Fig. 1b, c)

@@ -1,4 +1,5 @@
-"""What happens before the first device is used: joining the other processes, the program cache."""
+"""What happens before the first device is used: joining the other processes, the program cache,
+XLA's flags."""
 
 import contextlib
 import functools
@@ -17,6 +18,9 @@ HEARTBEAT = 15  # seconds without a heartbeat after which jax considers a proces
 # Seconds that a process which is done waits for the others. Process 0 is the last one: it still
 # saves and draws.
 SHUTDOWN = 1800
+
+# Every operation of a GPU adds in a fixed order, and XLA chooses algorithms without timing them.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def initialize() -> None:
@@ -92,11 +96,28 @@ def _whole(env: Mapping[str, str], name: str, least: int) -> int:
     return int(text)
 
 
-def use_compilation_cache() -> None:
+def make_gpus_deterministic() -> None:
+    """Makes every later start of a program on GPUs give the same bits.
+
+    Call it before jax's backend starts, and `use_compilation_cache(deterministic=True)` with it. It
+    changes XLA_FLAGS of this process; on CPUs and TPUs it changes no result.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
+
+
+def gpus_are_deterministic() -> bool:
+    """Whether XLA_FLAGS says so, by `make_gpus_deterministic` or in the environment."""
+    return DETERMINISTIC in os.environ.get("XLA_FLAGS", "").split()
+
+
+def use_compilation_cache(*, deterministic: bool = False) -> None:
     """Keeps compiled programs between processes, in JAX_COMPILATION_CACHE_DIR or ~/.cache/bn_jax.
 
     An empty JAX_COMPILATION_CACHE_DIR turns the cache off. Nothing is kept without a folder that
-    can be written, or without a home directory.
+    can be written, or without a home directory. In a folder within it, jax keeps the algorithms
+    that XLA has chosen for a GPU. `deterministic` takes a cache of its own, so that it does not
+    meet algorithms that other runs have chosen by timing.
     """
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if folder is None:
@@ -108,8 +129,12 @@ def use_compilation_cache() -> None:
         folder = str(base / "bn_jax" / "xla")
     if not folder:
         return
+    if deterministic:
+        folder = str(pathlib.Path(folder) / "deterministic")
 
     with contextlib.suppress(OSError):
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        kept = "xla_gpu_per_fusion_autotune_cache_dir"
+        jax.config.update("jax_persistent_cache_enable_xla_caches", kept)

@@ -67,7 +67,7 @@ class Dispatches:
     """
 
     def __init__(self) -> None:
-        self._count = 0
+        self.count = 0
         self._total = 0.0
         self._lengths: collections.deque[float] = collections.deque(maxlen=20)
 
@@ -76,15 +76,19 @@ class Dispatches:
 
         total: seconds that all dispatches so far took, without evaluations and saves.
         """
-        if self._count == 1:
+        if self.count == 1:
             self._lengths.clear()
         self._lengths.append(total - self._total)
-        self._count += 1
+        self.count += 1
         self._total = total
 
     def slowest(self) -> float | None:
         """Seconds of the slowest one, None before the first has finished; from any thread."""
         return max(list(self._lengths), default=None)
+
+    def mean(self) -> float:
+        """Seconds of one, on average; at least one must have finished."""
+        return sum(self._lengths) / len(self._lengths)
 
 
 class StallDetector:

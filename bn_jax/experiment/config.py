@@ -505,6 +505,13 @@ def _check_devices(
     if not training:
         return
 
+    from bn_jax.distributed import startup
+
+    promised = config.deterministic or config.reproducible
+    if promised and devices[0].platform == "gpu" and not startup.gpus_are_deterministic():
+        field = "deterministic" if config.deterministic else "reproducible"
+        limit = f"a GPU needs {startup.DETERMINISTIC} in XLA_FLAGS before jax starts"
+        raise rules.error(field, limit, "bn_jax.main sets it; elsewhere set it in the environment")
     if config.reproducible and (count > batch // group or not _power_of_two(count)):
         raise ConfigError(
             f"reproducible=True on {count} devices: batch_size={batch} in groups of "

@@ -27,15 +27,15 @@ from bn_jax import ops, optim, step
 KEEP = 400  # files; the least recently used go first
 KEPT = "traced"  # folder within jax's cache of compiled programs
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-# Fields of a config that no program is made from: what varies there is data, a shape or a loop's
-# length (or, where l2 is 0, an argument that is not there, which its key sees). Any other field,
-# also one that is not thought of yet, makes another program.
+# Fields of a config that no program is made from: what varies there is data, a shape, a loop's
+# length or how XLA compiles (or, where l2 is 0, an argument that is not there, which its key sees).
+# Any other field, also one that is not thought of yet, makes another program.
 NOT_TRACED = {
     *("name", "scale", "seed", "data", "record", "batch_size", "batch_per_device"),
     *("learning_rate", "decay_rate", "decay_examples", "l2", "momentum"),
     *("learning_rate_scaling", "warmup_examples", "total_steps", "steps_per_dispatch"),
     *("eval_every", "eval_batch_size", "statistics_batches", "log_every"),
-    *("checkpoint_every", "checkpoint_wait", "keep_last", "keep_best"),
+    *("checkpoint_every", "checkpoint_wait", "keep_last", "keep_best", "deterministic"),
 }
 SETTINGS = (
     *("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion"),

@@ -23,6 +23,7 @@ ADDED = {
     "warmup_examples": 0.0,
     "record.wandb": False,
     "precision": "default",
+    "deterministic": False,
 }
 
 

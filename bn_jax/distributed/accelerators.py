@@ -1,0 +1,144 @@
+"""The devices that jax uses in a run, and an accelerator of the machine that it does not use."""
+
+import fnmatch
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from bn_jax.errors import ConfigError
+
+
+class Kind(NamedTuple):
+    """A kind of accelerator.
+
+    files: pattern of its device files. packages: those by which jax uses it, at least one of which
+    is installed by `pip install EXTRA`.
+    """
+
+    name: str
+    files: str
+    packages: tuple[str, ...]
+    extra: str
+
+
+KINDS = (
+    Kind(
+        "an NVIDIA GPU", "/dev/nvidia*", ("jax-cuda12-plugin", "jax-cuda13-plugin"), "jax[cuda13]"
+    ),
+    # Not /dev/accel*: that is also the folder of Linux' own drivers, as for the NPUs of laptops.
+    Kind("a TPU", "/dev/accel[0-9]*", ("libtpu",), "jax[tpu]"),
+)
+
+
+def start() -> str:
+    """Starts jax's backend and returns its name: cpu, gpu or tpu.
+
+    Raises:
+      ConfigError: JAX_PLATFORMS asks for devices that jax cannot start.
+    """
+    try:
+        return jax.default_backend()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}; correct or unset it"
+        ) from error
+
+
+def require_used(backend: str) -> None:
+    """Raises ConfigError where this machine has an accelerator and jax's `backend` is the CPU."""
+    if reason := unused(device_files(), packages(), backend, os.environ):
+        raise ConfigError(reason)
+
+
+def unused(
+    files: Sequence[str], installed: Sequence[str], backend: str, environment: Mapping[str, str]
+) -> str:
+    """Why a run would leave an accelerator unused, with the remedy; '' where it would not.
+
+    Args:
+      files: paths of device files.
+      installed: names of packages by which jax uses accelerators.
+      backend: jax's, such as cpu.
+      environment: JAX_PLATFORMS=cpu in it says that the CPU is meant.
+    """
+    platforms = environment.get("JAX_PLATFORMS", "").split(",")
+    if backend != "cpu" or platforms[0].strip() == "cpu":
+        return ""
+    for kind in KINDS:
+        devices = fnmatch.filter(files, kind.files)
+        plugins = [name for name in kind.packages if name in installed]
+        if not devices and not plugins:
+            continue
+
+        if not plugins:
+            remedy = f"install jax for it, pip install '{kind.extra}'"
+        elif not devices:
+            remedy = f"there is no {kind.files}: check the driver and what this job may use"
+        else:
+            remedy = "jax could not start it: check its driver and who else is using it"
+        found = ", ".join([*devices[:1], *plugins])
+        return (
+            f"jax uses the CPU, but this machine is made for {kind.name} ({found}): {remedy}; or "
+            "set JAX_PLATFORMS=cpu to train on the CPU"
+        )
+    return ""
+
+
+def device_files() -> list[str]:
+    """The device files of accelerators on this machine."""
+    found = []
+    for kind in KINDS:
+        pattern = pathlib.PurePath(kind.files)
+        found += sorted(str(path) for path in pathlib.Path(pattern.parent).glob(pattern.name))
+    return found
+
+
+def packages() -> list[str]:
+    """The installed packages by which jax uses accelerators."""
+    found = []
+    for name in (name for kind in KINDS for name in kind.packages):
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        found.append(name)
+    return found
+
+
+def sentence(mesh: Mapping[str, Any]) -> str:
+    """The first line of a run. mesh: as `distributed.mesh.describe` gives it."""
+    platform, kind = mesh["platform"], mesh["device_kind"]
+    text = f"devices: {mesh['devices']} x {kind}"
+    if kind != platform:
+        text += f" ({platform})"
+    if mesh["processes"] > 1:
+        text += f", in {mesh['processes']} processes"
+    return text
+
+
+def days_on_cpu(config: ConfigDict, platform: str, steps: int, seconds: float) -> str:
+    """How long the remaining steps would take, where a network of the paper's size trains on a CPU.
+
+    Args:
+      config: of the run.
+      platform: of its devices.
+      steps: that remain.
+      seconds: a step takes.
+
+    Returns '' for any other platform and for smaller networks and images.
+    """
+    full = config.model.name == "inception" and config.model.width >= 1 and config.image_size >= 224
+    if platform != "cpu" or not full:
+        return ""
+    days = steps * seconds / 86_400
+    shown = f"{days:,.0f}" if days >= 10 else f"{days:.2g}"
+    return (
+        f"the first steps took {seconds:.1f} s each: the remaining {steps:,} would take {shown} "
+        "days on this CPU; an accelerator is meant for this size"
+    )
