@@ -43,11 +43,10 @@ def start() -> str:
     """
     try:
         return jax.default_backend()
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}; correct or unset it"
-        ) from error
+    except (RuntimeError, AssertionError) as error:  # the second where a plugin has failed
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error).partition("\n")[0] or "jax cannot start any of these"
+        raise ConfigError(f"JAX_PLATFORMS={asked}: {reason}; correct or unset it") from error
 
 
 def require_used(backend: str) -> None:

@@ -1,4 +1,6 @@
-"""The training step with the same bits on 1, 2, 4, ... devices (`config.reproducible`).
+"""The training step with the same bits on 1, 2, 4, ... CPU devices (`config.reproducible`).
+
+On GPUs it needs what `config.deterministic` sets, which it implies; it was not run on them.
 
 What a compiled program rounds depends on its shapes, and on whether it was compiled for one device
 or for several. So every device runs programs of one device, with shapes that do not depend on the

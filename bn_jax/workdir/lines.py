@@ -11,8 +11,8 @@ PERCENTILES = (15, 50, 85)  # of Fig. 1b, c
 Number = float | str
 
 
-# metrics.jsonl. Nothing here depends on the clock: after a resume the file is, byte for byte, that
-# of a run that was never interrupted.
+# metrics.jsonl. Nothing here depends on the clock: on CPU, and on GPUs with `deterministic`, the
+# file after a resume is, byte for byte, that of a run that was never interrupted.
 
 
 class TrainLine(TypedDict):
