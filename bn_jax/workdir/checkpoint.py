@@ -1,12 +1,18 @@
-"""What a checkpoint step must contain, and how to tell that it no longer does.
+"""Checkpoints that are whole or not there.
 
-Orbax restores flipped bits without a word, so every step directory carries `manifest.json`:
+Orbax writes the arrays; the digests, the quarantine and the fallback to an older step are ours.
 
-* `arrays`: for each leaf, by tree path, its shape, dtype and the BLAKE2b digest of its bytes in C
-  order, taken from the host copy before anything is written;
-* `files`: for each file of the step, its size and digest, taken after writing;
-* `step`, `metric`, `meta`, and a digest of all the above. The file is canonical JSON: a manifest
-  that differs in any byte from its own re-encoding is damaged.
+A step is a directory. It appears under its number by one rename, after all its files are on disk:
+
+    1200/arrays/          the state as orbax stores it
+    1200/manifest.json    digests of every array and every file, metric, meta
+    index.json            the steps that are there, so that one that vanishes is noticed
+    tmp.1500/             a save that is under way, or was when the process was killed
+    quarantine/900/       a damaged step, kept for inspection, never restored
+
+Process 0 alone writes and reads, without a barrier: the state of data-parallel training is the same
+in every process, and a save at preemption must not wait for a process that is gone. The others
+receive the restored bytes from process 0, so the directory need not be on a shared disk.
 """
 
 import concurrent.futures
@@ -24,6 +30,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
 from bn_jax.distributed import mesh
 from bn_jax.errors import CheckpointError, DiskError, DivergedError, UserError
@@ -31,7 +38,22 @@ from bn_jax.workdir import files
 from bn_jax.workdir.files import warn
 
 MANIFEST = "manifest.json"
+INDEX = "index.json"
+QUARANTINE = "quarantine"
+TMP = "tmp."
+
 _DIGEST_BYTES = 20  # 160 bits: an accidental collision is out of the question
+
+
+# The manifest: what a step must contain, and how to tell that it no longer does.
+#
+# Orbax restores flipped bits without noticing, so every step carries `manifest.json`:
+#
+# * `arrays`: for each array, by its path in the tree, its shape, dtype and the BLAKE2b digest of
+#   its bytes in C order, taken from the host copy before anything is written;
+# * `files`: for each file of the step, its size and digest, taken after writing;
+# * `step`, `metric`, `meta`, and a digest of all the above. The file is canonical JSON: a manifest
+#   that differs in any byte from its own re-encoding is damaged.
 
 
 class DamagedError(Exception):
@@ -50,26 +72,27 @@ def array_entry(array: np.ndarray) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": array.dtype.name, "digest": digest(data)}
 
 
+def file_entry(path: pathlib.Path) -> dict[str, Any]:
+    """Size and digest of one file."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES))
+    return {"size": path.stat().st_size, "digest": found.hexdigest()}
+
+
 def file_entries(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Size and digest of every file below `directory` but the manifest, by relative path."""
-    entries: dict[str, dict[str, Any]] = {}
-    for path in sorted(directory.rglob("*")):
-        relative = path.relative_to(directory).as_posix()
-        if path.is_dir() or relative == MANIFEST:
-            continue
-        with path.open("rb") as file:
-            value = hashlib.file_digest(
-                file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES)
-            ).hexdigest()
-        entries[relative] = {"size": path.stat().st_size, "digest": value}
-    return entries
+    return {
+        path.relative_to(directory).as_posix(): file_entry(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path != directory / MANIFEST
+    }
 
 
 def canonical(value: Any) -> bytes:
     """The one JSON encoding of `value`: sorted keys, no spaces, a final newline.
 
     Raises:
-      ValueError, TypeError: not plain JSON, or NaN or infinity in it.
+      ValueError, TypeError: `value` is not plain JSON, or has NaN or infinity in it.
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return text.encode() + b"\n"
@@ -96,14 +119,27 @@ def unseal(data: bytes, what: str) -> dict[str, Any]:
     raise DamagedError(f"{what} is damaged ({len(data)} bytes)")
 
 
+@contextlib.contextmanager
+def _permitted(path: pathlib.Path) -> Iterator[None]:
+    """Raises DiskError for a file that this user may not read: that does not make it damaged."""
+    try:
+        yield
+    except PermissionError as error:
+        raise DiskError(
+            f"{path} cannot be read: {error.strerror}; make it readable for this user"
+        ) from error
+
+
 def load_manifest(directory: pathlib.Path, step: int) -> dict[str, Any]:
     """The manifest of a step directory, checked against itself and the step's number.
 
     Raises:
-      DamagedError: missing, altered, or of another step.
+      DamagedError: it is missing, altered, or of another step.
+      DiskError: this user may not read it.
     """
     try:
-        data = (directory / MANIFEST).read_bytes()
+        with _permitted(directory / MANIFEST):
+            data = (directory / MANIFEST).read_bytes()
     except OSError as error:
         raise DamagedError(f"{MANIFEST} cannot be read: {error.strerror}") from error
     body = unseal(data, MANIFEST)
@@ -113,23 +149,23 @@ def load_manifest(directory: pathlib.Path, step: int) -> dict[str, Any]:
 
 
 def check_files(directory: pathlib.Path, body: Mapping[str, Any]) -> None:
-    """Raises DamagedError unless the step's files are, byte for byte, those of the manifest."""
-    try:
-        found = file_entries(directory)
-    except OSError as error:
-        raise DamagedError(f"unreadable: {error}") from error
+    """Raises DamagedError unless the step has all files of its manifest, byte for byte.
+
+    Files that were not saved do no harm and are ignored: desktops, NFS and rsync leave some.
+    """
     for name, entry in body["files"].items():
-        if name not in found:
-            raise DamagedError(f"{name} is missing")
-        if found[name]["size"] != entry["size"]:
-            raise DamagedError(
-                f"{name} has {found[name]['size']} bytes, {entry['size']} were written"
-            )
-        if found[name] != entry:
+        path = directory / name
+        try:
+            with _permitted(path):
+                found = file_entry(path)
+        except FileNotFoundError:
+            raise DamagedError(f"{name} is missing") from None
+        except OSError as error:
+            raise DamagedError(f"{name} cannot be read: {error.strerror or error}") from error
+        if found["size"] != entry["size"]:
+            raise DamagedError(f"{name} has {found['size']} bytes, {entry['size']} were written")
+        if found != entry:
             raise DamagedError(f"{name} has changed: its digest differs")
-    extra = found.keys() - body["files"].keys()
-    if extra:
-        raise DamagedError(f"{min(extra)} was not there when the step was saved")
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], body: Mapping[str, Any]) -> None:
@@ -141,10 +177,10 @@ def check_arrays(arrays: Mapping[str, np.ndarray], body: Mapping[str, Any]) -> N
             raise DamagedError(f"array {name} differs from what was saved")
 
 
-# Named host arrays on disk, through orbax: what a checkpoint step is made of.
+# The arrays: the leaves of a pytree on disk, through orbax.
 #
-# A pytree's leaves are named by their path ('params/stem/conv/kernel') and stored as a nested
-# dict, which any reader of orbax checkpoints understands.
+# Leaves are named by their path ('params/stem/conv/kernel') and stored as a nested dict, which any
+# reader of orbax checkpoints understands.
 
 
 # Process 0 works alone, so that no barrier of orbax waits for a process that is gone.
@@ -165,7 +201,8 @@ def flatten_arrays(tree: Any) -> tuple[list[str], list[Any]]:
 def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes the arrays to the new directory `path`."""
     with _orbax() as checkpointer:
-        checkpointer.save(path, args=ocp.args.StandardSave(_nest(arrays)))
+        nested = traverse_util.unflatten_dict(dict(arrays), sep="/")
+        checkpointer.save(path, args=ocp.args.StandardSave(nested))
 
 
 def load_arrays(
@@ -174,16 +211,18 @@ def load_arrays(
     """Reads the arrays of a manifest's entries from `path`.
 
     Raises:
-      manifest.DamagedError: orbax cannot read them.
+      DamagedError: orbax cannot read them.
     """
     like = {name: np.empty(e["shape"], np.dtype(e["dtype"])) for name, e in entries.items()}
+    nested = traverse_util.unflatten_dict(like, sep="/")
     try:
         with _orbax() as checkpointer:
-            tree = checkpointer.restore(path, args=ocp.args.StandardRestore(_nest(like)))
+            tree = checkpointer.restore(path, args=ocp.args.StandardRestore(nested))
     except Exception as error:
-        # The files are what was written, so the writer or the reader is at fault: the step is as
-        # unusable as a damaged one.
+        # The files are those that were written, so the writer or the reader is at fault. The step
+        # is as unusable as a damaged one.
         raise DamagedError(f"orbax cannot read it: {first_line(error)}") from error
+
     names, leaves = flatten_arrays(tree)
     return {name: np.asarray(leaf) for name, leaf in zip(names, leaves, strict=True)}
 
@@ -206,7 +245,8 @@ def require_same_model(
     wants = {n: (list(x.shape), np.dtype(x.dtype).name) for n, x in zip(names, leaves, strict=True)}
     holds = {n: (e["shape"], e["dtype"]) for n, e in entries.items()}
     for name in sorted(wants.keys() | holds.keys()):
-        want, hold = wants.get(name), holds.get(name)
+        want = wants.get(name)
+        hold = holds.get(name)
         if want != hold:
             raise CheckpointError(
                 f"{path} is of another model: {name} is {_describe(hold)} in the checkpoint, "
@@ -241,86 +281,75 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
         checkpointer.close()
 
 
-def _nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """{'a/b': x} -> {'a': {'b': x}}."""
-    tree: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *parents, last = name.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = array
-    return tree
-
-
 def _describe(entry: tuple[list[int], str] | None) -> str:
     return "absent" if entry is None else f"{entry[1]}{entry[0]}"
 
 
-# The directory of step directories: what is there, what should be, what is put aside.
-#
-# 1200/ a step: arrays/ and manifest.json index.json the steps that are there, to notice when one
-# vanishes tmp.1500/ a save that is under way, or was when the process was killed quarantine/900/
-# a damaged step, kept for inspection, never restored; delete at will
+# The directory of step directories: which steps are there, and what is out of place.
 
 
-INDEX = "index.json"
-QUARANTINE = "quarantine"
-TMP = "tmp."
-
-
-class Shelf:
+class Steps:
     """Step directories below `directory`; with `read_only` nothing is moved, removed or written."""
 
     def __init__(self, directory: pathlib.Path, *, read_only: bool):
-        self.directory, self.read_only = pathlib.Path(directory).absolute(), read_only
+        self.directory = pathlib.Path(directory).absolute()
+        self.read_only = read_only
 
     def path(self, step: int) -> pathlib.Path:
         """Where `step` is or would be."""
         return self.directory / str(step)
 
-    def steps(self) -> list[int]:
+    def numbers(self) -> list[int]:
         """Numbers of the step directories, ascending; not verified."""
         return sorted(int(path.name) for path in self._entries() if _is_step(path))
 
     def metrics(self) -> dict[int, float | None]:
         """The metric of each step whose manifest can be read."""
         metrics = {}
-        for step in self.steps():
+        for step in self.numbers():
             with contextlib.suppress(DamagedError):
                 metrics[step] = load_manifest(self.path(step), step)["metric"]
         return metrics
 
     def tidy(self) -> bool:
-        """Removes unfinished saves, reports what is out of place; has a step ever been saved?"""
+        """Removes unfinished saves and reports what is out of place.
+
+        Returns:
+          Whether a step has ever been saved here.
+        """
         index = self._read_index()
-        held = index is not None or (self.directory / QUARANTINE).is_dir()
+        ever = index is not None or (self.directory / QUARANTINE).is_dir()
         for path in self._entries():
-            if path.name.startswith((TMP, ".")):
+            if path.name.startswith(TMP) or files.is_scratch(path):
                 if not self.read_only:
                     remove(path)
-            elif path.is_dir() and path.name != QUARANTINE and not _is_step(path):
-                held = True
-                self.set_aside(path, "not the name of a step")
-        here = self.steps()
+            elif path.name.startswith(".") or path.name == QUARANTINE or _is_step(path):
+                pass
+            elif path.is_dir():
+                # A step that was renamed, such as "1200 (copy)".
+                ever = True
+                self.quarantine(path, "its name is not the number of a step")
+
+        here = self.numbers()
         missing = sorted(set(index or ()) - set(here))
         for step in missing:
             warn(f"checkpoint {self.path(step)} was saved but is no longer there")
         if here and (missing or not index):
             self.write_index(self.metrics())
-        return held or bool(here)
+        return ever or bool(here)
 
-    def set_aside(self, path: pathlib.Path, why: str) -> None:
+    def quarantine(self, path: pathlib.Path, why: str) -> None:
         """Moves a damaged step to the quarantine and says so in one line."""
         if self.read_only:
             warn(f"checkpoint {path} is not used: {why}")
             return
+
         target = self.directory / QUARANTINE / path.name
         count = 1
         while target.exists():
             target = target.with_name(f"{path.name}.{count}")
             count += 1
-        with files.reported(path, "cannot move aside"):
+        with files.reported(path, "cannot quarantine"):
             target.parent.mkdir(exist_ok=True)
             path.rename(target)
         warn(f"checkpoint {path} is damaged ({why}); moved to {QUARANTINE}/{target.name}")
@@ -346,24 +375,24 @@ class Shelf:
 
 
 def remove(path: pathlib.Path) -> None:
-    """Deletes a directory so that a kill in the middle leaves no half step under its number."""
+    """Deletes a file or directory; a kill in the middle leaves no half step under its number."""
     if not path.exists():
         return
+
+    if path.is_file():
+        path.unlink()
+        return
+
     if not path.name.startswith(TMP):
         path = path.rename(path.with_name(f"{TMP}delete.{path.name}"))
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(path)
 
 
 def _is_step(path: pathlib.Path) -> bool:
     return path.is_dir() and path.name.isdecimal() and str(int(path.name)) == path.name
 
 
-# Checkpoints that are whole or not there: orbax, our own digests, quarantine and fallback.
-#
-# A step appears under its number by one rename, after all its files are on disk. Process 0 alone
-# writes and reads, without a barrier: the state of data-parallel training is the same everywhere,
-# and a save at preemption must not wait for a peer that is gone. Other processes receive the
-# restored bytes from process 0, so the directory need not be on a shared disk.
+# Saving and restoring: what a run calls.
 
 
 class Checkpoints:
@@ -386,9 +415,11 @@ class Checkpoints:
     ):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last={keep_last} must be >= 1, keep_best={keep_best} >= 0")
-        self.keep_last, self.keep_best = keep_last, keep_best
-        self._shelf = Shelf(directory, read_only=read_only)
-        self.directory = self._shelf.directory
+
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self._steps = Steps(directory, read_only=read_only)
+        self.directory = self._steps.directory
         self._main = jax.process_index() == 0
         self._pending: concurrent.futures.Future[None] | None = None
         self._worker: concurrent.futures.ThreadPoolExecutor | None = None
@@ -397,7 +428,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Numbers of the steps on this process's disk, ascending; not yet verified."""
-        return self._shelf.steps()
+        return self._steps.numbers()
 
     # Saving
 
@@ -420,16 +451,17 @@ class Checkpoints:
         self.wait()
         names, leaves = flatten_arrays(state)
         if self._main:
-            # Half as much again: manifests, orbax' indices, and records written meanwhile.
+            # Half as much again: manifests, the indices of orbax, and records written meanwhile.
             files.require_free(self.directory, sum(x.nbytes for x in leaves) * 3 // 2 + (1 << 20))
         arrays = dict(zip(names, mesh.to_host(leaves), strict=True))
         if not self._main:
             return
         if self._worker is None:
             self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+
         finite = metric is not None and math.isfinite(metric)
         body = {"step": step, "metric": metric if finite else None, "meta": dict(meta or {})}
-        canonical(body)  # a meta that is not JSON fails here, in the caller
+        canonical(body)  # a meta that is not JSON fails here, where the caller sees it
         self._pending = self._worker.submit(self._write, step, arrays, body)
 
     def check(self) -> None:
@@ -439,12 +471,13 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when no save is under way; raises as `check` does."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
+        self._pending = None
         if pending is not None:
             pending.result()
 
     def settle(self, seconds: float) -> None:
-        """Gives a save under way so long to end; raises nothing. From any thread."""
+        """Waits at most so many seconds for a save under way; raises nothing. From any thread."""
         if self._pending is not None:
             most = min(seconds, threading.TIMEOUT_MAX)
             concurrent.futures.wait([self._pending], timeout=most)
@@ -470,7 +503,9 @@ class Checkpoints:
             files.warn(str(second))  # the first error is the one that ends the command
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], body: dict[str, Any]) -> None:
-        scratch, final = self.directory / f"{TMP}{step}", self._shelf.path(step)
+        """Writes one step and removes those that are no longer kept; runs in the thread."""
+        scratch = self.directory / f"{TMP}{step}"
+        final = self._steps.path(step)
         require_finite(step, arrays)
         body["arrays"] = {name: array_entry(array) for name, array in arrays.items()}
         try:
@@ -481,7 +516,8 @@ class Checkpoints:
                 save_arrays(scratch / "arrays", arrays)
                 body["files"] = file_entries(scratch)
                 files.write_atomic(scratch / MANIFEST, seal(body))
-                remove(final)  # saved again after going back to an older step
+
+                remove(final)  # it is there after a fallback to an older step
                 scratch.rename(final)
                 files.sync_directory(self.directory)
             self._retain(step, body["metric"])
@@ -490,7 +526,7 @@ class Checkpoints:
                 remove(scratch)
             if isinstance(error, DiskError):
                 raise
-            # Orbax and tensorstore wrap the system's error in their own.
+            # Orbax and tensorstore wrap the system's error in errors of their own.
             raise DiskError(
                 f"cannot save step {step} in {self.directory}: {first_line(error)}; "
                 f"{files.free_text(self.directory)}. The previous checkpoint is intact: free space "
@@ -498,16 +534,18 @@ class Checkpoints:
             ) from error
 
     def _retain(self, step: int, metric: float | None) -> None:
-        metrics = self._shelf.metrics() if self._metrics is None else self._metrics
+        """Removes the steps that are neither among the newest nor among the best."""
+        metrics = self._steps.metrics() if self._metrics is None else self._metrics
         metrics[step] = metric
         keep = set(sorted(metrics)[-self.keep_last :])
-        ranked = sorted((m, -s) for s, m in metrics.items() if m is not None)
+        ranked = sorted((m, -s) for s, m in metrics.items() if m is not None)  # ties: the earlier
         keep |= {-s for _, s in ranked[max(0, len(ranked) - self.keep_best) :]}
         self._metrics = {s: m for s, m in metrics.items() if s in keep}
+
         # The index first: a kill in between leaves a step too many, not one that seems lost.
-        self._shelf.write_index(keep)
+        self._steps.write_index(keep)
         for old in sorted(metrics.keys() - keep):
-            remove(self._shelf.path(old))
+            remove(self._steps.path(old))
 
     # Restoring
 
@@ -529,13 +567,16 @@ class Checkpoints:
         self.wait()
         self._metrics = None
         names, leaves = flatten_arrays(like)
+
+        # Process 0 reads. What it found or why it failed goes to all.
         arrays: dict[str, np.ndarray] = {}
         header: dict[str, Any] = {"step": None}
         if self._main:
             try:
                 found = self._read(names, leaves, step)
                 if found is not None:
-                    header, arrays = {"step": found[0], "meta": found[2]}, found[1]
+                    header = {"step": found[0], "meta": found[2]}
+                    arrays = found[1]
             except UserError as error:
                 header = {"error": str(error), "code": error.exit_code}
         header = json.loads(mesh.broadcast(json.dumps(header).encode()))
@@ -544,9 +585,11 @@ class Checkpoints:
             raise kind(header["error"])
         if header["step"] is None:
             return None
-        # One broadcast for all: each size of a broadcast is a program to compile.
+
+        # One broadcast for all arrays: each size of a broadcast is a program to compile.
         data = mesh.broadcast(b"".join(arrays[name].tobytes() for name in names if self._main))
-        placed, start = [], 0
+        placed = []
+        start = 0
         for leaf in leaves:
             count = math.prod(leaf.shape)
             array = np.frombuffer(data, leaf.dtype, count, start).reshape(leaf.shape)
@@ -557,10 +600,11 @@ class Checkpoints:
     def _read(
         self, names: Sequence[str], leaves: Sequence[Any], wanted: int | None
     ) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
-        ever = self._shelf.tidy()
+        """The newest good step, or the wanted one: (step, arrays by name, meta)."""
+        ever = self._steps.tidy()
         bad = []
         for step in self.steps()[::-1] if wanted is None else [wanted]:
-            path = self._shelf.path(step)
+            path = self._steps.path(step)
             if not path.is_dir():
                 raise CheckpointError(f"{self.directory} has no step {step}; it has {self.steps()}")
             try:
@@ -571,11 +615,13 @@ class Checkpoints:
                 check_arrays(arrays, body)
             except DamagedError as error:
                 bad.append(step)
-                self._shelf.set_aside(path, str(error))
+                self._steps.quarantine(path, str(error))
                 continue
+
             if bad:
-                self._shelf.write_index(self._shelf.metrics())
+                self._steps.write_index(self._steps.metrics())
             return step, arrays, body["meta"]
+
         if not ever:
             return None
         raise CheckpointError(
@@ -586,5 +632,5 @@ class Checkpoints:
 
 
 def _quiet(record: logging.LogRecord) -> bool:
-    """Keeps orbax' chatter about each save out of the user's terminal; its errors stay."""
+    """Keeps what orbax logs about each save out of the user's terminal; its errors stay."""
     return record.levelno > logging.WARNING or "orbax" not in record.pathname

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bn_jax.errors import DiskError
+from bn_jax.errors import ConfigError, DiskError
 
 # What a full, read-only, withdrawn or failing disk raises. Any other error (a directory where a
 # file should be) is a mistake of the program and keeps its traceback.
@@ -46,6 +46,18 @@ def reported(path: pathlib.Path, doing: str) -> Iterator[None]:
         raise DiskError(
             f"{doing} {path}: {error.strerror or error}; {free_text(path)}. "
             "Free space or make the directory writable, then run the same command again."
+        ) from error
+
+
+@contextlib.contextmanager
+def readable(path: pathlib.Path) -> Iterator[None]:
+    """Turns an OSError on reading `path` into a ConfigError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror or error}; make it readable for this user, or "
+            "give another folder"
         ) from error
 
 
@@ -101,9 +113,9 @@ def sync_directory(path: pathlib.Path) -> None:
 
 
 def existing_parent(path: pathlib.Path) -> pathlib.Path:
-    """`path` itself or its nearest ancestor that exists."""
+    """`path` itself or its nearest ancestor that exists, as far as this user may see."""
     path = path.absolute()
-    while not path.exists() and path != path.parent:
+    while not os.access(path, os.F_OK) and path != path.parent:
         path = path.parent
     return path
 

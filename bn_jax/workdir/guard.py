@@ -197,7 +197,8 @@ def new_attempt(attempts: list[Attempt], resume_step: int, origin: Mapping[str, 
 # It is flock(2). The kernel drops it when the holder dies, however it dies, so a lock that was left
 # on the same host is taken over at once. Between hosts NFS v4 and Lustre carry it too, gcsfuse does
 # not. A lock left by another host is therefore watched for a while before it is taken over: a live
-# holder touches the file every few seconds.
+# holder touches the file every few seconds. A holder that was paused for longer (SIGSTOP, a virtual
+# machine that was moved) finds another name in the file before it writes again, and ends.
 
 
 LOCK = "lock"
@@ -242,8 +243,9 @@ class WorkdirLock:
     def _sign(self) -> None:
         """Writes into the file whose it is."""
         me = {"host": socket.gethostname(), "pid": os.getpid(), "started": files.now()}
+        self._mine = json.dumps(me).encode() + b"\n"
         os.ftruncate(self._file, 0)
-        os.pwrite(self._file, json.dumps(me).encode() + b"\n", 0)
+        os.pwrite(self._file, self._mine, 0)
         os.fsync(self._file)  # in an object store others see it only from here on
 
     def _heartbeat(self) -> None:
@@ -252,6 +254,23 @@ class WorkdirLock:
                 os.utime(self._file)
                 os.fsync(self._file)
 
+    def held(self) -> bool:
+        """Whether the file still has the name of this run."""
+        try:
+            return self.path.read_bytes() == self._mine
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # a disk that fails is reported where it is written
+
+    def require_held(self) -> None:
+        """To be called before writing. Raises LockedError if another run took the workdir over."""
+        if not self.held():
+            raise LockedError(
+                f"{self.path.parent} was taken over by another run, or its lock was removed, while "
+                "this process gave no sign of life: this one ends, and writes nothing more"
+            )
+
     def release(self) -> None:
         """Gives the workdir back; a second call does nothing."""
         if self._stop.is_set():
@@ -259,8 +278,9 @@ class WorkdirLock:
 
         self._stop.set()
         self._beat.join()  # it must not touch a descriptor that is closed and used again
-        with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
+        if self.held():
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
         os.close(self._file)
 
 

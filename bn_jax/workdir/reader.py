@@ -105,7 +105,8 @@ def read_run(workdir: pathlib.Path) -> Run:
         )
     run = require_record(workdir)
     try:
-        lines = _read_metrics(workdir)
+        with files.readable(workdir / METRICS):
+            lines = _read_metrics(workdir)
         return Run(
             workdir=workdir,
             config=run["config"],
@@ -115,10 +116,6 @@ def read_run(workdir: pathlib.Path) -> Run:
             error=str(run["results"].get("error", "")),
             origin={"source": run["source"], "hardware": run["hardware"]},
         )
-    except OSError as error:
-        raise ConfigError(
-            f"{workdir / METRICS} cannot be read: {error.strerror}; make it readable"
-        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as damage:
         raise ConfigError(
             f"the records in {workdir} are damaged ({damage!r}): restore them, or move the folder "
@@ -140,18 +137,25 @@ def _read_metrics(workdir: pathlib.Path) -> MetricLines:
 
 
 def is_run(folder: pathlib.Path) -> bool:
-    """Whether a run has recorded something in `folder`."""
-    return (folder / RUN).is_file() and (folder / METRICS).is_file()
+    """Whether a run has recorded something in `folder`. Raises ConfigError if none may look."""
+    with files.readable(folder):
+        return (folder / RUN).is_file() and (folder / METRICS).is_file()
 
 
 def find_runs(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The workdirs in `folder`, at any depth, in the order of their names."""
+    """The workdirs in `folder`, at any depth, in the order of their names.
+
+    Raises:
+      ConfigError: this user may not read one of the folders.
+    """
     if is_run(folder):
         yield folder
         return
 
-    if folder.is_dir():
-        for child in sorted(child for child in folder.iterdir() if child.is_dir()):
+    with files.readable(folder):
+        children = sorted(folder.iterdir()) if folder.is_dir() else []
+    for child in children:
+        if child.is_dir():
             yield from find_runs(child)
 
 
@@ -291,7 +295,9 @@ def append_evaluation(folder: pathlib.Path, line: Mapping[str, Any]) -> None:
 def read_evaluations(folder: pathlib.Path) -> Iterator[EvaluationLine]:
     """The lines of one folder; damaged ones are skipped, and stderr names them."""
     path = folder / EVALUATIONS
-    for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+    with files.readable(path):
+        texts = path.read_text(errors="replace").splitlines()
+    for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
             whole = line.keys() >= EvaluationLine.__required_keys__

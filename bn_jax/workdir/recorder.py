@@ -152,12 +152,14 @@ class Recorder:
             the kind. None of them may depend on the clock, or they would differ after a resume.
 
         Raises:
+          LockedError: another run took the workdir over, while this process was paused.
           DiskError: the disk is full or cannot be written; the next start drops half a line.
         """
         self._step = max(self._step, step)
         if not self._main:
             return
 
+        self._require_held()
         plain = {name: files.plain(value) for name, value in values.items()}
         self._append(self._metrics, {"step": int(step), "kind": kind, **plain})
         if kind == "train":
@@ -194,8 +196,14 @@ class Recorder:
         return self._ledger.part, parts["step"] + parts["input"]
 
     def sync(self) -> None:
-        """Puts the lines so far on the disk itself; before a checkpoint that they must not miss."""
+        """Puts the lines so far on the disk itself; before a checkpoint that they must not miss.
+
+        Raises:
+          LockedError: another run took the workdir over, while this process was paused.
+          DiskError: the disk is full or cannot be written.
+        """
         if self._main:
+            self._require_held()
             with files.reported(self.workdir, "cannot write in"):
                 for file in (self._metrics, self._timing):
                     os.fsync(file.fileno())
@@ -210,16 +218,17 @@ class Recorder:
         if status not in STATUSES:
             raise ValueError(f"{status!r} is not one of {STATUSES}")
 
-        held = self._lock
+        lock = self._lock
         self._lock = None
-        if held is None:
+        if lock is None:
             return
 
         try:
-            if self._begun:
+            # If another run took the workdir over, the records are that run's.
+            if self._begun and lock.held():
                 self._end(status, results)
         finally:
-            held.release()
+            lock.release()
 
     def _end(self, status: str, results: Mapping[str, Any]) -> None:
         self._progress.end()
@@ -266,6 +275,10 @@ class Recorder:
             self._progress.say(f"run.json could not be finished: {second}")
 
     # Files
+
+    def _require_held(self) -> None:
+        if self._lock is not None:
+            self._lock.require_held()
 
     def _mark(self) -> None:
         """Appends where the time went so far to timing.jsonl."""

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from bn_jax.errors import LockedError
 from bn_jax.workdir import guard
-from tests.support.small_runs import CONFIG, open_run
+from tests.support.small_runs import CONFIG, open_run, train
 
 
 def test_a_second_run_is_refused_and_names_the_first(tmp_path: pathlib.Path):
@@ -80,3 +81,71 @@ def test_a_live_lock_beats(tmp_path: pathlib.Path, monkeypatch):
     assert (tmp_path / "lock").stat().st_mtime > 0
     held.release()
     held.release()  # does nothing
+
+
+def test_a_run_that_lost_its_workdir_writes_nothing_more(tmp_path, monkeypatch):
+    """On a disk without flock, as between hosts: the first run was paused, a second took over."""
+    monkeypatch.setattr(guard.fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(socket, "gethostname", lambda: "one")
+    first = open_run(tmp_path)
+    first.begin(0)
+    train(first, 1, 4)
+    first._lock._stop.set()  # no heartbeat while it is paused
+    first._lock._beat.join()
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "two")
+    monkeypatch.setattr(guard.WorkdirLock.__init__, "__defaults__", (0.2,))
+    second = open_run(tmp_path)
+    second.begin(4)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for attempt in (lambda: train(first, 5, 6), first.sync):
+        with pytest.raises(LockedError, match="taken over by another run") as caught:
+            attempt()
+    first.fail(caught.value)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    train(second, 5, 6)
+    second.finish("done")
+    assert not (tmp_path / "lock").exists()
+
+
+PAUSED = """
+import fcntl, pathlib, socket, sys
+fcntl.flock = lambda *_: None  # as between hosts without it
+socket.gethostname = lambda: "paused"
+from bn_jax.workdir import guard
+guard.BEAT = 0.1
+lock = guard.WorkdirLock(pathlib.Path(sys.argv[1]))
+with open(sys.argv[2], "a") as out:
+    while True:
+        lock.require_held()
+        out.write("line\\n")
+        out.flush()
+"""
+
+
+def test_a_holder_that_was_stopped_notices_before_it_writes(tmp_path, monkeypatch):
+    """SIGSTOP, another host takes over, SIGCONT: at most the line it was stopped in is written."""
+    out = tmp_path / "out"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", PAUSED, str(tmp_path), str(out)],
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(guard.__file__).parents[2])},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (out.exists() and out.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        holder.send_signal(signal.SIGSTOP)
+        time.sleep(0.1)
+        monkeypatch.setattr(guard.fcntl, "flock", lambda *_: None)
+        mine = guard.WorkdirLock(tmp_path, watch=1.0)
+        assert "host paused" in mine.taken_over
+        before = out.read_text().count("\n")
+        holder.send_signal(signal.SIGCONT)
+        _, error = holder.communicate(timeout=60)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert out.read_text().count("\n") <= before + 1
+    assert b"LockedError" in error
+    mine.release()
