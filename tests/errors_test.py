@@ -38,6 +38,31 @@ def test_a_mistake_is_one_line_and_code_2(words, said, tmp_path):
     assert not list(tmp_path.iterdir())  # no folder "gs:"
 
 
+# What the table of codes in docs/operations.md says of each error.
+CODES = {
+    errors.ConfigError: (2, "command line, config, data location or workdir"),
+    errors.DataError: (3, "record or shard of the data is damaged"),
+    errors.DivergedError: (4, "diverged"),
+    errors.CheckpointError: (5, "no usable checkpoint"),
+    errors.PeerLostError: (6, "process"),
+    errors.DiskError: (7, "disk is full or cannot be written"),
+    errors.LockedError: (8, "another run is at work in this workdir"),
+    errors.Preempted: (75, "told to stop"),
+}
+
+
+def test_every_errors_code_is_that_of_the_table():
+    text = (ROOT / "docs" / "operations.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    table = {row[0]: row[1] for row in rows if row[0].isdecimal()}
+    assert len(table) == len(CODES) + 1  # and 0
+    for error, (code, meaning) in CODES.items():
+        assert error.exit_code == code
+        assert meaning in table[str(code)], code
+    named = {c for c in vars(errors).values() if isinstance(c, type)}
+    assert {c for c in named if issubclass(c, errors.UserError)} == {*CODES, errors.UserError}
+
+
 def test_urls_are_refused_wherever_a_path_may_stand():
     for word in ("--config.data.dir=gs://bucket", "--workdir=runs/a,s3://b", "gs://x"):
         with pytest.raises(ConfigError, match="is not supported; mount"):

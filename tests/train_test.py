@@ -11,6 +11,7 @@ from bn_jax import train
 from bn_jax.distributed import preempt
 from bn_jax.errors import ConfigError, DivergedError, Preempted
 from bn_jax.experiment import build
+from bn_jax.workdir.lines import ActivationLine, EvalLine, TrainLine
 from configs import bn_x30, mnist, mnist_bn
 from tests.support import small_sets
 
@@ -69,6 +70,15 @@ def test_a_run_records_what_it_did(whole):
     info = json.loads((workdir / "run.json").read_text())
     assert info["status"] == "done" and info["results"]["examples"] == 1000
     assert info["info"]["data"]["split"] == "test" and info["info"]["mesh"]["devices"] == 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("train", TrainLine), ("eval", EvalLine), ("activation", ActivationLine)],
+)
+def test_every_line_has_the_fields_of_its_kind(whole, kind, fields):
+    for line in lines(whole[0], kind):
+        assert line.keys() == fields.__annotations__.keys()
 
 
 @pytest.mark.parametrize("stop", [10, 35])

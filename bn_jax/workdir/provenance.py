@@ -1,4 +1,7 @@
-"""What a result was made with: versions, commit, hardware. Never the environment as a whole."""
+"""Records what a result was made with: versions, commit, hardware.
+
+Of the environment only a few named variables are recorded: others may hold secrets.
+"""
 
 import importlib.metadata
 import os
@@ -12,8 +15,7 @@ from typing import Any
 import jax
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
-# The only variables that are recorded: they change the bits of a result. Others may hold secrets.
-_VARIABLES = ("NPROC", "XLA_FLAGS", "JAX_PLATFORMS")
+_VARIABLES = ("NPROC", "XLA_FLAGS", "JAX_PLATFORMS")  # they change the bits of a result
 
 
 def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
@@ -33,16 +35,19 @@ def source() -> dict[str, Any]:
         found: dict[str, Any] = {"version": importlib.metadata.version("bn_jax")}
     except importlib.metadata.PackageNotFoundError:
         found = {"version": "not installed"}
+
     here = pathlib.Path(__file__).resolve()
     # An environment inside some other project's checkout must not name that project's commit.
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None:
         found["commit"] = _git(here.parent, "rev-parse", "HEAD")
+        # Published results are files of the project, too, but they compute nothing.
         changed = ("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)results")
-        found["dirty"] = bool(_git(here.parent, *changed))  # published results compute nothing
+        found["dirty"] = bool(_git(here.parent, *changed))
     return found
 
 
 def _git(directory: pathlib.Path, *arguments: str) -> str | None:
+    """What git prints; None if it is absent or fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(directory), *arguments],
@@ -76,12 +81,12 @@ def origin() -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Where source or versions of two origins differ, as 'jax 0.10.2, now 0.10.3; ...', or ''."""
+    """What differs in source or versions of two origins: 'jax 0.10.2, now 0.10.3; ...', or ''."""
     found = []
     for part in ("source", "versions"):
-        old, new = before[part], now[part]
-        for name in sorted(old.keys() | new.keys()):
-            one, other = (str(x[name]) if name in x else "unknown" for x in (old, new))
+        for name in sorted(before[part].keys() | now[part].keys()):
+            one = str(before[part].get(name, "unknown"))
+            other = str(now[part].get(name, "unknown"))
             if one != other:
                 label = "bn_jax" if name == "version" else name
                 found.append(f"{label} {one}, now {other}")
@@ -89,10 +94,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def cpu_threads() -> int:
-    """Threads of XLA's CPU backend: $NPROC, or the CPUs that this process may use; one a device.
+    """Threads of XLA's CPU backend: $NPROC, or the CPUs that this process may use.
 
-    A sum over a split array depends on where it is split, so the bits of a CPU run depend on it.
-    Virtual devices share the pool, which has at least as many threads as there are of them.
+    The bits of a CPU run depend on it, since a sum over an array is split by it. Virtual devices
+    share the pool, which has at least as many threads as there are devices.
     """
     devices = jax.local_device_count() if jax.default_backend() == "cpu" else 1
     text = os.environ.get("NPROC", "")

@@ -1,10 +1,8 @@
-"""Where the numbers of metrics.jsonl go besides: TensorBoard, Weights & Biases. Process 0 only."""
+"""Sends the numbers of metrics.jsonl also to TensorBoard and Weights & Biases. Process 0 only."""
 
-import concurrent.futures
 import importlib.util
 import os
 import pathlib
-import time
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -19,10 +17,10 @@ class Writer(Protocol):
     """Takes scalars as they are recorded."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """`scalars` ("train/loss", ...) of a step."""
+        """Takes the `scalars` ("train/loss", ...) of a step."""
 
     def close(self, status: str) -> None:
-        """The attempt ends with this status of run.json."""
+        """Ends the attempt, with this status of run.json."""
 
 
 def check(wandb: bool) -> None:
@@ -42,47 +40,39 @@ def writers(
     tensorboard: bool,
     wandb: bool,
 ) -> list[Writer]:
-    """The writers that are asked for, of an attempt that goes on after `resume_step`."""
-    found: list[Writer] = [TensorBoard(workdir, resume_step)] if tensorboard else []
-    return [*found, Wandb(workdir, config, say)] if wandb else found
+    """The writers that are asked for, of an attempt that resumes after `resume_step`."""
+    found: list[Writer] = []
+    if tensorboard:
+        found.append(TensorBoard(workdir, resume_step))
+    if wandb:
+        found.append(Wandb(workdir, config, say))
+    return found
 
 
 class TensorBoard:
-    """Events in WORKDIR/tensorboard.
-
-    tensorboardX imports torch where that is installed, for seconds: it is imported in another
-    thread from the first numbers on, and they wait for it.
-    """
+    """Events in WORKDIR/tensorboard."""
 
     def __init__(self, workdir: pathlib.Path, resume_step: int):
-        self._place = {"logdir": str(workdir / "tensorboard"), "purge_step": resume_step + 1}
-        self._waiting: list[tuple[str, float, int, float]] = []  # add_scalar's arguments
-        self._package: concurrent.futures.Future | None = None
+        self._folder = workdir / "tensorboard"
+        self._purge_step = resume_step + 1  # events of an earlier attempt from here on are dropped
         self._events: Any = None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """As `Writer` has it."""
-        if self._package is None:
-            threads = concurrent.futures.ThreadPoolExecutor(1)
-            self._package = threads.submit(importlib.import_module, "tensorboardX")
-            threads.shutdown(wait=False)
-        self._waiting += [(name, value, step, time.time()) for name, value in scalars.items()]
-        if self._package.done():
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._package is None:
-            return
         if self._events is None:
-            self._events = self._package.result().SummaryWriter(**self._place)
-        for scalar in self._waiting:
-            self._events.add_scalar(*scalar)
-        self._waiting.clear()
+            # Imported with the first numbers, not before the first step: the package imports torch
+            # where that is installed, which takes a second or two.
+            import tensorboardX
+
+            self._events = tensorboardX.SummaryWriter(
+                logdir=str(self._folder), purge_step=self._purge_step
+            )
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
 
     def close(self, status: str) -> None:
         """As `Writer` has it."""
         del status
-        self._flush()
         if self._events is not None:
             self._events.close()
 
@@ -90,14 +80,15 @@ class TensorBoard:
 class Wandb:
     """A run of Weights & Biases, the same one for all attempts: its id is in WORKDIR/wandb_id.
 
-    Its own variables (WANDB_MODE=offline, WANDB_PROJECT, WANDB_ENTITY, ...) hold. Whatever it fails
-    with, training goes on: that is said once, and nothing more is sent.
+    The package's own variables (WANDB_MODE=offline, WANDB_PROJECT, WANDB_ENTITY, ...) hold. If it
+    fails, training continues: one line says so, and nothing more is sent.
     """
 
     def __init__(
         self, workdir: pathlib.Path, config: Mapping[str, Any], say: Callable[[str], None]
     ):
-        self._say, self._run = say, None
+        self._say = say
+        self._run: Any = None
         path = workdir / ID
         if not path.exists():
             files.write_atomic(path, f"{uuid.uuid4().hex[:8]}\n".encode())
@@ -113,7 +104,7 @@ class Wandb:
             name=str(workdir),
             dir=str(workdir),
             config=dict(config),
-            settings=wandb.Settings(console="off"),  # the terminal belongs to progress.py
+            settings=wandb.Settings(console="off"),  # the terminal has our own progress line
         )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -133,4 +124,4 @@ class Wandb:
         except Exception as error:
             self._run = None
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self._say(f"Weights & Biases failed and is left out from here on: {reason}")
+            self._say(f"Weights & Biases failed, and gets no more numbers: {reason}")

@@ -165,3 +165,20 @@ def test_tensorboard_events_hold_the_scalars(tmp_path: pathlib.Path):
         recorder.write("train", 2, loss=0.5)
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/loss" in events.read_bytes()
+
+
+def test_time_is_marked_after_training_lines_only(tmp_path: pathlib.Path):
+    def marks() -> list[int]:
+        text = (tmp_path / "timing.jsonl").read_text()
+        return [json.loads(line)["step"] for line in text.splitlines()]
+
+    with open_run(tmp_path) as recorder:
+        recorder.begin(0)
+        recorder.write("train", 3, loss=0.5)
+        assert marks() == [0, 3]
+        recorder.write("eval", 4, top1=0.5)
+        recorder.write("activation", 4, layer="x", p50=[0.5])
+        assert marks() == [0, 3]
+        recorder.write("train", 5, loss=0.5)
+        assert marks() == [0, 3, 5]
+    assert marks() == [0, 3, 5, 5]  # and at the end
