@@ -362,16 +362,18 @@ class Steps:
 
     def _read_index(self) -> list[int] | None:
         path = self.directory / INDEX
-        if not path.exists():
-            return None
         try:
-            return unseal(path.read_bytes(), INDEX)["steps"]
+            with _permitted(path):
+                return unseal(path.read_bytes(), INDEX)["steps"]
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except (OSError, DamagedError) as error:
             warn(f"{path}: {error}; rebuilt from the steps that are there")
             return []
 
     def _entries(self) -> list[pathlib.Path]:
-        return sorted(self.directory.iterdir()) if self.directory.is_dir() else []
+        with _permitted(self.directory):
+            return sorted(self.directory.iterdir()) if self.directory.is_dir() else []
 
 
 def remove(path: pathlib.Path) -> None:

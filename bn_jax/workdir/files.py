@@ -43,9 +43,12 @@ def reported(path: pathlib.Path, doing: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRNO:
             raise
+
+        remedy = f"{free_text(path)}. Free space or make the directory writable"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = "make the directory writable for this user"
         raise DiskError(
-            f"{doing} {path}: {error.strerror or error}; {free_text(path)}. "
-            "Free space or make the directory writable, then run the same command again."
+            f"{doing} {path}: {error.strerror or error}; {remedy}, then run the same command again."
         ) from error
 
 

@@ -124,16 +124,19 @@ def read_run(workdir: pathlib.Path) -> Run:
 
 
 def _read_metrics(workdir: pathlib.Path) -> MetricLines:
-    found: MetricLines = {"train": [], "eval": [], "activation": []}
     text = (workdir / METRICS).read_text()
 
     # A run that is still training, or was killed, may have half a line at the end.
     whole = text[: text.rfind("\n") + 1]
 
+    by_kind: dict[str, list[Any]] = {"train": [], "eval": [], "activation": []}
     for line in map(json.loads, whole.splitlines()):
-        if line["kind"] in found:
-            found[line["kind"]].append(line)
-    return found
+        by_kind.setdefault(line["kind"], []).append(line)
+    return {
+        "train": by_kind["train"],
+        "eval": by_kind["eval"],
+        "activation": by_kind["activation"],
+    }
 
 
 def is_run(folder: pathlib.Path) -> bool:

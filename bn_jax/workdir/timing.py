@@ -194,6 +194,7 @@ class Progress:
             self._line = self._begin(done, text)
             return
 
+        self._line.bar_format = "{desc}  {remaining} left"  # known from the second call on
         self._line.set_description_str(text, refresh=False)
         shown = self._line.update(done - self._line.n)
         if done >= self._total and not shown:
@@ -210,7 +211,7 @@ class Progress:
             total=self._total,
             initial=done,
             file=self._stream,
-            bar_format="{desc}  {remaining} left",
+            bar_format="{desc}",
             mininterval=every,
             miniters=1,
             smoothing=0,  # the time left is that at the mean rate, evaluations included

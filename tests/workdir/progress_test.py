@@ -31,7 +31,7 @@ def test_progress_shows_step_loss_rate_and_time_left(clock):
     progress.update(11, "step 11/100  loss 0.2500", 320, clock=5.0)
     progress.end()
     first, second = out.getvalue().splitlines()
-    assert first == "step 1/100  loss 2.5000  ? left"
+    assert first == "step 1/100  loss 2.5000"
     assert second == "step 11/100  loss 0.2500  64 images/s  02:58 left"  # 89 steps at 2 s
 
 
