@@ -80,11 +80,14 @@ def file_entry(path: pathlib.Path) -> dict[str, Any]:
 
 
 def file_entries(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Size and digest of every file below `directory` but the manifest, by relative path."""
+    """Size and digest of every file below `directory` but the manifest, by relative path.
+
+    Hidden files are left out: those that NFS and desktops make may vanish again at any time.
+    """
     return {
         path.relative_to(directory).as_posix(): file_entry(path)
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path != directory / MANIFEST
+        if path.is_file() and path != directory / MANIFEST and not path.name.startswith(".")
     }
 
 
@@ -259,9 +262,11 @@ def require_finite(step: int, arrays: Mapping[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         if np.issubdtype(array.dtype, np.integer) or array.dtype == bool:
             continue
+
         wide = array.astype(np.float32) if array.dtype.itemsize < 4 else array
         # A count of statistics updates is infinite where a converged tree was imported.
-        fine = ~np.isnan(wide) if name.split("/")[-1] == "count" else np.isfinite(wide)
+        is_count = name.split("/")[-1] == "count"
+        fine = ~np.isnan(wide) if is_count else np.isfinite(wide)
         if not fine.all():
             raise DivergedError(f"step {step} is not saved: {name} is not finite")
 
@@ -403,7 +408,7 @@ class Checkpoints:
     Args:
       directory: created at the first save.
       keep_last: how many of the newest steps to keep, at least 1; 2 leaves one to fall back to.
-      keep_best: how many of the steps with the highest `metric` to keep besides.
+      keep_best: how many of the steps with the highest `metric` to keep in addition.
       read_only: never clean, quarantine or write; for commands that look at a run in progress.
     """
 

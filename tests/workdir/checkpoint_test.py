@@ -79,7 +79,7 @@ def test_a_save_holds_the_state_of_its_moment_although_the_buffer_is_donated(tmp
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_a_state_of_8_devices_goes_on_on_any_number(tmp_path: pathlib.Path, count: int):
+def test_a_state_of_8_devices_resumes_on_any_number(tmp_path: pathlib.Path, count: int):
     eight, other = mesh_of(8), mesh_of(count)
     sharded = PartitionSpec("data")
     state = {

@@ -38,7 +38,7 @@ def test_a_save_that_is_quick_enough_is_there_afterwards(tmp_path, disk, seconds
         assert checkpoints.steps() == [1]
 
 
-def test_a_save_that_is_too_slow_goes_on_beside(tmp_path, disk):
+def test_a_save_that_is_too_slow_continues_beside_training(tmp_path, disk):
     with Checkpoints(tmp_path, keep_last=1, keep_best=0) as checkpoints:
         checkpoints.save(1, {"x": jnp.zeros(2)})
         began = time.monotonic()
@@ -78,7 +78,7 @@ def test_with_a_large_share_a_save_is_on_disk_before_the_next_step(tmp_path, mon
     assert newest == [(5, [])] + [(step, [step // 10 * 10]) for step in range(10, 41, 5)]
 
 
-def test_training_goes_on_while_a_slow_disk_writes(tmp_path, monkeypatch, quick, disk):
+def test_training_continues_while_a_slow_disk_writes(tmp_path, monkeypatch, quick, disk):
     newest = []
 
     def look(loop, step: int) -> None:

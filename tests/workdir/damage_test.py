@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from bn_jax.errors import CheckpointError, DiskError
+from bn_jax.workdir import checkpoint
 from bn_jax.workdir.checkpoint import Checkpoints
 from tests.support.small_states import is_state_of, open_checkpoints, save_three, state_at
 
@@ -119,7 +120,7 @@ def test_every_mutation_of_the_newest_step_is_detected(template, tmp_path, capfd
             assert ("is no longer there" if gone else "moved to quarantine/") in line, name
             assert (directory / "quarantine").exists() == (not gone), name
             assert checkpoints.steps() == [10, 20], name
-            # Said once: afterwards the directory is in order, and training goes on in it.
+            # Said once: afterwards the directory is in order, and training continues in it.
             assert checkpoints.restore(state_at(0)) is not None
             assert capfd.readouterr().err == "", name
         done[name.split()[0]] += 1
@@ -152,6 +153,21 @@ def test_files_that_were_not_saved_do_no_harm_and_stay(template, tmp_path, capfd
         step, state, _ = checkpoints.restore(state_at(0)) or pytest.fail()
     assert step == 30 and is_state_of(30, state) and capfd.readouterr().err == ""
     assert all(path.exists() for path in others) and (directory / ".snapshot").is_dir()
+
+
+def test_a_file_of_nfs_that_was_there_during_the_save_may_vanish(tmp_path, monkeypatch):
+    save = checkpoint.save_arrays
+
+    def leave_one_open(path, arrays):
+        save(path, arrays)
+        (path / ".nfs0001").write_bytes(b"x")
+
+    monkeypatch.setattr(checkpoint, "save_arrays", leave_one_open)
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state_at(1))
+        checkpoints.wait()
+        (tmp_path / "1" / "arrays" / ".nfs0001").unlink()
+        assert checkpoints.restore(state_at(0)) is not None
 
 
 def test_a_step_with_files_of_others_in_it_can_be_removed(template, tmp_path):

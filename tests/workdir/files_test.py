@@ -59,7 +59,7 @@ def test_a_disk_that_fills_leaves_the_last_good_checkpoint(small_disk, monkeypat
     measured("disk full during a save", injected=1, detected=1, lost=0)
 
 
-def test_records_on_a_full_disk_are_reported_and_go_on_later(small_disk, measured):
+def test_records_on_a_full_disk_are_reported_and_resume_later(small_disk, measured):
     def open_run() -> Recorder:
         return Recorder(
             small_disk / "run",

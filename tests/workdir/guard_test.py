@@ -24,10 +24,10 @@ def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(tmp_
         with pytest.raises(ConfigError, match=message) as caught:
             attempt(tmp_path, other)
         assert "extra (absent there, 1 here)" in str(caught.value)
-        assert "total_steps" not in str(caught.value)  # a longer run may go on
+        assert "total_steps" not in str(caught.value)  # the run may be made longer
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
     guard.check_workdir(tmp_path, CONFIG | {"total_steps": 99, "checkpoint_wait": 0.04})
-    # A field that came later, at the value of what runs did before it, is no difference.
+    # A field that was added later, with the value of what runs did before, makes no difference.
     guard.check_workdir(tmp_path, CONFIG | {"warmup_examples": 0.0})
     with pytest.raises(ConfigError, match=r"warmup_examples \(0.0 there, 5.0 here\)"):
         guard.check_workdir(tmp_path, CONFIG | {"warmup_examples": 5.0})
@@ -87,7 +87,7 @@ def test_the_size_of_xlas_thread_pool_is_recorded(monkeypatch):
     assert pool in (0, provenance.cpu_threads())  # 0: not on Linux, or no devices yet
 
 
-def test_a_cpu_run_does_not_go_on_under_another_thread_pool(tmp_path, monkeypatch):
+def test_a_cpu_run_does_not_resume_with_another_thread_pool(tmp_path, monkeypatch):
     monkeypatch.setenv("NPROC", "13")
     with open_run(tmp_path) as recorder:
         recorder.begin(0)

@@ -42,7 +42,7 @@ def wandb(monkeypatch):
     return install
 
 
-def test_scalars_are_sent_and_a_resume_goes_on_with_the_same_run(wandb, tmp_path):
+def test_scalars_are_sent_and_a_resume_continues_the_same_run(wandb, tmp_path):
     fake = wandb()
     for first, last in ((1, 10), (11, 20)):
         with open_run(tmp_path, wandb=True) as recorder:
