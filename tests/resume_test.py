@@ -112,8 +112,8 @@ def test_two_trainers_save_the_same_step_and_one_goes_on(tmp_path, measured):
 def test_a_streamed_inception_with_dropout_and_distortion_goes_on_with_the_same_bits(
     tmp_path, monkeypatch, unoptimized
 ):
-    real = build.make
-    monkeypatch.setattr(build, "make", lambda: real(jax.devices()[:1]))
+    real = build.mesh.make
+    monkeypatch.setattr(build.mesh, "make", lambda: real(jax.devices()[:1]))
     config = bn_x30.get_config("digits")
     config.update_from_flattened_dict(
         {

@@ -51,8 +51,8 @@ def net():
 @pytest.fixture
 def here(tmp_path, monkeypatch, net):
     """A folder with the small network's file, in which commands are run, as on one device."""
-    make = build.make
-    monkeypatch.setattr(build, "make", lambda: make(jax.devices()[:1]))
+    make = build.mesh.make
+    monkeypatch.setattr(build.mesh, "make", lambda: make(jax.devices()[:1]))
     monkeypatch.chdir(tmp_path)
     flat = traverse_util.flatten_dict(net)
     plain = {path: leaf for path, leaf in flat.items() if path[-1] != "count"}

@@ -45,8 +45,8 @@ from bn_jax.data import memory
 name, settings, workdir = sys.argv[1:]
 digits = memory.digits()
 memory.digits = lambda: digits  # read once
-make = build.make
-build.make = lambda: make(jax.devices()[:1])
+make = build.mesh.make
+build.mesh.make = lambda: make(jax.devices()[:1])
 programs._source()  # remembered: the package's files are read once, too
 for line in sys.stdin:
     pid = os.fork()
