@@ -13,6 +13,7 @@ import pytest
 
 from bn_jax.errors import LockedError
 from bn_jax.workdir import guard
+from tests.support import processes
 from tests.support.small_runs import CONFIG, open_run, train
 
 
@@ -39,7 +40,7 @@ time.sleep(60)
 
 def test_the_lock_of_a_killed_process_is_taken_over_with_a_line(tmp_path, capsys):
     root = pathlib.Path(guard.__file__).parents[2]
-    holder = subprocess.Popen(
+    holder = processes.start(
         [sys.executable, "-c", HOLD, str(tmp_path)],
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(root)},
@@ -126,26 +127,23 @@ with open(sys.argv[2], "a") as out:
 def test_a_holder_that_was_stopped_notices_before_it_writes(tmp_path, monkeypatch):
     """SIGSTOP, another host takes over, SIGCONT: at most the line it was stopped in is written."""
     out = tmp_path / "out"
-    holder = subprocess.Popen(
+    holder = processes.start(
         [sys.executable, "-c", PAUSED, str(tmp_path), str(out)],
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(pathlib.Path(guard.__file__).parents[2])},
     )
-    try:
-        deadline = time.monotonic() + 60
-        while not (out.exists() and out.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        holder.send_signal(signal.SIGSTOP)
-        time.sleep(0.1)
-        monkeypatch.setattr(guard.fcntl, "flock", lambda *_: None)
-        mine = guard.WorkdirLock(tmp_path, watch=1.0)
-        assert "host paused" in mine.taken_over
-        before = out.read_text().count("\n")
-        holder.send_signal(signal.SIGCONT)
-        _, error = holder.communicate(timeout=60)
-    finally:
-        holder.kill()
-        holder.wait()
+    deadline = time.monotonic() + 60
+    while not (out.exists() and out.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    holder.send_signal(signal.SIGSTOP)
+    time.sleep(0.1)
+
+    monkeypatch.setattr(guard.fcntl, "flock", lambda *_: None)
+    mine = guard.WorkdirLock(tmp_path, watch=1.0)
+    assert "host paused" in mine.taken_over
+    before = out.read_text().count("\n")
+    holder.send_signal(signal.SIGCONT)
+    _, error = holder.communicate(timeout=60)
     assert out.read_text().count("\n") <= before + 1
     assert b"LockedError" in error
     mine.release()

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests.support import processes
 from tests.support.small_states import is_state_of, open_checkpoints, save_three, state_at
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -41,7 +42,7 @@ def test_sigkill_during_saves_loses_nothing_that_was_saved(tmp_path: pathlib.Pat
     command = [sys.executable, "-c", SAVE_FOREVER, str(ROOT), str(ROOT / "tests"), str(directory)]
     for _ in range(4):  # the trainer itself is killed by other tests; this one hits only saves
         with (tmp_path / "log").open("w+") as log:
-            child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            child = processes.start(command, stdout=log, stderr=subprocess.STDOUT)
             deadline = time.monotonic() + 60
             while "saved" not in (text := (tmp_path / "log").read_text()):
                 assert child.poll() is None and time.monotonic() < deadline, text
