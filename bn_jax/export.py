@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--out={args.out}: a file of --format={args.format} ends in {kind.suffix}"
         )
     exporting.require(args.format)
+    startup.use_safe_sums()
     startup.use_compilation_cache()
     net = network.load(args.workdir, args.step, args.statistics)
     out = args.out or args.workdir / "export" / f"{net.config.name}{kind.suffix}"

@@ -55,8 +55,10 @@ def main() -> None:
     from bn_jax import train
     from bn_jax.distributed import accelerators, startup
     from bn_jax.distributed.watchdog import Watchdog
+    from bn_jax.workdir import reader
 
     faulthandler.enable()  # a crash of compiled code says where in Python it was called
+    startup.use_safe_sums(reader.read_record(workdir))
     deterministic = config.deterministic or config.reproducible
     if deterministic:
         startup.make_gpus_deterministic()

@@ -121,6 +121,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     views.check_crops(args.crops)
+    startup.use_safe_sums()
     startup.use_compilation_cache()
     members = [load(run, args.statistics) for run in workdirs(args.workdir)]
     exp = members[0].exp

@@ -8,8 +8,10 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jaxlib
 
 from bn_jax.errors import ConfigError, expand_path
 
@@ -21,6 +23,11 @@ SHUTDOWN = 1800
 
 # Every operation of a GPU adds in a fixed order, and XLA chooses algorithms without timing them.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+# jaxlib 0.10.2, the last one for Python 3.11, computes some sums over rows wrongly on CPUs, without
+# a word (jax issue 39103). This flag keeps sums from the library that does so.
+SAFE_SUMS = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
+_SAFE_SUMS_OPTION = SAFE_SUMS.partition("=")[0]
 
 
 def initialize() -> None:
@@ -109,6 +116,28 @@ def make_gpus_deterministic() -> None:
 def gpus_are_deterministic() -> bool:
     """Whether XLA_FLAGS says so, by `make_gpus_deterministic` or in the environment."""
     return DETERMINISTIC in os.environ.get("XLA_FLAGS", "").split()
+
+
+def sums_may_be_wrong() -> bool:
+    """Whether this jaxlib computes some sums wrongly and XLA_FLAGS does not mend it."""
+    release = tuple(map(int, jaxlib.__version__.split(".")[:2]))
+    return release < (0, 11) and _SAFE_SUMS_OPTION not in os.environ.get("XLA_FLAGS", "")
+
+
+def use_safe_sums(recorded: Mapping[str, Any] | None = None) -> None:
+    """Sets SAFE_SUMS for this process where its jaxlib needs it, before jax's backend starts.
+
+    recorded: run.json of the run that is resumed. One that began without the flag is resumed
+    without it, since the flag changes last digits. A value of the user's own stays.
+    """
+    if not sums_may_be_wrong():
+        return
+    if recorded is not None:
+        variables = recorded["hardware"].get("variables", {})
+        if _SAFE_SUMS_OPTION not in variables.get("XLA_FLAGS", ""):
+            return
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} {SAFE_SUMS}".strip()
 
 
 def use_compilation_cache(*, deterministic: bool = False) -> None:

@@ -57,6 +57,7 @@ def main() -> None:
         if args.record is not None:
             reader.append_evaluation(args.record, line)
     else:
+        startup.use_safe_sums()
         startup.use_compilation_cache()
         line, parts = evaluate(args)
     if args.predictions is not None:
