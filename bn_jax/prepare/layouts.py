@@ -5,9 +5,9 @@
     Kaggle's  ILSVRC/Data/CLS-LOC/train/nXXXXXXXX/*.JPEG and val/*.JPEG
     parquet   files with an image and a label column, as the hub's copy has them
 
-All give the same list: a picture is some bytes of a file. Nothing is unpacked (but parquet files,
-whose pictures cannot be read one by one), and nothing is ever written under a name that was read.
-The names are those of the original tars, and the label follows from the name; what else the source
+All give the same list: a picture is some bytes of a file. Only parquet files are unpacked, because
+their pictures cannot be read one by one; nothing is ever written under a name that was read. The
+names are those of the original tars. The label follows from the name, and whatever else the source
 says of a label is compared with it.
 """
 
@@ -182,31 +182,29 @@ def _wrong_class(where: str, said: object, name: str, label: int) -> DataError:
 
 
 def _in_tars(tars: list[pathlib.Path], skipped: Counter[str]) -> Found:
-    found: Found = {}
+    found: Found = {split: [] for split in TARS}
     for path in tars:
         print(f"listing {path}", flush=True)
         with path.open("rb") as file:
             for name, place, size in members(file, str(path)):
                 base = _plain_name(name, skipped)
-                synset = re.fullmatch(r"(n\d{8})\.tar", base)
+                synset = base.removesuffix(".tar")
+                picture = named(base)
                 if not base:
                     continue
-                if synset and synset[1] in _class_of():
+                if base.endswith(".tar") and synset in _class_of():
                     inner = Slice(file, place, size)
-                    images = _of_synset(inner, synset[1], path, place, skipped)
-                    found.setdefault("train", []).extend(images)
-                    continue
-                picture = named(base)
-                if _TEST_NAME.fullmatch(base):
+                    found["train"] += _of_synset(inner, synset, path, place, skipped)
+                elif picture and picture[0] == "validation":
+                    image = Image(picture[1], picture[2], path, place, size)
+                    found["validation"].append(image)
+                elif _TEST_NAME.fullmatch(base):
                     skipped["pictures of the test split, which have no labels"] += 1
-                elif picture is None or picture[0] != "validation":
+                else:
                     raise DataError(
                         f"{path} has an unexpected member {name!r}: nXXXXXXXX.tar or "
                         "ILSVRC2012_val_N.JPEG was expected"
                     )
-                else:
-                    image = Image(picture[1], picture[2], path, place, size)
-                    found.setdefault("validation", []).append(image)
     return found
 
 
