@@ -4,13 +4,17 @@
     max_pool         reduce_window, select-and-scatter  keeps the maxima's places as uint8  CPU, GPU
     conv_1x1         convolution                        matrix product (stride 1)           CPU
     kernel_gradient  gradient by YNNPACK                by Eigen (kernel_gradient.py)       CPU
-    products         one convolution each               one product (models/inception.py)   CPU
+    products         one convolution each               one product (models/inception.py)   CPU, GPU
                      average pool, then projection      projection, then average pool
+    filter_gradient  convolution, float32 result        product, or rounded once (mixed.py) GPU
 
-`FORMS` is the one place that says which form runs on which backend; on a TPU all are plain. On GPUs
-max pooling is ours because XLA's gradient adds with atomics, in an order that changes from run to
-run, and where it must not, it sorts millions of keys. That was read in compiled programs; nothing
-was measured on a GPU or a TPU.
+`FORMS` (forms.py) is the one place that says which form runs on which backend; on a TPU all are
+plain. On GPUs max pooling is ours because XLA's gradient adds with atomics, in an order that
+changes from run to run, and where it must not, it sorts millions of keys. Filter gradients are ours
+because cuDNN has no convolution of bfloat16 operands with a float32 result, so that XLA writes both
+operands to memory in float32. Of BN-x30 in bfloat16, batch 256, compiled for an H100, max pooling
+moves 30 MB an image less, filter gradients and products together another 63. Nothing was measured
+on a GPU or a TPU.
 
 `python -m benchmarks.step` times the forms, with BN, beside plain Flax; results/bench/ has the
 figures. Tried and left out, because no gain was seen: the input gradient of a 3x3 as a convolution
@@ -22,11 +26,9 @@ Parameters do not depend on the form. The choice is made while tracing, from the
 forms of another backend, for a program that is compiled for it here.
 """
 
-import contextlib
-import contextvars
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,46 +37,19 @@ from flax import linen as nn
 from jax import lax
 
 from bn_jax.ops import kernel_gradient, mixed
+from bn_jax.ops.forms import FORMS, backend, hand_tuned, plain, tracing_for
 
-FORMS = {
-    "max_pool": ("cpu", "gpu"),
-    "conv_1x1": ("cpu",),
-    "kernel_gradient": ("cpu",),
-    "products": ("cpu",),
-}
-
-_plain: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)
-_backend: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
-
-
-@contextlib.contextmanager
-def plain() -> Iterator[None]:
-    """What is traced inside uses XLA's own operations and their autodiff."""
-    token = _plain.set(True)
-    try:
-        yield
-    finally:
-        _plain.reset(token)
-
-
-@contextlib.contextmanager
-def tracing_for(backend: str) -> Iterator[None]:
-    """What is traced inside has the forms of this backend ("cpu", "gpu", "tpu")."""
-    token = _backend.set(backend)
-    try:
-        yield
-    finally:
-        _backend.reset(token)
-
-
-def backend() -> str:
-    """The backend whose forms are chosen: that of `tracing_for`, else jax's default backend."""
-    return _backend.get() or jax.default_backend()
-
-
-def hand_tuned(form: str) -> bool:
-    """Whether the hand-tuned form of one of FORMS is used: on its backends, outside `plain()`."""
-    return backend() in FORMS[form] and not _plain.get()
+__all__ = [
+    "FORMS",
+    "backend",
+    "conv",
+    "hand_tuned",
+    "max_pool",
+    "max_pool_unpadded",
+    "plain",
+    "products",
+    "tracing_for",
+]
 
 
 def conv(

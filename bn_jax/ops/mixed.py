@@ -15,6 +15,8 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
+from bn_jax.ops.forms import hand_tuned
+
 
 def promote(*args: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
     """Casts (x, kernel, bias) as Flax's layers do, but leaves parameters wider than `dtype` as is.
@@ -55,16 +57,41 @@ def _forward(x, kernel, *constants):
 
 
 def _backward(strides, padding, groups, precision, residuals, dy):
-    """dx in x's dtype; dkernel as the convolution of x and dy, added up in the kernel's dtype."""
+    """dx in x's dtype; dkernel from x and dy, in the kernel's dtype."""
     x, kernel = residuals
     constants = (strides, padding, groups, precision)
     (dx,) = jax.linear_transpose(lambda x: _convolve(x, kernel, *constants), x)(dy)
+
+    if not hand_tuned("filter_gradient"):
+        return dx, _filter_gradient(x, dy, kernel, *constants, kernel.dtype)
+
+    pointwise = kernel.shape[:2] == (1, 1) and {*strides} == {1} and groups == 1
+    if pointwise:
+        # A product has narrow operands and a float32 result; cuDNN has no such convolution.
+        dkernel = lax.dot_general(
+            x.reshape(-1, x.shape[-1]),
+            dy.reshape(-1, dy.shape[-1]),
+            (((0,), (0,)), ((), ())),
+            precision=precision,
+            preferred_element_type=kernel.dtype,
+        )
+        return dx, dkernel[None, None]
+
+    # cuDNN adds up in float32 and rounds the sum once to x's dtype. XLA would otherwise write x
+    # and dy to memory in float32 first.
+    dkernel = _filter_gradient(x, dy, kernel, *constants, x.dtype)
+    return dx, dkernel.astype(kernel.dtype)
+
+
+def _filter_gradient(x, dy, kernel, strides, padding, groups, precision, dtype):
+    """The gradient of the kernel as the convolution of x and dy, with a result of `dtype`."""
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     sizes = zip(x.shape[1:3], kernel.shape[:2], dy.shape[1:3], strides, padding, strict=True)
+
     # Padded at the end to as many places as the kernel has, fewer than none included.
     edges = [(low, (out - 1) * s + k - n - low) for n, k, out, s, (low, _) in sizes]
-    dkernel = lax.conv_general_dilated(
+    return lax.conv_general_dilated(
         x,
         dy,
         (1, 1),
@@ -73,9 +100,8 @@ def _backward(strides, padding, groups, precision, residuals, dy):
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
         batch_group_count=groups,
         precision=precision,
-        preferred_element_type=kernel.dtype,
+        preferred_element_type=dtype,
     )
-    return dx, dkernel
 
 
 conv.defvjp(_forward, _backward)

@@ -56,6 +56,34 @@ def test_gradients_are_those_of_the_rounded_kernel(size, shape, strides, padding
         )
 
 
+@pytest.mark.parametrize(("size", "shape", "strides", "padding", "groups"), SHAPES)
+def test_on_a_gpu_the_sum_of_a_filter_gradient_is_rounded_once(
+    size, shape, strides, padding, groups
+):
+    x = random((6, *size, 4), 0, jnp.bfloat16)
+    kernel = random(shape, 1, jnp.float32)
+
+    def layer(kernel, x):
+        return mixed.conv(x, kernel, strides, padding, groups, None)
+
+    with ops.tracing_for("gpu"):
+        y, pullback = jax.vjp(lambda kernel: layer(kernel, x), kernel)
+        dy = random(y.shape, 2, jnp.bfloat16)
+        (dkernel,) = pullback(dy)
+    assert dkernel.dtype == jnp.float32
+
+    with jax.enable_x64(True):
+        exact = x.astype(jnp.float64)
+        _, pullback = jax.vjp(lambda kernel: layer(kernel, exact), kernel.astype(jnp.float64))
+        (want,) = pullback(dy.astype(jnp.float64))
+    want = np.asarray(want)
+    if shape[:2] == (1, 1):  # a product in float32
+        np.testing.assert_allclose(dkernel, want, rtol=1e-5, atol=1e-5)
+        return
+    # bfloat16 has 8 bits: half a unit in the last place, and the float32 sum's own error.
+    np.testing.assert_allclose(dkernel, want, rtol=2**-8, atol=1e-5 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_as_wide_as_the_parameters_all_is_as_in_flax(dtype):
     with jax.enable_x64(True):

@@ -1,0 +1,51 @@
+"""Which form of an operation runs on which backend: the one place that says so.
+
+The choice is made while tracing. The table in `bn_jax/ops/__init__.py` says what each form is.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+
+FORMS = {
+    "max_pool": ("cpu", "gpu"),
+    "conv_1x1": ("cpu",),
+    "kernel_gradient": ("cpu",),
+    "products": ("cpu", "gpu"),
+    "filter_gradient": ("gpu",),
+}
+
+_plain: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)
+_backend: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """What is traced inside uses XLA's own operations and their autodiff."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+@contextlib.contextmanager
+def tracing_for(backend: str) -> Iterator[None]:
+    """What is traced inside has the forms of this backend ("cpu", "gpu", "tpu")."""
+    token = _backend.set(backend)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def backend() -> str:
+    """The backend whose forms are chosen: that of `tracing_for`, else jax's default backend."""
+    return _backend.get() or jax.default_backend()
+
+
+def hand_tuned(form: str) -> bool:
+    """Whether the hand-tuned form of one of FORMS is used: on its backends, outside `plain()`."""
+    return backend() in FORMS[form] and not _plain.get()
