@@ -14,7 +14,7 @@ from bn_jax.models.initializers import Gaussian
 from bn_jax.models.mlp import Mlp
 
 ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid}
-# Of products and convolutions. None leaves it to XLA's default, and to jax's own setting.
+# Of products and convolutions. None leaves the choice to jax's own setting, and to XLA.
 PRECISIONS = {
     "default": None,
     "high": lax.Precision.HIGH,
@@ -23,7 +23,7 @@ PRECISIONS = {
 
 
 def build(config: ConfigDict, num_classes: int) -> nn.Module:
-    """The network that an experiment's config (checked by `validate.check`) describes.
+    """The network that an experiment's config (checked by `experiment.config.check`) describes.
 
     Called as model.apply(variables, images, train=..., mask=...): images [N, H, W, C] in 0..255 to
     logits float32 [N, num_classes].

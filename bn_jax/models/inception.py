@@ -1,4 +1,16 @@
-"""Fig. 5 as a table, and how its published readings differ."""
+"""The Inception network of section 4.2: Fig. 5 as a table of modules, and the block it describes.
+
+Height and width of the maps, for two sizes of image:
+
+    image                        224    28
+    conv1_7x7 (stride 2)         112    14
+    pool1 (stride 2)              56     7
+    conv2_3x3                     56     7
+    pool2 (stride 2)              28     -    dropped below 64 px
+    3a, 3b                        28     7
+    3c (stride 2), 4a-4d          14     4
+    4e (stride 2), 5a, 5b          7     2
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -46,12 +58,14 @@ TABLE = (
 class Variant(NamedTuple):
     """What differs between the published forms of the network.
 
-    project_4cd: filters of the pool projection in 4c and 4d. Fig. 5 prints 128 and an output of
-    576; its branches sum to 608, and 576 takes 96. separable_stem: the first convolution is a 7x7
-    depthwise one of multiplier 8 and a 1x1 one (Fig. 5), not a plain 7x7. symmetric: Caffe's
-    padding (as much before as after, none in the stem's pools) and average over the padded window.
-    mean, scale: of the
-    pixels, (x - mean) / scale in RGB order.
+    Attributes:
+      project_4cd: filters of the pool projection in 4c and 4d. Fig. 5 prints 128 and an output of
+        576 channels, but its branches sum to 608; 576 takes 96.
+      separable_stem: the first convolution is a 7x7 depthwise one of multiplier 8 and a 1x1 one
+        (Fig. 5), not a plain 7x7.
+      symmetric: Caffe's padding (as much before as after, none in the stem's pools), and averages
+        over the padded window.
+      mean, scale: of the pixels, (x - mean) / scale in RGB order.
     """
 
     project_4cd: int
@@ -66,20 +80,6 @@ VARIANTS = {
     "caffe": Variant(128, False, True, (128.0, 117.0, 104.0), 1.0),  # Caffe, MXNet, Cadene's torch
     "slim": Variant(96, True, False, (127.5, 127.5, 127.5), 127.5),  # TF-slim inception_v2
 }
-
-
-# The Inception network of section 4.2 and Fig. 5: a table of modules and one block.
-#
-# Height and width of the maps, for two sizes of image:
-#
-#     image                        224    28
-#     conv1_7x7 (stride 2)         112    14
-#     pool1 (stride 2)              56     7
-#     conv2_3x3                     56     7
-#     pool2 (stride 2)              28     -    dropped below 64 px
-#     3a, 3b                        28     7
-#     3c (stride 2), 4a-4d          14     4
-#     4e (stride 2), 5a, 5b          7     2
 
 
 SMALLEST_FOR_POOL2 = 64  # pixels: at 32 px stage 5 would be a single position
@@ -177,8 +177,8 @@ class Parallel1x1:
 class AuxiliaryHead(nn.Module):
     """GoogLeNet's auxiliary classifier (its section 5).
 
-    Average pool 5x5/3, 1x1 convolution, dense layer of 1024, 70% dropout. The convolution
-    has a bias and no BN: the paper mentions no such heads.
+    Average pool 5x5/3, 1x1 convolution, dense layer of 1024, 70% dropout. The convolution has a
+    bias and no BN: the paper mentions no such heads.
     """
 
     num_classes: int
@@ -194,6 +194,7 @@ class AuxiliaryHead(nn.Module):
         window = (min(5, x.shape[1]), min(5, x.shape[2]))  # small images have smaller maps
         x = nn.avg_pool(x, window, (3, 3), "VALID")
         x = self.conv(scaled(128, self.width), (1, 1), norm=None, name="conv_1x1")(x, train=True)
+
         x = mixed.Dense(
             scaled(1024, self.width),
             kernel_init=Gaussian(),
@@ -201,20 +202,27 @@ class AuxiliaryHead(nn.Module):
             precision=self.precision,
             name="dense",
         )(x.reshape(x.shape[0], -1))
-        x = nn.Dropout(0.7, deterministic=False)(self.activation(x.astype(self.dtype)))
+        x = self.activation(x.astype(self.dtype))
+        x = nn.Dropout(0.7, deterministic=False)(x)
+
         return classifier(self.num_classes, self.dtype, self.precision)(x).astype(jnp.float32)
 
 
 class Inception(PooledInit):
     """Fig. 5, from pixels to logits.
 
-    width: multiplies every number of filters (1 in the paper). variant: one of VARIANTS, whose
-    project_4cd and separable_stem can be overridden. norm: as in layers.ConvBN, or None.
-    per_activation: names of modules ("inception_5b") whose BN has one scale and offset per
-    activation instead of per feature map (4.2.3). dropout: share of features dropped before the
-    classifier. lrn: local response normalization after pool1 and conv2_3x3 (GoogLeNet). aux: two
-    auxiliary heads, after 4a and 4d. kernel_init: of the convolutions. dtype: of the computation;
-    parameters are float32. precision: of every product and convolution, as lax takes it.
+    Attributes:
+      width: multiplies every number of filters (1 in the paper).
+      variant: one of VARIANTS.
+      norm: as in `layers.ConvBN`, or None.
+      dropout: share of features dropped before the classifier.
+      lrn: local response normalization after pool1 and conv2_3x3 (GoogLeNet).
+      aux: two auxiliary heads, after 4a and 4d (GoogLeNet).
+      per_activation: names of modules ("inception_5b") whose BN has one scale and offset per
+        activation instead of per feature map (4.2.3).
+      kernel_init: of the convolutions.
+      dtype: of the computation; parameters are float32.
+      precision: of every product and convolution, as lax takes it.
     """
 
     num_classes: int
@@ -228,8 +236,6 @@ class Inception(PooledInit):
     per_activation: tuple[str, ...] = ()
     kernel_init: Any = Gaussian()
     dtype: Any = jnp.float32
-    project_4cd: int | None = None
-    separable_stem: bool | None = None
     precision: Any = None
 
     @nn.compact
@@ -239,6 +245,7 @@ class Inception(PooledInit):
         In training with `aux`: (logits, (logits of head 1, of head 2)). mask: bool [N]; rows that
         are False take no part in batch statistics.
         """
+        variant = VARIANTS[self.variant]
         conv = partial(
             ConvBN,
             norm=self.norm,
@@ -247,18 +254,21 @@ class Inception(PooledInit):
             dtype=self.dtype,
             precision=self.precision,
         )
-        variant = VARIANTS[self.variant]
-        x = self._stem(self._pixels(images), conv, train=train, mask=mask)
+
+        x = self._pixels(images)
+        x = self._stem(x, conv, train=train, mask=mask)
+
         aux = []
         for row in TABLE:
             name = f"inception_{row.name}"
             if row.name in ("4c", "4d"):
-                row = row._replace(project=_first(self.project_4cd, variant.project_4cd))
+                row = row._replace(project=variant.project_4cd)
             local = conv
             if name in self.per_activation and self.norm is not None:
                 local = partial(conv, norm=partial(self.norm, axis=(1, 2, 3)))
             block = Block(row, local, self.width, variant.symmetric, name=name)
             x = block(x, train=train, mask=mask)
+
             if self.aux and train and row.name in ("4a", "4d"):
                 head = AuxiliaryHead(
                     self.num_classes,
@@ -270,6 +280,7 @@ class Inception(PooledInit):
                     name=f"aux_{row.name}",
                 )
                 aux.append(head(x))
+
         x = jnp.mean(x, axis=(1, 2))  # Fig. 5's average pool covers the whole map
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         logits = classifier(self.num_classes, self.dtype, self.precision)(x)
@@ -277,6 +288,7 @@ class Inception(PooledInit):
         return (logits, tuple(aux)) if aux else logits
 
     def _pixels(self, images: jax.Array) -> jax.Array:
+        """What the network reads of images in 0..255."""
         variant = VARIANTS[self.variant]
         wide = jnp.promote_types(jnp.float32, self.dtype)
         mean = jnp.array(variant.mean if images.shape[-1] == 3 else sum(variant.mean) / 3, wide)
@@ -286,12 +298,19 @@ class Inception(PooledInit):
         """[N, H, W, C] to [N, H/8, W/8, 192] (H/4 below 64 px)."""
         variant = VARIANTS[self.variant]
         keep_pool2 = min(x.shape[1:3]) >= SMALLEST_FOR_POOL2
-        width = self.width
+
+        def run(features: int, kernel: int, name: str, x: jax.Array, **options: Any) -> jax.Array:
+            layer = conv(scaled(features, self.width), (kernel, kernel), name=name, **options)
+            return layer(x, train=train, mask=mask)
+
+        def pool(x: jax.Array) -> jax.Array:
+            return ops.max_pool_unpadded(x) if variant.symmetric else ops.max_pool(x, 2)
+
         stride_2: dict[str, Any] = {
             "strides": (2, 2),
             "padding": [(3, 3)] * 2 if variant.symmetric else "SAME",
         }
-        if _first(self.separable_stem, variant.separable_stem):
+        if variant.separable_stem:
             x = mixed.Conv(
                 8 * x.shape[-1],
                 (7, 7),
@@ -304,17 +323,15 @@ class Inception(PooledInit):
                 conv_general_dilated=ops.conv,
                 name="conv1_7x7_depthwise",
             )(x)
-            x = conv(scaled(64, width), (1, 1), name="conv1_7x7")(x, train=train, mask=mask)
+            x = run(64, 1, "conv1_7x7", x)
         else:
-            x = conv(scaled(64, width), (7, 7), name="conv1_7x7", **stride_2)(
-                x, train=train, mask=mask
-            )
-        pool = ops.max_pool_unpadded if variant.symmetric else partial(ops.max_pool, stride=2)
+            x = run(64, 7, "conv1_7x7", x, **stride_2)
         x = pool(x)
         if self.lrn:
             x = LocalResponseNorm()(x)
-        x = conv(scaled(64, width), (1, 1), name="conv2_3x3_reduce")(x, train=train, mask=mask)
-        x = conv(scaled(192, width), (3, 3), name="conv2_3x3")(x, train=train, mask=mask)
+
+        x = run(64, 1, "conv2_3x3_reduce", x)
+        x = run(192, 3, "conv2_3x3", x)
         if self.lrn:
             x = LocalResponseNorm()(x)
         return pool(x) if keep_pool2 else x
@@ -339,7 +356,3 @@ def classifier(num_classes: int, dtype: Any, precision: Any) -> nn.Module:
         precision=precision,
         name="classifier",
     )
-
-
-def _first(override: Any, default: Any) -> Any:
-    return default if override is None else override

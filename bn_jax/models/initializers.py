@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
-from flax.core.scope import DenyList
 
 _pooled: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("pooled", default=None)
 
@@ -28,14 +27,15 @@ class Gaussian(NamedTuple):
     def __call__(
         self, key: Any, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None
     ) -> jax.Array:
-        """A kernel [..., inputs, outputs]; `out_sharding` is Flax's, and not used here."""
+        """A kernel [..., inputs, outputs]; `out_sharding` is Flax's and is not used here."""
         window = math.prod(shape[:-2])
         glorot = math.sqrt(2 / (window * (shape[-2] + shape[-1])))
         std = self.gain * glorot if self.std is None else self.std
+
         sizes = _pooled.get()
         if sizes is not None:
             sizes.append(math.prod(shape))
-            return jnp.full(shape, std, dtype)  # PooledInit multiplies it by its share of the draw
+            return jnp.full(shape, std, dtype)  # see `PooledInit`
         return std * jax.random.normal(key, shape, dtype)
 
 
@@ -49,19 +49,22 @@ class PooledInit(nn.Module):
     @nn.nowrap
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module.init`. Faster still under `jax.jit`, which leaves the forward pass out."""
-        # What is recorded on request ("activations") is no part of a network's variables.
-        kwargs.setdefault("mutable", DenyList(("intermediates", "activations")))
         key = rngs["params"] if isinstance(rngs, dict) else rngs
+
+        # First every kernel is filled with its standard deviation, and its size is noted.
         sizes: list[int] = []
         token = _pooled.set(sizes)
         try:
             variables = super().init(rngs, *args, **kwargs)
         finally:
             _pooled.reset(token)
+
         flat = traverse_util.flatten_dict(variables["params"])
         kernels = [path for path in sorted(flat) if path[-1] == "kernel"]
         if sum(flat[path].size for path in kernels) != sum(sizes):
             raise TypeError(f"{type(self).__name__} has a kernel whose initializer is not Gaussian")
+
+        # Then each is multiplied by its share of the draw.
         noise = jax.random.normal(key, (sum(sizes),))
         start = 0
         for path in kernels:

@@ -15,9 +15,14 @@ from bn_jax.ops import mixed
 class Mlp(PooledInit):
     """Hidden layers `dense_0`, `dense_1`, ... and a linear `classifier` (4.1).
 
-    widths: units of the hidden layers. threshold: share of full intensity above which a pixel is 1.
-    kernel_init: of every layer, the classifier included ("small random Gaussian values").
-    precision: of every product, as `lax.dot_general` takes it.
+    Attributes:
+      widths: units of the hidden layers.
+      norm: as in `layers.DenseBN`, or None.
+      kernel_init: of every layer, the classifier included ("small random Gaussian values").
+      threshold: share of full intensity above which a pixel is 1.
+      dropout: share of units dropped before the classifier.
+      dtype: of the computation; parameters are float32.
+      precision: of every product, as `lax.dot_general` takes it.
     """
 
     num_classes: int = 10
@@ -38,17 +43,21 @@ class Mlp(PooledInit):
 
         mask: bool [N]; rows that are False take no part in batch statistics.
         """
-        x = (images > self.threshold * 255).astype(self.dtype).reshape(images.shape[0], -1)
+        x = (images > self.threshold * 255).astype(self.dtype)
+        x = x.reshape(images.shape[0], -1)
+
         for i, width in enumerate(self.widths):
-            x = DenseBN(
+            layer = DenseBN(
                 width,
-                self.norm,
-                self.activation,
-                self.kernel_init,
-                self.dtype,
-                self.precision,
+                norm=self.norm,
+                activation=self.activation,
+                kernel_init=self.kernel_init,
+                dtype=self.dtype,
+                precision=self.precision,
                 name=f"dense_{i}",
-            )(x, train=train, mask=mask)
+            )
+            x = layer(x, train=train, mask=mask)
+
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         logits = mixed.Dense(
             self.num_classes,
