@@ -1,4 +1,4 @@
-"""Processes side by side with a table of what they do; Ctrl-C and SIGTERM stop them cleanly."""
+"""Runs processes side by side and shows what they do; Ctrl-C and SIGTERM stop them cleanly."""
 
 import os
 import pathlib
@@ -34,9 +34,9 @@ class Running(NamedTuple):
 class Pool:
     """Runs processes, as many at a time as there are slots.
 
-    A signal to this process is passed on as SIGTERM, once, to all that run, and no other is begun;
-    a second one kills them. Each process has a session of its own, so that a terminal's Ctrl-C
-    reaches it only through here (a run takes a second signal as "end at once").
+    A first signal to this process is passed on as SIGTERM to all that run, and no other is begun. A
+    second one kills them. Each process has its own session, so that a terminal's Ctrl-C reaches it
+    only through here: a run takes a second signal as "end at once".
 
     Args:
       slots: environment variables of each slot.
@@ -47,9 +47,12 @@ class Pool:
     def __init__(
         self, slots: Sequence[Mapping[str, str]], total: int, stream: TextIO | None = None
     ):
-        self.slots, self.total = list(slots), total
+        self.slots = list(slots)
+        self.total = total
         self.stopped = False
-        self._signals = self._told = 0
+
+        self._signals = 0  # that have come
+        self._told = 0  # of these, passed on
         self._stream = stream or sys.stdout
         self._terminal = self._stream.isatty()
         self._drawn = 0  # lines of the table on the terminal
@@ -63,7 +66,9 @@ class Pool:
         that a signal ended has the code of a shell, 128 + the signal.
         """
         codes: dict[str, int | None] = {name: None for name, *_ in tasks}
-        waiting, done = list(tasks), self.total - len(tasks)
+        waiting = list(tasks)
+        done = self.total - len(tasks)
+
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
@@ -72,8 +77,10 @@ class Pool:
                 while waiting and free and not self.stopped:
                     self._begin(waiting.pop(0), min(free))
                     free.discard(self._running[-1].slot)
+
                 time.sleep(POLL)
                 self._pass_on()
+
                 for ended in [r for r in self._running if r.process.poll() is not None]:
                     self._running.remove(ended)
                     code = ended.process.returncode
@@ -84,13 +91,14 @@ class Pool:
                 self._show(len(waiting))
         finally:
             self._erase()
-            for left in self._running:  # only after an error in here
+            for left in self._running:  # some are left only after an error of this loop
                 left.process.terminate()
             for number, handler in before.items():
                 signal.signal(number, handler)
         return codes
 
     def _begin(self, task: Task, slot: int) -> None:
+        """Starts a process in a slot; its output goes to its log."""
         name, words, log, environment = task
         with files.reported(log, "cannot write"):
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +116,7 @@ class Pool:
         self._say(f"{name}: started, log {log}")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """The handler: only notes the signal."""
         self._signals += 1
         self.stopped = True
         if self._signals == 1:
@@ -115,9 +124,12 @@ class Pool:
             os.write(2, text.encode())  # print is not safe in a handler
 
     def _pass_on(self) -> None:
-        """Tells the processes of signals; not in the handler, which may come amid `_begin`."""
-        for running in self._running if self._signals > self._told else ():
-            running.process.send_signal(signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
+        """Passes signals on to the processes; not in the handler, which may interrupt `_begin`."""
+        if self._signals == self._told:
+            return
+        number = signal.SIGTERM if self._signals == 1 else signal.SIGKILL
+        for running in self._running:
+            running.process.send_signal(number)
         self._told = self._signals
 
     # What a person sees

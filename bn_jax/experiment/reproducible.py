@@ -29,17 +29,16 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec, SingleDeviceSharding
 
-from bn_jax import step as steps
 from bn_jax.distributed import mesh
 from bn_jax.experiment.build import Experiment
 from bn_jax.layers import BatchNorm
-from bn_jax.step import dropout_key, gradients
+from bn_jax.step import dropout_key, gradients, update
 
 
 class Step:
     """The training step of an experiment: (state, batch, hyper, seed) -> (state, metrics).
 
-    That of `step.train_step` but for rounding, and for dropout, whose masks are drawn group by
+    It differs from `step.train_step` in rounding, and in dropout, whose masks are drawn group by
     group. Call it after `lower(...)` and `compile()`. State and metrics (with a leading axis of 1)
     are replicated; the state is donated.
     """
@@ -48,6 +47,7 @@ class Step:
         self.mesh, self.model = exp.mesh, exp.model
         self.size, self.batch_size = exp.config.bn.group_size, exp.config.batch_size
         self.groups = self.batch_size // self.size // self.mesh.size  # on each device
+
         devices = enumerate(exp.mesh.devices.flat)
         mine = [(i, d) for i, d in devices if d.process_index == jax.process_index()]
         self.devices = [d for _, d in mine]
@@ -56,7 +56,9 @@ class Step:
             [jax.device_put(np.int32(i * self.groups + j), d) for j in range(self.groups)]
             for i, d in mine
         ]
-        self._cut, self._add = jax.jit(self.cut), jax.jit(jnp.add, donate_argnums=0)
+
+        self._cut = jax.jit(self.cut)
+        self._add = jax.jit(jnp.add, donate_argnums=0)
         self._unravel: Any = None  # the vector of sums as a tree, known once `group` is traced
         self._group: list[Any] = []
         self._update: list[Any] = []
@@ -69,7 +71,8 @@ class Step:
         XLA compiles a program anew for another device: `group` and `update` for every device of
         this process, so once where each process has one.
         """
-        group, update = jax.jit(self.group), jax.jit(self.update, donate_argnums=0)
+        group = jax.jit(self.group)
+        update = jax.jit(self.update, donate_argnums=0)
         for device in self.devices:
             here = SingleDeviceSharding(device)
 
@@ -84,6 +87,7 @@ class Step:
             self._group.append(group.lower(*variables, seed_, part, number))
             sums = self._group[0].out_info
             self._update.append(update.lower(state_, like(sums, sums.shape[1:]), hyper_))
+
         along = mesh.along_batch(self.mesh)
         self._sums = jax.ShapeDtypeStruct(
             (self.mesh.size, *sums.shape[1:]), sums.dtype, sharding=along
@@ -93,7 +97,7 @@ class Step:
             mesh=self.mesh,
             in_specs=PartitionSpec("data"),
             out_specs=PartitionSpec(),
-            check_vma=False,  # that all devices end with the same sum, it cannot know
+            check_vma=False,  # it cannot know that all devices end with the same sum
         )
         self._butterfly = jax.jit(butterfly).lower(self._sums)
         return self
@@ -107,15 +111,19 @@ class Step:
 
     def __call__(self, state: Any, batch: dict, hyper: Any, seed: Any) -> tuple[Any, dict]:
         """One step."""
+        # The state of the step before is already there device by device.
         copies = self._held[1] if state is self._held[0] else self._copies(state)
+
         numbers = zip(copies, self._copies(batch), self._copies(seed), strict=True)
         sums = [
             self._tree(self._group[i], copy, rows, key, self.numbers[i])
             for i, (copy, rows, key) in enumerate(numbers)
         ]
+
         total = self._butterfly(
             jax.make_array_from_single_device_arrays(self._sums.shape, self._sums.sharding, sums)
         )
+
         rest = zip(copies, self._copies(total), self._copies(hyper), strict=True)
         results = [self._update[i](*args) for i, args in enumerate(rest)]
         state, metrics = jax.tree.map(self._join, *results)
@@ -158,23 +166,27 @@ class Step:
         batch's is a mean over the groups: each is weighted by the values that it stands for.
         """
         key = jax.random.fold_in(dropout_key(seed, step), number)
-        positions = {}
+        values: dict[tuple[str, ...], int] = {}
 
         def note(call, args, kwargs, context):
             if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
-                positions[context.module.path] = math.prod(args[0].shape[1:])
+                values[context.module.path] = math.prod(args[0].shape[1:])
             return call(*args, **kwargs)
 
+        # Notes how many values of an example each BN layer sees.
         with nn.intercept_methods(note):
             grads, means, updated = gradients(params, batch_stats, batch, key, model=self.model)
+
         n = jnp.sum(batch.get("mask", jnp.ones(self.size, bool)), dtype=jnp.float32)
+        flat_stats = traverse_util.flatten_dict(updated)
         layers = {}
-        for path, values in positions.items():
-            mean, var = (_at(updated, path)[name] for name in ("mean", "var"))
-            m = n * (values // mean.size)  # values behind a statistic
+        for path, count in values.items():
+            mean, var = (flat_stats[*path, name] for name in ("mean", "var"))
+            m = n * (count // mean.size)  # values behind a statistic
             freedom = jnp.where(m < 2, 0, m - 1)  # as in BN, such a group counts for nothing
             examples = jnp.where(m < 2, 0, n)
             layers["/".join(path)] = (mean * examples, var * freedom, examples, freedom)
+
         weighted = jax.tree.map(lambda x: x * n, (grads, means))
         flat, self._unravel = ravel_pytree((*weighted, n, layers))
         return flat[None]
@@ -191,6 +203,7 @@ class Step:
         """The next state and metrics from the sums over the batch, [values]."""
         grads, means, n, layers = self._unravel(total)
         grads, means = jax.tree.map(lambda x: x / jnp.maximum(n, 1), (grads, means))
+
         batch_stats = traverse_util.flatten_dict(state.batch_stats, sep="/")
         for path, (mean, var, examples, freedom) in layers.items():
             old = {name: batch_stats[f"{path}/{name}"] for name in ("mean", "var", "count")}
@@ -201,11 +214,6 @@ class Step:
             }
             batch_stats |= {f"{path}/{name}": value for name, value in new.items()}
         batch_stats = traverse_util.unflatten_dict(batch_stats, sep="/")
-        state, metrics = steps.update(state, grads, means, batch_stats, hyper, self.batch_size)
+
+        state, metrics = update(state, grads, means, batch_stats, hyper, self.batch_size)
         return state, jax.tree.map(lambda m: m[None], metrics)
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree
