@@ -291,7 +291,7 @@ class Loop:
         self.records.say(f"step {step:,}: {evaluator.sentence(self.exp, scores)}")
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves a checkpoint, which goes on beside the next steps where it takes long."""
+        """Saves a checkpoint; where that takes long, the next steps run meanwhile."""
         with self.records.timed("save"):
             self.records.sync()
             metric = self.scores["top1"] if self.scores.get("step") == step else None

@@ -32,7 +32,7 @@ class Experiment(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """What run.json says of a data set, in the place of the set (bn_jax.data.pipeline.Data)."""
+    """What run.json says of a data set; stands in for the set (`bn_jax.data.pipeline.Data`)."""
 
     num_classes: int
     class_names: tuple[str, ...]
@@ -43,7 +43,7 @@ class Recorded(NamedTuple):
 
 
 def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
-    """The config of a run on `devices` devices: scale `pod` gets its batch, others are kept.
+    """The config of a run on `devices` devices: scale `pod` gets its batch, others stay.
 
     Counts of steps are divided so that the number of examples seen stays the same (configs/
     inception.py, `_pod`).
@@ -88,13 +88,14 @@ def from_workdir(workdir: pathlib.Path) -> Experiment:
 
 
 def without_data(workdir: pathlib.Path) -> Experiment:
-    """As `from_workdir`, with `Recorded` for data: for prediction where the data set is not.
+    """As `from_workdir`, with `Recorded` for data: for prediction where the data set is absent.
 
     A run that has not recorded the classes and the images' shape opens its data set.
     """
     config, recorded = _read_run(workdir)
     if "image_shape" not in recorded:
         return from_workdir(workdir)
+
     check(config)
     classes = recorded["classes"]
     data = Recorded(
@@ -138,16 +139,14 @@ def _shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> step.TrainSt
 def abstract_batch(exp: Experiment, size: int, *, train: bool) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a global batch of `size` examples."""
     rows = along_batch(exp.mesh)
-    masked = not train or exp.data.masked
-    return {
-        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=rows)
-        for name, shape, dtype in (
-            ("image", exp.data.image_shape, np.uint8),
-            ("label", (), np.int32),
-            ("mask", (), np.bool_),
-        )
-        if name != "mask" or masked
-    }
+
+    def rows_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=rows)
+
+    batch = {"image": rows_of(exp.data.image_shape, np.uint8), "label": rows_of((), np.int32)}
+    if not train or exp.data.masked:
+        batch["mask"] = rows_of((), np.bool_)
+    return batch
 
 
 def initial_state(exp: Experiment) -> step.TrainState:

@@ -234,11 +234,11 @@ def check(
     """Raises ConfigError with the field, its value, the limit and the remedy, or returns None.
 
     Args:
-      config: of this run (`build.for_devices`) where devices are given.
+      config: where devices are given, that of the run on them (`build.for_devices`).
       devices: those of the run; None where they are not known yet, as on the command line.
       training: False where a trained network is only evaluated.
 
-    `check_data` goes on where this ends: the data set is opened with a config that is checked.
+    What depends on the data set is checked by `check_data`: a set is opened with a checked config.
     """
     _check_fields(config)
     rules = _Rules(config)
