@@ -20,6 +20,8 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
+BLOCK = re.compile(r"<pre.*?</pre>", re.DOTALL)
+OPTION = re.compile(r"(?<![\w-])--\w[\w.]*")
 
 
 def on_files(files, config):
@@ -41,6 +43,15 @@ def on_page_markdown(markdown, page, config, files):
     """Turns the links of a page of docs/ to where their targets are on the site."""
     here = (ROOT / "docs" / page.file.src_uri).is_file()
     return links(markdown, f"docs/{page.file.src_uri}") if here else markdown
+
+
+def on_page_content(html, page, config, files):
+    """Marks the options of commands (`--workdir`), so that no line is broken after their hyphens."""
+
+    def mark(block: re.Match) -> str:
+        return OPTION.sub(r'<span class="option">\g<0></span>', block[0])
+
+    return BLOCK.sub(mark, html)
 
 
 def links(markdown: str, path: str) -> str:

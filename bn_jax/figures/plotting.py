@@ -26,7 +26,7 @@ def subplots(
     rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], squeeze: bool = True
 ) -> tuple[Figure, Any]:
     """A figure (its size in inches) and its axes, as `matplotlib.pyplot.subplots` gives them."""
-    figure = Figure(figsize=figsize)
+    figure = Figure(figsize=figsize, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=squeeze)
 
 
@@ -48,7 +48,6 @@ def plot_accuracy(axes, run: Run, colour: str, label: str) -> None:
 def save(figure: Figure, out: pathlib.Path, name: str) -> list[pathlib.Path]:
     """Writes OUT/NAME.png and .svg and returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
     paths = [out / f"{name}.png", out / f"{name}.svg"]
     for path in paths:
         figure.savefig(path, dpi=130)
