@@ -46,7 +46,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    """Marks the options of commands (`--workdir`), so that no line is broken after their hyphens."""
+    """Marks the options of commands (`--workdir`): no line breaks after their hyphens."""
 
     def mark(block: re.Match) -> str:
         return OPTION.sub(r'<span class="option">\g<0></span>', block[0])
