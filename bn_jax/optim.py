@@ -72,7 +72,7 @@ def decayed_rate(hyper: Hyper, step: jax.Array, batch_size: int) -> jax.Array:
     (section 4.2.1). Differs from the paper: the decay is continuous, not a staircase, because the
     paper does not say which. Equal to `optax.exponential_decay`, which takes no traced numbers.
 
-    A scaled rate (`rate_factor`) can be warmed up: from the unscaled one in a line over
+    A scaled rate (`rate_factor`) can be warmed up: it rises linearly from the unscaled one over
     `warmup_examples` examples (Goyal et al. 2017, section 2.2, over 5 epochs).
     """
     examples = jnp.asarray(step, jnp.float32) * batch_size

@@ -17,8 +17,8 @@ def random_box(height: int, width: int, draws: tuple[float, ...], min_area: floa
     6).
 
     A box that does not fit is cut to the image and then to the allowed aspects. Differs from the
-    paper: other implementations draw again (TF-slim up to 100 times) and GoogLeNet does not say;
-    one draw keeps the box a plain function of its numbers.
+    paper: other implementations draw again (TF-slim up to 100 times), and GoogLeNet does not say;
+    with one draw, the box is a plain function of its numbers.
 
     Args:
       height, width: of the image, in pixels.

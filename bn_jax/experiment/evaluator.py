@@ -86,7 +86,7 @@ class Evaluator:
         From the same `statistics_batches` fixed training batches at every call, one streamed pass.
         Without BN there is nothing to estimate and `batch_stats` comes back as it is.
 
-        Differs from the paper: used for every evaluation, those during training included, where the
+        Differs from the paper: they are used for every evaluation, also during training, where the
         paper follows accuracy with moving averages (section 3.1).
         """
         if not batch_stats:
