@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from bn_jax import errors
+from bn_jax.distributed.cpus import usable_cpus
 from bn_jax.errors import ConfigError, DivergedError, Preempted, UserError
 from bn_jax.experiment.config import read
 from bn_jax.experiment.pool import Pool
@@ -114,9 +115,7 @@ def slots(jobs: int | None) -> list[dict[str, str]]:
     cores, each of which gets its share of the cores.
     """
     gpus = _gpus()
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = usable_cpus()
     if jobs is None:
         tpu = any(pathlib.Path("/dev").glob("accel*")) or pathlib.Path("/dev/vfio/0").exists()
         jobs = len(gpus) or (1 if tpu else max(1, cores // 2))

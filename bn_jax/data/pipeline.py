@@ -7,7 +7,6 @@ function of (seed, k), so that nothing has to be saved but the step.
 """
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +18,7 @@ from absl import logging
 from bn_jax.data import distort, folder, memory, order, sources, tfds
 from bn_jax.data.distort import Augmentation
 from bn_jax.data.sources import Batch
+from bn_jax.distributed.cpus import usable_cpus
 from bn_jax.errors import ConfigError, expand_path, reading
 
 PREFETCH_BYTES = 512 * 2**20  # at most this much is decoded ahead of the step
@@ -254,7 +254,7 @@ class Batches(Iterator[Batch]):
         import grain  # takes a second to import
 
         ahead = max(2, min(64, PREFETCH_BYTES // size))
-        threads = 1 if one_thread else min(os.cpu_count() or 1, ahead)
+        threads = 1 if one_thread else min(usable_cpus(), ahead)
         # Each of our threads makes a batch of its own: OpenCV's threads would only compete.
         cv2.setNumThreads(0)
         dataset = grain.MapDataset.range(steps.start, steps.stop).map(batch)

@@ -7,7 +7,6 @@ the same questions, so that no reader has to ask which of the two a split is.
 import abc
 import concurrent.futures
 import functools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,6 +16,7 @@ import numpy as np
 from bn_jax.data import distort, load, order
 from bn_jax.data.distort import Augmentation
 from bn_jax.data.load import BadRecordError, BadRecords, Record
+from bn_jax.distributed.cpus import usable_cpus
 from bn_jax.errors import ConfigError
 
 T = TypeVar("T")
@@ -246,7 +246,7 @@ class Records(Split):
                 "steps_per_dispatch=1"
             )
 
-        threads = os.cpu_count() or 1
+        threads = usable_cpus()
         read = functools.partial(
             load.evaluation_rows, self, size=size, num_classes=self.num_classes
         )

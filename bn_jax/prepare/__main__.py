@@ -1,9 +1,9 @@
 """Prepares and checks data: `python -m bn_jax.prepare imagenet|check|sheet --help`."""
 
 import argparse
-import os
 
 from bn_jax import errors
+from bn_jax.distributed.cpus import usable_cpus
 
 
 def main() -> None:
@@ -27,15 +27,13 @@ def main() -> None:
     imagenet.add_argument(
         "--partial", action="store_true", help="accept a source that lacks images"
     )
-    imagenet.add_argument(
-        "--threads", type=int, default=os.cpu_count() or 1, help="shards at a time"
-    )
+    imagenet.add_argument("--threads", type=int, default=usable_cpus(), help="shards at a time")
     imagenet.set_defaults(run=run_imagenet)
 
     check = commands.add_parser("check", help="reads and decodes a whole data set; a verdict")
     check.add_argument("dir", help="TFDS data_dir or version folder, or a folder of pictures")
     check.add_argument("--name", default="imagenet2012", help="which TFDS set of the data_dir")
-    check.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="decoding threads")
+    check.add_argument("--threads", type=int, default=usable_cpus(), help="decoding threads")
     check.set_defaults(run=run_check)
 
     sheet = commands.add_parser("sheet", help="draws distortions of a picture as a contact sheet")

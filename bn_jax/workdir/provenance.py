@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from bn_jax.distributed.cpus import usable_cpus
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
 _VARIABLES = ("NPROC", "XLA_FLAGS", "JAX_PLATFORMS")  # they change the bits of a result
 
@@ -103,7 +105,4 @@ def cpu_threads() -> int:
     text = os.environ.get("NPROC", "")
     if text.isdecimal() and int(text) > 0:
         return max(int(text), devices)
-    try:
-        return max(len(os.sched_getaffinity(0)), devices)
-    except AttributeError:  # macOS
-        return max(os.cpu_count() or 1, devices)
+    return max(usable_cpus(), devices)
