@@ -63,10 +63,9 @@ def main() -> None:
     if deterministic:
         startup.make_gpus_deterministic()
     startup.use_compilation_cache(deterministic=deterministic)
-    startup.initialize()
-    backend = accelerators.start()
     with Watchdog() as watch:
-        accelerators.require_used(backend)
+        startup.initialize()
+        accelerators.require_used(accelerators.start())
         train.run(config, workdir, watch, draw)
 
 

@@ -41,7 +41,7 @@ PIDS=()
 for ((i = 0; i < N; i++)); do
   variables=(JAX_COORDINATOR_ADDRESS="127.0.0.1:$PORT" JAX_NUM_PROCESSES="$N" JAX_PROCESS_ID="$i")
   if [[ $PLATFORM == gpu ]]; then
-    variables+=(CUDA_VISIBLE_DEVICES="$i")
+    variables+=(CUDA_VISIBLE_DEVICES="$i" JAX_PLATFORMS=cuda)
   else
     variables+=(JAX_PLATFORMS=cpu)
   fi

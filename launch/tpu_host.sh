@@ -3,7 +3,7 @@
 #
 #   tpu_host.sh [--dry-run] install          Python 3.11, the locked packages, jax for TPUs
 #   tpu_host.sh [--dry-run] mount BUCKET     the bucket at /mnt/bn_jax, through gcsfuse
-#   tpu_host.sh [--dry-run] start OPTIONS    bn_jax.main as the systemd unit bn_jax
+#   tpu_host.sh [--dry-run] start OPTIONS    bn_jax.main as the systemd unit bn_jax, after reboots too
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$HOME/.local/bin:$PATH
@@ -35,11 +35,18 @@ install() {
   do_it uv pip install --quiet 'jax[tpu]'
 }
 
+write() { # file; its content from standard input
+  if ((DRY_RUN)); then
+    echo "sudo tee $1 <<'END'"
+    cat
+    echo END
+  else
+    sudo tee "$1" >/dev/null
+  fi
+}
+
 mount_bucket() { # bucket
   local key=/usr/share/keyrings/cloud.google.asc url=https://packages.cloud.google.com/apt release
-  if mountpoint -q /mnt/bn_jax; then
-    return
-  fi
   if ((DRY_RUN)) || ! command -v gcsfuse >/dev/null; then # by gcsfuse's own instructions
     release=$(lsb_release --codename --short 2>/dev/null) || ((DRY_RUN))
     ((DRY_RUN)) && release=CODENAME
@@ -50,25 +57,75 @@ mount_bucket() { # bucket
     do_it sudo apt-get -qq install -y gcsfuse
   fi
   do_it sudo mkdir -p /mnt/bn_jax
-  do_it sudo chown "$USER" /mnt/bn_jax
   # A flat bucket needs leave to rename folders; one with hierarchical namespace does it in one piece.
   # Cached metadata (60 s) would hide the heartbeat by which a host sees that a workdir is in use.
-  do_it gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --rename-dir-limit=100000 "$1" /mnt/bn_jax
+  write /etc/bn_jax.gcsfuse.yaml <<END
+implicit-dirs: true
+file-system:
+  rename-dir-limit: 100000
+metadata-cache:
+  ttl-secs: 0
+END
+  local owner
+  owner="uid=$(id -u),gid=$(id -g)"
+  ((DRY_RUN)) && owner=uid=UID,gid=GID
+  # A unit, so that the bucket is back after a reboot, and is unmounted only after training, which
+  # needs it (RequiresMountsFor), has saved and ended.
+  write /etc/systemd/system/mnt-bn_jax.mount <<END
+[Unit]
+Description=bucket of bn_jax
+Wants=network-online.target
+After=network-online.target
+
+[Mount]
+What=$1
+Where=/mnt/bn_jax
+Type=gcsfuse
+Options=_netdev,allow_other,$owner,config_file=/etc/bn_jax.gcsfuse.yaml
+
+[Install]
+WantedBy=multi-user.target
+END
+  do_it sudo systemctl daemon-reload
+  do_it sudo systemctl enable --now mnt-bn_jax.mount
+}
+
+quoted() { # words, as ExecStart= reads them
+  local word
+  for word in "$@"; do
+    word=${word//\\/\\\\} word=${word//\"/\\\"} word=${word//%/%%} word=${word//\$/\$\$}
+    printf ' "%s"' "$word"
+  done
 }
 
 start() { # options of bn_jax.main
-  local unit=(sudo systemd-run --quiet --unit=bn_jax --uid="$USER" --working-directory="$PWD")
-  # A TPU host's environment does not show the others: jax asks the metadata server for them.
-  unit+=(--setenv=HOME="$HOME" --setenv=BN_JAX_CLUSTER=1)
-  unit+=(-p KillSignal=SIGTERM -p TimeoutStopSec=120)
-  # Codes that a restart does not mend (docs/operations.md).
-  unit+=(-p Restart=on-failure -p "RestartPreventExitStatus=2 3 4 5 7 8")
-  unit+=(-p RestartSec=15 -p StartLimitIntervalSec=0)
-  if ((!DRY_RUN)); then
-    sudo systemctl stop bn_jax 2>/dev/null || true
-    sudo systemctl reset-failed bn_jax 2>/dev/null || true
-  fi
-  do_it "${unit[@]}" "$PWD/.venv/bin/python" -m bn_jax.main "$@"
+  # A TPU host's environment does not show the others: BN_JAX_CLUSTER lets jax ask the metadata
+  # server. The exit codes are those that a restart does not mend (docs/operations.md).
+  write /etc/systemd/system/bn_jax.service <<END
+[Unit]
+Description=bn_jax
+Wants=network-online.target
+After=network-online.target
+RequiresMountsFor=/mnt/bn_jax
+StartLimitIntervalSec=0
+
+[Service]
+User=$USER
+WorkingDirectory=$PWD
+Environment=BN_JAX_CLUSTER=1 JAX_PLATFORMS=tpu BN_JAX_STEP_TIMEOUT=300
+ExecStart="$PWD/.venv/bin/python" -m bn_jax.main$(quoted "$@")
+KillSignal=SIGTERM
+TimeoutStopSec=120
+Restart=on-failure
+RestartSec=15
+RestartPreventExitStatus=2 3 4 5 7 8
+
+[Install]
+WantedBy=multi-user.target
+END
+  do_it sudo systemctl daemon-reload
+  do_it sudo systemctl enable bn_jax
+  do_it sudo systemctl restart bn_jax
 }
 
 USER=${USER:-$(id -un)}

@@ -14,8 +14,9 @@
 #   delete   gives the slice back: ends all costs but the bucket's
 #
 # Training is a systemd unit of each host: it outlives the connection, gets SIGTERM when the host is
-# taken away, and is started again after exit codes that a restart mends (docs/operations.md). The
-# bucket is mounted at /mnt/bn_jax: a host's own disk is gone after a preemption.
+# taken away, and is started again after a reboot and after exit codes that a restart mends
+# (docs/operations.md). The bucket is mounted at /mnt/bn_jax, before training starts and until it has
+# ended: a host's own disk is gone after a preemption.
 # --dry-run prints every command instead of running it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -133,7 +134,7 @@ case $COMMAND in
     on all 'systemctl show bn_jax --property=ActiveState,SubState,ExecMainStatus,NRestarts'
     ;;
   logs) on 0 'journalctl --unit=bn_jax --output=cat --follow --lines=50' ;;
-  stop) on all 'sudo systemctl stop bn_jax' ;;
+  stop) on all 'sudo systemctl disable --now bn_jax' ;;
   delete) delete ;;
   resume)
     need type runtime bucket

@@ -133,10 +133,11 @@ class StallDetector:
 
 
 class Watchdog:
-    """Context manager around a run of one or many processes, after `jax.distributed.initialize`.
+    """Context manager around a run of one or many processes and `startup.initialize`.
 
-    With many processes an error ends this process here, by os._exit with the code of the error. A
-    run that is done or preempted returns: at the usual exit jax waits until all processes are.
+    Once `jax.distributed` is initialized an error ends this process here, by os._exit with the code
+    of the error. A run that is done or preempted returns: at the usual exit jax waits until all
+    processes are.
 
     Raises:
       ConfigError: BN_JAX_STEP_TIMEOUT is not a positive number of seconds.
@@ -144,18 +145,16 @@ class Watchdog:
 
     def __init__(self) -> None:
         self._detector = StallDetector(step_timeout())
-        self._place: Callable[[], Place] = lambda: Place(-1, "startup", None)
-        self._close: Callable[[UserError], None] = lambda error: None
+        self._place: Callable[[], Place]  # see `follow`
+        self._close: Callable[[UserError], None]
         self._ending = threading.Lock()  # belongs to the thread that ends this process
         self._over = threading.Event()
 
     def __enter__(self) -> Self:
-        if jax.process_count() > 1:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if jax.process_count() == 1:
+        if not jax.distributed.is_initialized():
             return
         self._ending.acquire()  # never returns if the watch already ends this process
         self._over.set()
@@ -165,7 +164,7 @@ class Watchdog:
             leave(report(error), patience)
 
     def follow(self, place: Callable[[], Place], close: Callable[[UserError], None]) -> None:
-        """Watches a training loop from now on.
+        """Watches a training loop from now on, if there are several processes.
 
         Args:
           place: says where the loop is; called from another thread.
@@ -173,6 +172,8 @@ class Watchdog:
         """
         self._place = place
         self._close = close
+        if jax.process_count() > 1:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def _watch(self) -> None:
         while not self._over.wait(INTERVAL):

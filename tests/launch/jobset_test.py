@@ -61,11 +61,17 @@ def test_jobsets(path):
     volumes = {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
     env = {v["name"]: v.get("value") for v in container.get("env", ())}
+    assert env["JAX_PLATFORMS"] == ("cuda" if "gpu" in path.name else "tpu")
     if "gpu" in path.name:  # pods are called JOBSET-JOB-REPLICA-INDEX, their domain JOBSET
         name = jobset["metadata"]["name"]
         assert env["JAX_COORDINATOR_ADDRESS"] == f"{name}-{job['name']}-0-0.{name}:8476"
         assert env["JAX_NUM_PROCESSES"] == str(spec["parallelism"])
         assert "JAX_PROCESS_ID" in env
+        # GKE mounts the driver, but tells nobody; NCCL needs more than a container's 64 MiB.
+        assert env["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+        shared = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}["/dev/shm"]
+        memory = {"name": shared, "emptyDir": {"medium": "Memory"}}
+        assert memory in spec["template"]["spec"]["volumes"]
 
 
 @pytest.mark.parametrize("path", JOBSETS, ids=lambda p: p.name)

@@ -12,6 +12,9 @@ import time
 
 import numpy as np
 import pytest
+import yaml
+
+from tests.support import processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -48,7 +51,8 @@ def golden() -> dict[str, str]:
 def test_dry_runs_print_the_commands(command):
     done = run(command)
     assert done.returncode == 0, done.stderr
-    assert re.sub(r" +$", "", done.stdout, flags=re.M).strip() == golden()[command]
+    printed = done.stdout.replace(str(ROOT), "CHECKOUT")
+    assert re.sub(r" +$", "", printed, flags=re.M).strip() == golden()[command]
 
 
 def test_every_script_that_starts_a_run_has_a_dry_run():
@@ -120,14 +124,71 @@ def test_slurm_requeues_what_a_restart_mends(tmp_path, code, restarts, again):
 def test_slurm_heeds_the_task_that_failed_for_good(tmp_path):
     """Process 0 finds a damaged shard (3), jax ends process 1 (134), the highest of the two."""
     fake(tmp_path, "python", "exit $((SLURM_PROCID ? 134 : 3))")
-    fake(
-        tmp_path, "srun", 'shift; for i in 0 1; do SLURM_PROCID=$i "$@"; code=$?; done; exit $code'
-    )
+    both = 'shift 2; for i in 0 1; do SLURM_PROCID=$i "$@"; code=$?; done; exit $code'
+    fake(tmp_path, "srun", both)
     fake(tmp_path, "scontrol", 'echo "scontrol $*"')
     line = f"cd {tmp_path} && bash {LAUNCH}/slurm.sbatch --config=bn_x30:pod"
     done = run(line, tmp_path, SLURM_JOB_ID="17")
     assert done.returncode == 3 and "scontrol" not in done.stdout
     assert not list(tmp_path.glob("*.final"))
+
+
+@pytest.mark.parametrize(("given", "cores"), [({}, 8), ({"SLURM_CPUS_PER_TASK": "16"}, 16)])
+def test_slurm_s_tasks_get_their_cores_and_must_have_a_gpu(tmp_path, given, cores):
+    fake(tmp_path, "srun", 'echo "srun $*"')
+    done = run("bash launch/slurm.sbatch --config=bn_x30:pod", tmp_path, **given)
+    assert f"--cpus-per-task={cores} " in done.stdout
+    assert "env JAX_PLATFORMS=cuda BN_JAX_STEP_TIMEOUT=300 python -m bn_jax.main" in done.stdout
+    assert "\n#SBATCH --cpus-per-task=8\n" in (LAUNCH / "slurm.sbatch").read_text()
+
+
+def units(folder: pathlib.Path) -> dict[str, str]:
+    """The files that tpu_host.sh writes on a host, by name, with stand-ins for sudo and gcsfuse."""
+    write = f'[[ $1 == tee ]] && cat >"{folder}/${{2##*/}}" || echo "$*" >>"{folder}/log"'
+    fake(folder, "sudo", write)
+    fake(folder, "gcsfuse", "")
+    options = "--config=bn_x30:pod --workdir='/mnt/bn_jax/run two' --config.note='50% \"x\" $y'"
+    for command in ("mount bucket", f"start {options}"):
+        done = run(f"bash launch/tpu_host.sh {command}", folder)
+        assert done.returncode == 0, done.stderr
+    assert (folder / "log").read_text().splitlines() == [
+        "mkdir -p /mnt/bn_jax",
+        "systemctl daemon-reload",
+        "systemctl enable --now mnt-bn_jax.mount",
+        "systemctl daemon-reload",
+        "systemctl enable bn_jax",
+        "systemctl restart bn_jax",
+    ]
+    return {name: (folder / name).read_text() for name in ("bn_jax.service", "mnt-bn_jax.mount")}
+
+
+def test_a_tpu_host_trains_again_after_a_reboot_and_unmounts_after_the_save(tmp_path):
+    found = units(tmp_path)
+    service, mount = found["bn_jax.service"], found["mnt-bn_jax.mount"]
+    for unit in (service, mount):  # started at boot, once there is a network
+        assert "WantedBy=multi-user.target" in unit and "After=network-online.target" in unit
+    # Ordered after the mount at boot, and so before its end at shutdown.
+    place = re.search(r"^Where=(.+)$", mount, re.M)
+    assert place and f"RequiresMountsFor={place[1]}\n" in service
+    assert "TimeoutStopSec=120\n" in service and "Restart=on-failure\n" in service
+    assert "Environment=BN_JAX_CLUSTER=1 JAX_PLATFORMS=tpu " in service
+    assert '"--workdir=/mnt/bn_jax/run two" "--config.note=50%% \\"x\\" $$y"\n' in service
+
+
+def test_systemd_understands_the_units(tmp_path):
+    verify = tool("systemd-analyze")
+    found = units(tmp_path)
+    # verify looks for the program, too.
+    found["bn_jax.service"] = re.sub('="[^"]+python"', "=/bin/true", found["bn_jax.service"])
+
+    def complaints() -> str:
+        for name, text in found.items():
+            (tmp_path / name).write_text(text)
+        return run(shlex.join([verify, "verify", *(str(tmp_path / name) for name in found)])).stderr
+
+    assert complaints() == ""
+    found["bn_jax.service"] = found["bn_jax.service"].replace("RequiresMountsFor", "RequireMounts")
+    assert "Unknown key" in complaints()
 
 
 @pytest.mark.parametrize(("state", "code"), [("ACTIVE", 0), ("SUSPENDED", 1), ("FAILED", 1)])
@@ -168,11 +229,24 @@ def test_the_image_runs_as_a_user_and_copies_what_there_is():
             assert (ROOT / source).exists() and f"!{source}\n" in shipped, source
 
 
+# A run of six steps.
+SETTINGS = [
+    "--config=mnist_bn:digits",
+    "--config.batch_size=64",
+    "--config.bn.group_size=32",
+    "--config.steps_per_dispatch=2",
+    "--config.total_steps=6",
+    "--config.eval_every=6",
+    "--config.checkpoint_every=6",
+    "--config.log_every=1",
+    "--config.statistics_batches=2",
+    '--config.record.activations="()"',
+    "--config.record.tensorboard=False",
+]
+
+
 def train(workdir: pathlib.Path, n: int, *options: str, code: int = 0) -> str:
-    settings = "--config=mnist_bn:digits --config.batch_size=64 --config.bn.group_size=32"
-    settings += " --config.steps_per_dispatch=2 --config.total_steps=6 --config.eval_every=6"
-    settings += " --config.checkpoint_every=6 --config.log_every=1 --config.statistics_batches=2"
-    settings += ' --config.record.activations="()" --config.record.tensorboard=False'
+    settings = " ".join(SETTINGS)
     line = f"launch/local.sh {n} -- {settings} --workdir={workdir} {shlex.join(options)}"
     done = run(line, JAX_COMPILATION_CACHE_DIR=str(workdir.parent / "c"), PYTHON=sys.executable)
     assert done.returncode == code, done.stderr
@@ -182,6 +256,82 @@ def train(workdir: pathlib.Path, n: int, *options: str, code: int = 0) -> str:
 def curve(workdir: pathlib.Path) -> list[float]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def launcher_rows() -> list[list[str]]:
+    """The cells of the table of what each launcher sets."""
+    text = (LAUNCH / "README.md").read_text().partition("## What each launcher sets")[2]
+    table = text.partition("\n## ")[0]
+    rows = re.findall(r"^\| `.+\|$", table, re.M)
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+NAME = r"\b((?:JAX|BN_JAX|CUDA|LD)_[A-Z_]+)"
+
+
+def test_the_table_names_all_that_the_launchers_set():
+    rows = launcher_rows()
+    assert [row[0].strip("`") for row in rows] == [
+        "local.sh", "slurm.sbatch", "tpu_host.sh", "jobset.yaml", "jobset_gpu.yaml",
+    ]  # fmt: skip
+    for row in rows:
+        text = (LAUNCH / row[0].strip("`")).read_text()
+        code = re.sub(r"(^| )#.*$", "", text, flags=re.M)
+        found = set(re.findall(rf"{NAME}=|- name: {NAME}", code))
+        assert {a or b for a, b in found} == set(re.findall(NAME, " ".join(row[1:-1]))), row[0]
+        seconds = re.search(r"\d+", row[-1])
+        assert seconds and re.search(rf"\b{seconds[0]}\b", text), row[0]
+
+
+# What the launchers' processes find in their environment, on this machine's CPU.
+
+SRUN = """
+while [[ $1 == --* ]]; do shift; done
+for i in $(seq 0 $((SLURM_NTASKS - 1))); do
+  SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+exit "${code:-0}"
+"""
+
+
+def launched(workdir: pathlib.Path, n: int) -> None:
+    """Asserts that a run of n processes took its steps, as one process would."""
+    assert len(curve(workdir)) == 6
+    mesh = json.loads((workdir / "run.json").read_text())["info"]["mesh"]
+    assert mesh["processes"] == mesh["devices"] == n
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_slurm_s_environment_joins_the_tasks(tmp_path, n):
+    fake(tmp_path, "srun", SRUN)
+    node = {"SLURM_JOB_ID": str(20000 + os.getpid() % 9000), "SLURM_STEP_NODELIST": "localhost"}
+    node |= {"SLURM_NTASKS": str(n), "SLURM_STEP_NUM_TASKS": str(n), "JAX_PLATFORMS": "cpu"}
+    line = f"bash {LAUNCH}/slurm.sbatch {' '.join(SETTINGS)} --workdir={tmp_path / 'run'}"
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "c"), "PYTHON": sys.executable}
+    done = run(f"cd {tmp_path} && PYTHONPATH={ROOT} {line}", tmp_path, **node, **cache)
+    assert done.returncode == 0, done.stderr
+    launched(tmp_path / "run", n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_the_gpu_jobset_s_environment_joins_the_pods(tmp_path, n):
+    spec = yaml.safe_load((LAUNCH / "jobset_gpu.yaml").read_text())["spec"]["replicatedJobs"][0]
+    [container] = spec["template"]["spec"]["template"]["spec"]["containers"]
+    pods = []
+    for index in range(n):
+        given = {entry["name"]: entry.get("value", str(index)) for entry in container["env"]}
+        port = given["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2]
+        given["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
+        given |= {"JAX_NUM_PROCESSES": str(n), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        given["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "c")
+        command = [sys.executable, "-m", "bn_jax.main", *shlex.split(" ".join(SETTINGS))]
+        command.append(f"--workdir={tmp_path / 'run'}")
+        pods.append(processes.start(command, cwd=ROOT, env=os.environ | given))
+    assert [pod.wait(300) for pod in pods] == [0] * n
+    launched(tmp_path / "run", n)
 
 
 @pytest.mark.slow
@@ -232,7 +382,7 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path):
         " --config.steps_per_dispatch=1 --config.log_every=5 --config.record.tensorboard=False"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    process = subprocess.Popen(
+    process = processes.start(
         ["launch/local.sh", "2", "--", *options.split(), f"--workdir={tmp_path / 'w'}"],
         cwd=ROOT, env=env | {"PYTHON": sys.executable}, stdout=subprocess.DEVNULL,
     )  # fmt: skip

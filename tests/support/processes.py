@@ -53,12 +53,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def spawn(arguments: list[str], log: pathlib.Path, processes: int = 1) -> list[subprocess.Popen]:
-    """Python processes with one CPU device each; their output goes to LOG.0, LOG.1, ..."""
+def spawn(
+    arguments: list[str], log: pathlib.Path, processes: int = 1, platforms: str = "cpu"
+) -> list[subprocess.Popen]:
+    """Python processes with one device each; their output goes to LOG.0, LOG.1, ..."""
     port = free_port()
     children = []
     for index in range(processes):
-        env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": platforms}
         if processes > 1:
             env |= {
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
