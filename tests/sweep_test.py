@@ -15,6 +15,7 @@ from bn_jax import sweep
 from bn_jax.errors import ConfigError
 from bn_jax.experiment.pool import Pool, last_line
 from bn_jax.workdir import reader
+from tests.support import processes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORDS = ("--configs=mnist,mnist_bn", "--scale=digits")
@@ -28,7 +29,7 @@ def cache(tmp_path_factory) -> str:
 def start(cache, folder, *words, **env) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "BN_JAX_SMOKE": "1"}
     environment |= {"JAX_COMPILATION_CACHE_DIR": cache, **env}
-    return subprocess.Popen(
+    return processes.start(
         [sys.executable, "-m", "bn_jax.sweep", f"--workdir={folder}", *words],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
     )  # fmt: skip

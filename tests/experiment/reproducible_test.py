@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import socket
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -24,6 +23,7 @@ from bn_jax.experiment import build, reproducible
 from bn_jax.layers import BatchNorm, ConvBN
 from bn_jax.step import init_state, train_step
 from configs import bn_x30, mnist_bn
+from tests.support import processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GROUP, BATCH = 4, 32
@@ -186,7 +186,7 @@ def test_two_processes_end_with_the_bits_of_one(tmp_path):
         command.append(f"--workdir={tmp_path / name}")
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
         keep |= {"JAX_PLATFORMS": "cpu", "NPROC": "2", **env}
-        return subprocess.Popen(command, cwd=ROOT, env=keep)
+        return processes.start(command, cwd=ROOT, env=keep)
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
