@@ -1,6 +1,6 @@
 """Thin Flax (Linen) modules around the pure functions: BatchNorm, ConvBN, DenseBN, LRN; folding."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,21 +18,27 @@ class BatchNorm(nn.Module):
 
     docs/batch_norm.md lists the differences. Parameters `scale` and `bias`, and in `batch_stats`
     `mean` and `var`, all of the shape of the feature axes, and `count`, the number of updates. A
-    tree without `count`, as Flax writes it, loads as it is and counts as converged. `init` does
-    not check groups.
+    tree without `count`, as Flax writes it, is taken as it is, counts as converged and keeps its
+    structure; `adopt_stats` gives it a count. `init` does not check groups.
 
     Attributes:
       use_running_average: normalize with `batch_stats` (inference, or frozen statistics) and not
         with the batch; set here or in the call.
       axis: feature axes; the first other axis holds the examples.
-      momentum: share of the running estimate kept at an update (PyTorch's is 1 minus this).
+      momentum: share of the running estimate kept at an update (PyTorch's is 1 minus this). It may
+        be traced, as may epsilon.
       epsilon: added to the variance.
       dtype: of the result; None promotes input and parameters, as Flax does.
+      axis_name: the axis of `shard_map`, `pmap` or `vmap` that shares out the batch; under `jit`
+        with sharded arrays none is needed.
+      axis_index_groups: None. Anything else is a ValueError: `group_size` does this under `jit`.
+      use_fast_variance, force_float32_reductions: taken and without effect. The variance is always
+        the exact one, and statistics are in float32 at least.
       group_size: examples that share statistics, by their place in the global batch; None: all.
     """
 
     use_running_average: bool | None = None
-    axis: int | tuple[int, ...] = -1
+    axis: int | Sequence[int] = -1
     momentum: float = 0.99
     epsilon: float = 1e-5
     dtype: Any = None
@@ -41,6 +47,10 @@ class BatchNorm(nn.Module):
     use_scale: bool = True
     bias_init: Callable = nn.initializers.zeros
     scale_init: Callable = nn.initializers.ones
+    axis_name: str | tuple[str, ...] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
     group_size: int | None = None
 
     @nn.compact
@@ -48,31 +58,27 @@ class BatchNorm(nn.Module):
         self, x, use_running_average: bool | None = None, *, mask=None, relu: bool = False
     ):
         """Normalizes `x`; see `batch_norm.normalize` for mask, relu and the errors raised."""
+        batch_norm.refuse_index_groups(self.axis_index_groups)
         frozen = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        axes = (self.axis,) if isinstance(self.axis, int) else self.axis
+        axes = (self.axis,) if isinstance(self.axis, int) else tuple(self.axis)
         shape = tuple(x.shape[a] for a in sorted({a % x.ndim for a in axes}))
         scale = bias = None
         if self.use_scale:
             scale = self.param("scale", self.scale_init, shape, self.param_dtype)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+
         # Statistics that come without a count are somebody's converged moving average.
-        loaded = self.has_variable("batch_stats", "mean") and not self.has_variable(
-            "batch_stats", "count"
-        )
+        loaded = self.has_variable("batch_stats", "mean")
+        counted = not loaded or self.has_variable("batch_stats", "count")
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        if loaded and not self.is_mutable_collection("batch_stats"):
-            count = None
-        else:
-            count = self.variable(
-                "batch_stats", "count", jnp.full, (), jnp.inf if loaded else 0.0, jnp.float32
-            )
-        stats = batch_norm.Stats(
-            mean.value, var.value, jnp.float32(jnp.inf) if count is None else count.value
-        )
+        count = None
+        if counted:
+            count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.float32)
+        stats = batch_norm.Stats(mean.value, var.value, None if count is None else count.value)
 
         params = [p for p in (scale, bias) if p is not None]
         dtype = jnp.result_type(x, *params) if self.dtype is None else self.dtype
@@ -87,10 +93,11 @@ class BatchNorm(nn.Module):
             train=train,
             group_size=self.group_size,
             mask=mask,
-            axis=self.axis,
+            axis=axes,
             epsilon=self.epsilon,
             momentum=self.momentum,
             relu=relu,
+            axis_name=None if self.is_initializing() else self.axis_name,
         )
         if train:
             mean.value, var.value = stats.mean, stats.var
@@ -240,18 +247,41 @@ def merge_stats(total, batch):
     return _map_layers(batch_norm.merge, total, batch)
 
 
+def adopt_stats(batch_stats, count: float = batch_norm.CONVERGED):
+    """A tree of Flax's `batch_stats` as one of ours: every layer gets a `count` of updates.
+
+    count: how many updates the estimate stands for. The default is that of a long moving average,
+    which every update changes by the share 1 - momentum. Layers that have a count keep it. Flax's
+    variance is the biased one, m/(m-1) times smaller than ours.
+    """
+
+    def adopt(leaves):
+        return {"count": jnp.full((), count, jnp.float32), **leaves}
+
+    return _map_leaves(adopt, batch_stats)
+
+
+def flax_stats(batch_stats):
+    """A tree of our `batch_stats` as Flax writes it: `mean` and `var`, and no `count`."""
+    return _map_leaves(lambda leaves: {k: leaves[k] for k in ("mean", "var")}, batch_stats)
+
+
 def _map_layers(f, *trees):
     """Applies f to the Stats of every layer in trees of `batch_stats`."""
+    return _map_leaves(lambda *leaves: f(*map(_stats, leaves))._asdict(), *trees)
+
+
+def _map_leaves(f, *trees):
+    """Applies f to the `mean`, `var` and `count` of every layer in trees of `batch_stats`."""
     return jax.tree.map(
-        lambda *leaves: f(*map(_stats, leaves))._asdict(),
+        f,
         *trees,
         is_leaf=lambda tree: isinstance(tree, Mapping) and "mean" in tree and "var" in tree,
     )
 
 
 def _stats(leaves) -> batch_norm.Stats:
-    count = leaves["count"] if "count" in leaves else jnp.float32(jnp.inf)
-    return batch_norm.Stats(leaves["mean"], leaves["var"], count)
+    return batch_norm.Stats(leaves["mean"], leaves["var"], leaves.get("count"))
 
 
 def fold_variables(variables, *, epsilon: float):

@@ -54,6 +54,32 @@ def test_groups_of_fewer_than_two_values_leave_the_estimate():
     assert all(np.array_equal(a, b) for a, b in zip(old, new, strict=True))
 
 
+@pytest.mark.parametrize("garbage", [1e30, np.nan])
+def test_a_mask_zeroes_in_inference_too(garbage):
+    x = np.float32(draw(6, 3))
+    x[4:] = garbage
+    mask = np.arange(6) < 4
+    stats = batch_norm.Stats(jnp.ones(3), jnp.ones(3), jnp.float32(1))
+
+    def run(x, mask):
+        return normalize(x, None, jnp.ones(3), stats, train=False, mask=mask)[0]
+
+    y, vjp = jax.vjp(lambda x: run(x, mask), x)
+    np.testing.assert_allclose(y[:4], run(x, None)[:4])
+    assert not np.any(y[4:])
+    assert not np.any(vjp(jnp.ones_like(x))[0][4:])
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e4])
+def test_a_mask_that_varies_over_features(ratio):
+    """Where no example has a value of every feature; means far off."""
+    x = np.float32(np.random.default_rng(0).normal(ratio, 1, (64, 8)))
+    mask = np.arange(64)[:, None] % 8 == np.arange(8)
+    _, stats = normalize(x, None, None, batch_norm.init_stats((8,)), train=True, mask=mask)
+    want = [np.float64(x[mask[:, c], c]).var(ddof=1) for c in range(8)]
+    np.testing.assert_allclose(stats.var, want, rtol=1e-5)
+
+
 def test_mask_may_broadcast_to_x_like_flax():
     x = np.float32(draw(2, 5, 3))
     mask = np.arange(5)[None, :, None] < np.array([3, 5])[:, None, None]  # sequence lengths

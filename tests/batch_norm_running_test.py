@@ -29,6 +29,33 @@ def test_running_estimate_is_right_after_any_number_of_steps(momentum):
                 assert stats.count == k
 
 
+def test_the_count_does_not_saturate():
+    """At momentum 1, where every update counts; above 2^24 in steps that float32 has."""
+    x = np.float32(draw(8, 3))
+    for count in (2.0**24, 2.0**25, 1e9):
+        stats = batch_norm.Stats(jnp.zeros(3), jnp.ones(3), jnp.float32(count))
+        _, new = normalize(x, None, None, stats, train=True, momentum=1.0)
+        assert count < new.count <= count * (1 + 2**-23)
+        assert np.all(np.abs(new.mean) <= 2 * np.abs(x.mean(0)) / count)
+    stats = batch_norm.Stats(jnp.zeros(3), jnp.ones(3), jnp.float32(2**24 - 1))
+    _, new = normalize(x, None, None, stats, train=True, momentum=1.0)
+    assert new.count == 2**24
+
+
+def test_narrow_statistics_are_read_and_not_updated():
+    """A whole tree cast to bfloat16: inference works; updates would be lost, and are refused."""
+    x = np.float32(draw(8, 3))
+    narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), batch_norm.init_stats((3,)))
+    y, same = normalize(x, None, None, narrow, train=False)
+    np.testing.assert_allclose(y, x / np.sqrt(1.001), rtol=1e-6)
+    assert same is narrow
+    with pytest.raises(TypeError, match="running mean has dtype bfloat16.*needs float32.*params"):
+        normalize(x, None, None, narrow, train=True)
+    narrow = batch_norm.init_stats((3,))._replace(count=jnp.bfloat16(0))
+    with pytest.raises(TypeError, match="running count has dtype bfloat16"):
+        normalize(x, None, None, narrow, train=True)
+
+
 def test_inference_is_right_after_one_step():
     x = np.float32(draw(256, 4))
     _, stats = normalize(x, None, None, batch_norm.init_stats((4,)), train=True, momentum=0.99)

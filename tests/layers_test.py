@@ -1,5 +1,6 @@
 """The Linen modules: drop-in for flax.linen.BatchNorm, folding, Algorithm 2, activations."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -96,7 +97,7 @@ def test_same_tree_and_values_as_flax(options):
             m = m * (1 if options.get("axis") != 1 else 0.5)
             unbiased = 0.9 + (wanted["var"] - 0.9) * m / (m - 1)
             np.testing.assert_allclose(mine["var"], unbiased, rtol=1e-5)
-            assert mine["count"] == np.inf
+        assert set(mine) == {"mean", "var"}  # the structure that went in
 
 
 def test_flax_checkpoint_for_inference_without_mutable():
@@ -126,13 +127,41 @@ def test_init_checks_no_group_and_updates_nothing():
         module.apply(variables, jnp.ones((32, 3), int), use_running_average=False)
 
 
-def test_statistics_need_mutable_and_axis_name_is_refused():
+def test_statistics_need_mutable():
     module = layers.BatchNorm()
     variables = module.init(jax.random.key(0), draw(4, 3), use_running_average=True)
     with pytest.raises(Exception, match="batch_stats"):
         module.apply(variables, draw(4, 3), use_running_average=False)
-    with pytest.raises(TypeError, match="axis_name"):
-        layers.BatchNorm(axis_name="data")
+
+
+def test_every_argument_of_flax_is_taken():
+    fields = [f.name for f in dataclasses.fields(nn.BatchNorm)]
+    ours = [f.name for f in dataclasses.fields(layers.BatchNorm)]
+    assert ours == fields[:-2] + ["group_size"] + fields[-2:]  # parent and name are last
+
+
+def test_adopted_statistics_and_back():
+    """Adopted, an update changes them by 1 - momentum, as it does in Flax; without, too."""
+    x = draw(8, 3)
+    theirs = nn.BatchNorm().init(jax.random.key(0), x, use_running_average=True)
+    adopted = layers.adopt_stats(theirs["batch_stats"])
+    assert adopted["count"] == np.float32(batch_norm.CONVERGED)
+    assert jax.tree.all(jax.tree.map(np.array_equal, layers.flax_stats(adopted), theirs["batch_stats"]))
+    module = layers.BatchNorm(use_running_average=False, momentum=0.9)
+
+    def update(stats):
+        _, new = module.apply({**theirs, "batch_stats": stats}, x, mutable=["batch_stats"])
+        return new["batch_stats"]
+
+    for start in (adopted, theirs["batch_stats"], {**theirs["batch_stats"], "count": jnp.float32(jnp.inf)}):
+        new = update(start)
+        np.testing.assert_allclose(new["mean"], 0.1 * x.mean(0), rtol=1e-5)
+        assert jax.tree.structure(new) == jax.tree.structure(start)
+    for count in (0, 3):
+        new = update(layers.adopt_stats(theirs["batch_stats"], count))
+        weight = 0.1 / (1 - 0.9 ** (count + 1))
+        np.testing.assert_allclose(new["mean"], weight * x.mean(0), rtol=1e-5)
+        assert new["count"] == count + 1
 
 
 def test_nnx_bridge():

@@ -34,7 +34,7 @@ def ours(x, gamma, beta, dy, *, wrap=lambda f: f, **options):
     wrap: a transformation of the function that is differentiated.
     """
     features = np.shape(gamma)
-    stats = batch_norm.init_stats(features, x.dtype)
+    stats = batch_norm.init_stats(features, np.promote_types(np.float32, x.dtype))
 
     def f(x, gamma, beta):
         return normalize(x, gamma, beta, stats, train=True, **options)
