@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bn_jax.batch_norm import Stats, fold, init_stats, merge, normalize
     from bn_jax.errors import UserError
-    from bn_jax.layers import BatchNorm, ConvBN, LocalResponseNorm, fold_variables
+    from bn_jax.layers import (
+        BatchNorm,
+        ConvBN,
+        LocalResponseNorm,
+        adopt_stats,
+        flax_stats,
+        fold_variables,
+        population_stats,
+    )
     from bn_jax.models.inception import Inception
     from bn_jax.models.mlp import Mlp
 
@@ -26,17 +34,28 @@ __all__ = [
     "Mlp",
     "Stats",
     "UserError",
+    "adopt_stats",
+    "flax_stats",
     "fold",
     "fold_variables",
     "init_stats",
     "merge",
     "normalize",
+    "population_stats",
 ]
 
 _HOMES = {
     "bn_jax.batch_norm": ("Stats", "fold", "init_stats", "merge", "normalize"),
     "bn_jax.errors": ("UserError",),
-    "bn_jax.layers": ("BatchNorm", "ConvBN", "LocalResponseNorm", "fold_variables"),
+    "bn_jax.layers": (
+        "BatchNorm",
+        "ConvBN",
+        "LocalResponseNorm",
+        "adopt_stats",
+        "flax_stats",
+        "fold_variables",
+        "population_stats",
+    ),
     "bn_jax.models.inception": ("Inception",),
     "bn_jax.models.mlp": ("Mlp",),
 }

@@ -13,7 +13,7 @@ estimates and Algorithm 2.
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,8 +81,8 @@ def normalize(
         divide the local batch, only the running estimates are averaged over it.
 
     Returns:
-      y, of x's shape and dtype, and the statistics, new if `train`, with the structure and dtypes of
-      `stats`. A group of fewer than two valid values is normalized with what it has and does not
+      y, of x's shape and dtype, and the statistics, new if `train`, with the structure and dtypes
+      of `stats`. A group of fewer than two valid values is normalized with what it has and does not
       change them.
 
     Raises:
@@ -162,8 +162,8 @@ class _Layout(NamedTuple):
 
 
 def _layout(x, axis, train, group_size, axis_name, relu) -> _Layout:
-    """Raises ValueError if `axis` names no axis of x or leaves none for the examples (the first axis
-    that is no feature axis), or if `group_size` (None: one group) does not divide the examples.
+    """Raises ValueError if `axis` names no axis of x or leaves none for the examples (the first
+    axis that is no feature axis), or if `group_size` (None: one group) does not divide them.
     """
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     features = {a % x.ndim for a in axes if -x.ndim <= a < x.ndim}
@@ -270,8 +270,8 @@ def _check_precision(stats: Stats) -> None:
     for name, value in stats._asdict().items():
         if value is not None and _wide(value.dtype) != value.dtype:
             raise TypeError(
-                f"batch_norm: the running {name} has dtype {value.dtype}, in which updates are lost;"
-                " training needs float32: cast `params` only, and leave `batch_stats` as they are"
+                f"batch_norm: the running {name} has dtype {value.dtype}, in which updates are "
+                "lost; training needs float32: cast `params` only, and leave `batch_stats` as is"
             )
 
 
@@ -312,8 +312,8 @@ def _batch_norm_forward(x, gamma, beta, mask, m, epsilon, layout: _Layout):
 def _moments(x, mask, m, layout: _Layout):
     """Mean, what its rounding left, and biased variance of every part (Alg. 1, lines 1 and 2).
 
-    They are taken about the mean of a sample: for any data at all, (mean - near)^2 is at most the variance
-    times the values of the part a value of the sample, which bounds the cancellation. A constant
+    They are taken about the mean of a sample of the values. For any data at all, (mean - near)^2
+    is at most variance * values / values of the sample, which bounds the cancellation. A constant
     feature's mean is exactly its value.
     """
     axes = layout.axes
@@ -359,12 +359,13 @@ def _sample(x, mask, layout: _Layout):
     examples, *others = layout.axes
     n = x.shape[examples]
     few = -(-n // 8)
-    if mask is not None and any(mask.shape[a] > 1 for a, s in enumerate(layout.features) if s > 1):
+    per_feature = [a for a, size in enumerate(layout.features) if size > 1]
+    if mask is not None and any(mask.shape[a] > 1 for a in per_feature):
         return x, mask
-    if others and not is_symbolic_dim(n):
-        # Only where the mask does not vary over the rows, of which a few are taken here.
-        step = 32 * few // n if mask is None or mask.shape[others[0]] == 1 else 1
-        x = lax.slice_in_dim(x, 0, -(-x.shape[others[0]] // step), axis=others[0])
+    if others and not is_symbolic_dim(n) and (mask is None or mask.shape[others[0]] == 1):
+        # Of each example a few rows, so that all is about a thirtieth of the part.
+        rows = x.shape[others[0]] // (32 * few // n)
+        x = lax.slice_in_dim(x, 0, max(rows, 1), axis=others[0])
     if mask is None:
         return lax.slice_in_dim(x, 0, few, axis=examples), None
     counts = jnp.sum(mask, others, keepdims=True, dtype=jnp.float32)
@@ -414,7 +415,9 @@ def _gather(value, layout: _Layout):
         if n == 1:
             return value
         value = jnp.expand_dims(value, axis)
-        mine = lax.broadcasted_iota(jnp.int32, (n, n), 0) == lax.broadcasted_iota(jnp.int32, (n, n), 1)
+        mine = lax.broadcasted_iota(jnp.int32, (n, n), 0) == lax.broadcasted_iota(
+            jnp.int32, (n, n), 1
+        )
         mine = jnp.expand_dims(mine, [a for a in range(value.ndim) if a not in (axis, axis + 1)])
         return jnp.sum(jnp.where(mine, value, 0), axis + 1)
     n = lax.axis_size(layout.axis_name)
@@ -494,10 +497,10 @@ def _as(number, dtype):
 
 
 # Derivatives. JAX takes a reverse derivative as the transpose of the forward one. Both are written
-# out here: `_tangents` for jvp, jacfwd, linearize and the outer half of a hessian, and its transpose
-# `_cotangents`, the paper's backward pass, which needs less memory than what JAX would make of the
-# first. A primitive joins the two: JAX has no other way to give both (`custom_vjp` refuses forward
-# mode, and `linear_call` refuses vmap).
+# out here: `_tangents` for jvp, jacfwd, linearize and the outer half of a hessian, and its
+# transpose `_cotangents`, the paper's backward pass, which needs less memory than what JAX would
+# make of the first. A primitive joins the two, as JAX has no other way to give both: `custom_vjp`
+# refuses forward mode, and `linear_call` refuses vmap.
 
 
 _batch_norm = jax.custom_jvp(_batch_norm_forward, nondiff_argnums=(6,))
@@ -566,8 +569,8 @@ def _cotangents(known: _Known, outputs, layout: _Layout):
         mean_in, var_in = lax.psum((mean_in, var_in), layout.axis_name)
 
     def read(after):
-        # Each pass computes x - mean anew, after `after` is known. Otherwise XLA on CPU, which drops
-        # optimization_barrier, keeps that of the forward pass: a second copy of x until here.
+        # Each pass computes x - mean anew, after `after` is known. Otherwise XLA on CPU, which
+        # drops optimization_barrier, keeps that of the forward pass: a second copy of x until here.
         late = _after(after, mean)
         keep = mask
         if layout.relu:
@@ -578,7 +581,9 @@ def _cotangents(known: _Known, outputs, layout: _Layout):
         return dy_in, centered if mask is None else jnp.where(mask, centered, 0)
 
     # Of each part its own first value, so that no device waits for another.
-    dy_in, centered = read(dy[tuple(slice(1 if a in layout.axes else None) for a in range(dy.ndim))])
+    dy_in, centered = read(
+        dy[tuple(slice(1 if a in layout.axes else None) for a in range(dy.ndim))]
+    )
     sum_dy = jnp.sum(dy_in, layout.over, keepdims=True)
     sum_dy_xhat = jnp.sum(dy_in * centered, layout.over, keepdims=True) * rstd
     dgamma, dbeta = _sum_like(gamma, sum_dy_xhat), _sum_like(beta, sum_dy)
@@ -725,7 +730,9 @@ def _explicit_axes(x) -> tuple[str, ...]:
 def _explicit_sharding(x, value) -> NamedSharding:
     """The sharding of a value beside x: replicated if it has none yet."""
     found = jax.typeof(value).sharding
-    return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()) if found.mesh.empty else found
+    return (
+        NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()) if found.mesh.empty else found
+    )
 
 
 # Running estimates, and Algorithm 2.

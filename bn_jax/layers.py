@@ -1,11 +1,12 @@
 """Thin Flax (Linen) modules around the pure functions: BatchNorm, ConvBN, DenseBN, LRN; folding."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jax import lax
 
@@ -247,6 +248,150 @@ def merge_stats(total, batch):
     return _map_layers(batch_norm.merge, total, batch)
 
 
+def population_stats(
+    apply: Callable, variables, batches: Iterable, *, examples: Callable | None = None
+):
+    """Algorithm 2 (lines 9 to 11) for a network, ours or Flax's: "precise BN".
+
+        train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+        variables["batch_stats"] = population_stats(jax.jit(train), variables, batches)
+
+    Every batch is run through the network once in training mode and counts by its examples, so
+    batches may differ in size. Sums are in float64. Several processes may each bring batches of
+    their own; all of them then get the same result, and all must call.
+
+    Layers without a `count`, as Flax's, only give an update of a moving average. It is linear, so
+    two passes, from statistics 0 and 1, tell the momentum and the batch's own moments; the variance
+    is then that of the layer, in Flax the biased one.
+
+    Args:
+      apply: (variables, batch) -> (anything, updates) with `updates["batch_stats"]`. For an NNX
+        model (model, batch) -> anything.
+      variables: with `batch_stats`, whose values do not matter; or an NNX model, which is left as
+        it was.
+      examples: batch -> the number of its valid examples. By default the sum of `batch["mask"]`
+        where there is one, else the length of the first array.
+
+    Returns:
+      A tree like `variables["batch_stats"]`, with the number of batches as `count`; of an NNX model
+      a state for `nnx.update(model, state)`.
+
+    Raises:
+      ValueError: there is no batch, or a layer's momentum is 1, so that no update tells anything.
+    """
+    if not isinstance(variables, Mapping):
+        return _population_of_nnx(apply, variables, batches, examples)
+
+    stats = variables["batch_stats"]
+
+    def update(batch, value):
+        start = _map_leaves(lambda s: _filled(s, value), stats)
+        return apply({**variables, "batch_stats": start}, batch)[1]["batch_stats"]
+
+    return _population(update, stats, batches, examples or _examples)
+
+
+def _population_of_nnx(apply, model, batches, examples):
+    from flax import nnx
+
+    state = nnx.state(model, nnx.BatchStat)
+    kept = jax.tree.map(jnp.copy, nnx.to_pure_dict(state))
+
+    def filled(values):
+        new = nnx.state(model, nnx.BatchStat)
+        nnx.replace_by_pure_dict(new, values)
+        return new
+
+    def update(batch, value):
+        nnx.update(model, filled(_map_leaves(lambda s: _filled(s, value), kept)))
+        apply(model, batch)
+        return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+    try:
+        found = _population(update, kept, batches, examples or _examples)
+    finally:
+        nnx.update(model, filled(kept))
+    result = jax.tree.map(lambda x: x, nnx.state(model, nnx.BatchStat))
+    nnx.replace_by_pure_dict(result, found)
+    return result
+
+
+def _filled(leaves, value):
+    """Statistics of that value everywhere, before the first update."""
+    return {k: jnp.full_like(v, 0 if k == "count" else value) for k, v in leaves.items()}
+
+
+def _population(update: Callable, stats, batches: Iterable, examples: Callable):
+    """`update(batch, value)` gives the tree after a pass that started from statistics `value`."""
+    layers, structure = jax.tree.flatten(stats, is_leaf=_is_layer)
+    two_passes = any("count" not in leaves for leaves in layers)
+    sums = [[0.0, 0.0, 0.0, 0.0] for _ in layers]  # examples, of mean, of var; batches
+    for batch in batches:
+        n = float(examples(batch))
+        zero = structure.flatten_up_to(update(batch, 0))
+        one = structure.flatten_up_to(update(batch, 1)) if two_passes else zero
+        for total, low, high in zip(sums, zero, one, strict=True):
+            mean, var, usable = _moments_of_update(_host(low), _host(high))
+            weight = n * usable
+            total[0] += weight
+            total[1] = total[1] + weight * mean
+            total[2] = total[2] + weight * var
+            total[3] += usable
+    if jax.process_count() > 1:
+        sums = [[np.sum(part, 0) for part in total] for total in _gather_processes(sums, layers)]
+
+    found = []
+    for leaves, (weight, mean, var, number) in zip(layers, sums, strict=True):
+        if weight == 0:
+            raise ValueError("population_stats: no batch with two valid values; give some batches")
+        new = {"mean": mean / weight, "var": var / weight, "count": number}
+        found.append({k: jnp.asarray(new[k], leaves[k].dtype) for k in leaves})
+    return jax.tree.unflatten(structure, found)
+
+
+def _moments_of_update(low, high):
+    """A batch's mean and variance, and whether it had any: from updates of statistics 0 and 1."""
+    if "count" in low:
+        return low["mean"], low["var"], float(low["count"] > 0)
+    momentum = np.median(high["mean"] - low["mean"])
+    if not momentum < 1 - 1e-6:
+        raise ValueError(
+            f"population_stats: a layer without count has momentum {momentum:g}, and its updates "
+            "say nothing of the batch; build it with a momentum below 1"
+        )
+    return low["mean"] / (1 - momentum), low["var"] / (1 - momentum), 1.0
+
+
+def _host(leaves):
+    """Statistics as float64; an array over several processes is the same on all devices."""
+    local = {k: x.addressable_data(0) if isinstance(x, jax.Array) else x for k, x in leaves.items()}
+    return {k: np.asarray(x, np.float64) for k, x in local.items()}
+
+
+def _gather_processes(sums, layers):
+    """The sums of all processes, each part [processes, ...]; a process may have had no batch."""
+    from jax.experimental import multihost_utils
+
+    parts = []
+    for total, leaves in zip(sums, layers, strict=True):
+        shape = leaves["mean"].shape
+        parts.append([total[0], *(np.broadcast_to(t, shape) for t in total[1:3]), total[3]])
+    # As bytes: jax would make float32 of float64.
+    raw = jax.tree.map(lambda p: np.array(p, np.float64).reshape(-1).view(np.uint8), parts)
+    gathered = multihost_utils.process_allgather(raw)
+
+    def numbers(found, part):
+        return np.asarray(found).view(np.float64).reshape(-1, *np.shape(part))
+
+    return jax.tree.map(numbers, gathered, parts)
+
+
+def _examples(batch) -> int:
+    if isinstance(batch, Mapping) and "mask" in batch:
+        return int(np.sum(batch["mask"]))
+    return len(jax.tree.leaves(batch)[0])
+
+
 def adopt_stats(batch_stats, count: float = batch_norm.CONVERGED):
     """A tree of Flax's `batch_stats` as one of ours: every layer gets a `count` of updates.
 
@@ -273,11 +418,11 @@ def _map_layers(f, *trees):
 
 def _map_leaves(f, *trees):
     """Applies f to the `mean`, `var` and `count` of every layer in trees of `batch_stats`."""
-    return jax.tree.map(
-        f,
-        *trees,
-        is_leaf=lambda tree: isinstance(tree, Mapping) and "mean" in tree and "var" in tree,
-    )
+    return jax.tree.map(f, *trees, is_leaf=_is_layer)
+
+
+def _is_layer(tree) -> bool:
+    return isinstance(tree, Mapping) and "mean" in tree and "var" in tree
 
 
 def _stats(leaves) -> batch_norm.Stats:

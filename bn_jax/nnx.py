@@ -11,6 +11,8 @@ from flax.nnx.nn import dtypes
 
 from bn_jax import batch_norm
 
+_ZEROS, _ONES = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
+
 
 class BatchNorm(nnx.Module):
     """`batch_norm.normalize` with `flax.nnx.BatchNorm`'s constructor, attributes and behaviour.
@@ -43,8 +45,8 @@ class BatchNorm(nnx.Module):
         param_dtype: Any = jnp.float32,
         use_bias: bool = True,
         use_scale: bool = True,
-        bias_init: Callable = nnx.initializers.zeros_init(),
-        scale_init: Callable = nnx.initializers.ones_init(),
+        bias_init: Callable = _ZEROS,
+        scale_init: Callable = _ONES,
         axis_name: str | tuple[str, ...] | None = None,
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,

@@ -33,7 +33,13 @@ def adversaries(values):
 
 
 # A dense batch, a convolution's, one of the paper's groups, a long one, odd sizes.
-SHAPES = [((16384, 2), None), ((64, 6, 6, 3), None), ((64, 12, 4, 3), 32), ((60, 5), 60), ((77, 3), 7)]
+SHAPES = [
+    ((16384, 2), None),
+    ((64, 6, 6, 3), None),
+    ((64, 12, 4, 3), 32),
+    ((60, 5), 60),
+    ((77, 3), 7),
+]
 
 
 @pytest.mark.parametrize("masked", [False, True])

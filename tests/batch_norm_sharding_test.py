@@ -1,8 +1,10 @@
 """Statistic groups and masks on 1, 2, 4 and 8 devices: a number of examples, never of devices."""
 
 import functools
+import math
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,3 +109,72 @@ def test_shard_map(check_vma):
         sharded(x, gamma, beta), jax.grad(loss, (0, 1, 2))(x, gamma, beta), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # float32 reordering
+
+
+def three_layers(norm, masked):
+    """What three layers in a data-parallel step on 8 devices send: kinds, and floats of each."""
+    features, layers = 5, 3
+    rows, whole = (NamedSharding(devices(8), spec) for spec in (P("data"), P()))
+
+    def loss(params, x, w, mask):
+        stats = []
+        for scale, offset in params:
+            y, new = norm(x, scale, offset, mask if masked else None)
+            stats.append(new)
+            x = jnp.sin(y * w)
+        return jnp.sum(x), stats
+
+    vector = jax.ShapeDtypeStruct((features,), jnp.float32, sharding=whole)
+    x = jax.ShapeDtypeStruct((64, 4, 4, features), jnp.float32, sharding=rows)
+    mask = jax.ShapeDtypeStruct((64,), bool, sharding=rows)
+    step = jax.jit(
+        jax.value_and_grad(loss, (0, 1), has_aux=True),
+        out_shardings=((None, whole), ([(whole, whole)] * layers, rows)),
+    )
+    program = step.lower([(vector, vector)] * layers, x, x, mask).compile().as_text()
+    found = []
+    for shapes, kind in re.findall(SENT, program):
+        sizes = re.findall(r"\w+\[([\d,]*)\]", shapes)
+        found.append((kind, sum(math.prod(int(d) for d in s.split(",") if d) for s in sizes)))
+    return found, sum(n for _, n in found) / (layers * features)
+
+
+SENT = re.compile(
+    r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+
+
+def ours(group_size):
+    stats = batch_norm.init_stats((5,))
+    return lambda x, scale, offset, mask: normalize(
+        x, scale, offset, stats, group_size=group_size, mask=mask
+    )
+
+
+def flax(x, scale, offset, mask):
+    variables = {
+        "params": {"scale": scale, "bias": offset},
+        "batch_stats": {"mean": jnp.zeros(5), "var": jnp.ones(5)},
+    }
+    mask = None if mask is None else mask[:, None, None, None]
+    module = nn.BatchNorm(use_running_average=False)
+    return module.apply(variables, x, mask=mask, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_collectives_of_a_step(masked):
+    """No more than Flax's 6: one a layer forward and one backward, of 11 floats a feature.
+
+    Groups in a device: one in all, of running estimates and gradients. Groups over two devices are
+    normalized as they are, which takes more: the counts are what there is now.
+    """
+    theirs, _ = three_layers(flax, masked)
+    found, floats = three_layers(ours(None), masked)
+    assert len(theirs) == len(found) == 6
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    assert floats <= 16
+    within, _ = three_layers(ours(8), masked)
+    assert len(within) == 1
+    across, _ = three_layers(ours(16), masked)
+    assert len(across) <= (49 if masked else 33)
+    assert max(n for _, n in across) <= 64 * 5  # never examples: at most some rows of the sample

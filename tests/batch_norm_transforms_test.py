@@ -106,7 +106,11 @@ class TestDerivatives:
 
     def test_hessian(self, loss):
         along = jax.jvp(lambda x: jax.grad(loss)(x, SCALE), (X,), (W,))[1]
-        for hessian in (jax.hessian(loss), jax.jacfwd(jax.jacfwd(loss)), jax.jacrev(jax.grad(loss))):
+        for hessian in (
+            jax.hessian(loss),
+            jax.jacfwd(jax.jacfwd(loss)),
+            jax.jacrev(jax.grad(loss)),
+        ):
             full = jax.jit(hessian)(X, SCALE)
             close(jnp.einsum("abcd,cd->ab", full, W), along, rtol=1e-4)
 
@@ -207,7 +211,7 @@ def devices(n, kind):
     return jax.make_mesh((n,), ("d",), axis_types=(kind,), devices=jax.devices()[:n])
 
 
-# 4 of 16 examples: within a device of 1, 2 and 4, equal to one of 4, over two of 8; 8: over two of 4.
+# Groups of 4 of 16 examples: within a device, all of it on 4, over two of 8; of 8: over two of 4.
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("n", [1, 4, 8])
 @pytest.mark.parametrize(("name", "group_size"), cases(None, 4, 8))

@@ -137,7 +137,7 @@ def test_statistics_need_mutable():
 def test_every_argument_of_flax_is_taken():
     fields = [f.name for f in dataclasses.fields(nn.BatchNorm)]
     ours = [f.name for f in dataclasses.fields(layers.BatchNorm)]
-    assert ours == fields[:-2] + ["group_size"] + fields[-2:]  # parent and name are last
+    assert ours == [*fields[:-2], "group_size", *fields[-2:]]  # parent and name are last
 
 
 def test_adopted_statistics_and_back():
@@ -146,14 +146,20 @@ def test_adopted_statistics_and_back():
     theirs = nn.BatchNorm().init(jax.random.key(0), x, use_running_average=True)
     adopted = layers.adopt_stats(theirs["batch_stats"])
     assert adopted["count"] == np.float32(batch_norm.CONVERGED)
-    assert jax.tree.all(jax.tree.map(np.array_equal, layers.flax_stats(adopted), theirs["batch_stats"]))
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, layers.flax_stats(adopted), theirs["batch_stats"])
+    )
     module = layers.BatchNorm(use_running_average=False, momentum=0.9)
 
     def update(stats):
         _, new = module.apply({**theirs, "batch_stats": stats}, x, mutable=["batch_stats"])
         return new["batch_stats"]
 
-    for start in (adopted, theirs["batch_stats"], {**theirs["batch_stats"], "count": jnp.float32(jnp.inf)}):
+    for start in (
+        adopted,
+        theirs["batch_stats"],
+        {**theirs["batch_stats"], "count": jnp.float32(jnp.inf)},
+    ):
         new = update(start)
         np.testing.assert_allclose(new["mean"], 0.1 * x.mean(0), rtol=1e-5)
         assert jax.tree.structure(new) == jax.tree.structure(start)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from bn_jax.batch_norm import CONVERGED
 from bn_jax.errors import ConfigError
 from bn_jax.models.inception import TABLE
 
@@ -247,7 +248,7 @@ def flax(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str
     for path, leaf in traverse_util.flatten_dict(dict(like), sep="/").items():
         if path.endswith("/count"):
             found = source.optional(path, ())
-            filled[path] = np.full((), np.inf, np.float32) if found is None else found
+            filled[path] = np.full((), CONVERGED, np.float32) if found is None else found
         else:
             filled[path] = source.take(path, tuple(leaf.shape))
     source.finish(lambda name: False)
@@ -264,9 +265,7 @@ class _Variables:
     def bn(self, path: tuple[str, ...], *, scale, bias, mean, var) -> None:
         self.params[*path, "bn", "scale"], self.params[*path, "bn", "bias"] = scale, bias
         self.stats[*path, "bn", "mean"], self.stats[*path, "bn", "var"] = mean, var
-        self.stats[*path, "bn", "count"] = np.full(
-            (), np.inf, np.float32
-        )  # somebody's converged average
+        self.stats[*path, "bn", "count"] = np.full((), CONVERGED, np.float32)
 
     def tree(self) -> dict[str, Any]:
         return {
