@@ -54,9 +54,12 @@ def reference():
         for name in node.input:
             if name in shapes and name not in tensors and shapes[name].dtype == np.float32:
                 fill(name, shapes[name].shape)
-    kept = [i for i in graph.initializer if i.name not in tensors]
+    used = {name for node in nodes for name in node.input}
+    kept = [i for i in graph.initializer if i.name in used - tensors.keys()]
     made = [onnx.numpy_helper.from_array(value, name) for name, value in tensors.items()]
-    del graph.node[:], graph.initializer[:]
+    data = next(i for i in graph.input if i.name == "data_0")
+    del graph.node[:], graph.initializer[:], graph.input[:]
+    graph.input.append(data)
     graph.node.extend(nodes)
     graph.initializer.extend(kept + made)
     [logits] = [node.output[0] for node in nodes if node.op_type == "Gemm"]
@@ -90,7 +93,7 @@ def test_logits_are_those_of_caffe(unoptimized):
     [want] = session.run([name], {"data_0": np.ascontiguousarray(x.transpose(0, 3, 1, 2)) / 64})
 
     norm = functools.partial(BatchNorm, epsilon=1e-5)
-    model = Inception(1000, variant="caffe", norm=norm, precision="highest")
+    model = Inception(1000, variant="caffe", norm=norm, precision="highest", project_4cd=96)
     like = jax.eval_shape(lambda: step.init_state(model, 0, (224, 224, 3)))
     tensors = as_bninception(tensors)
     tensors["conv1_7x7_s2.weight"] = tensors["conv1_7x7_s2.weight"] / 64  # pixels go up to 255
