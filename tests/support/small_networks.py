@@ -5,6 +5,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bn_jax import models, step
+from bn_jax.batch_norm import CONVERGED
 from bn_jax.weights.network import Network
 
 
@@ -23,7 +24,7 @@ def variables(config: ConfigDict, classes: int, shape, seed: int = 0):
             found = random.uniform(0.5, 1.5, leaf.shape)
         else:
             found = random.normal(0, 0.2, leaf.shape)
-        return np.asarray(np.inf if name == "count" else found, np.float32)
+        return np.asarray(CONVERGED if name == "count" else found, np.float32)
 
     tree = {"params": like.params, "batch_stats": like.batch_stats}
     return jax.tree_util.tree_map_with_path(value, tree)
