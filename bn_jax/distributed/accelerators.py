@@ -138,6 +138,6 @@ def days_on_cpu(config: ConfigDict, platform: str, steps: int, seconds: float) -
     days = steps * seconds / 86_400
     shown = f"{days:,.0f}" if days >= 10 else f"{days:.2g}"
     return (
-        f"the first steps took {seconds:.1f} s each: the remaining {steps:,} would take {shown} "
-        "days on this CPU; an accelerator is meant for this size"
+        f"the first steps took {seconds:.1f} s each (evaluation may be compiled beside them): at "
+        f"that pace the remaining {steps:,} take {shown} days on this CPU; use an accelerator"
     )
