@@ -28,7 +28,9 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def init_state(model: nn.Module, seed: int, image_shape: tuple[int, int, int]) -> TrainState:
+def init_state(
+    model: nn.Module, seed: jax.typing.ArrayLike, image_shape: tuple[int, int, int]
+) -> TrainState:
     """The state before the first step; initial weights depend on `seed` alone.
 
     image_shape: (height, width, channels).
@@ -220,9 +222,9 @@ def statistics_step(
     batch_stats: Any,
     total: Any,
     batch: dict[str, jax.Array],
+    seed: jax.typing.ArrayLike,
     *,
     model: nn.Module,
-    seed: int,
 ) -> Any:
     """Algorithm 2, lines 9 and 10: adds a training batch to `total`, the population's statistics.
 

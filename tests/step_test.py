@@ -134,9 +134,7 @@ def test_without_a_mask_all_rows_count():
     stats = layers.fresh_stats(state.batch_stats)
 
     def results(data):
-        total = step.statistics_step(
-            state.params, state.batch_stats, stats, data, model=net, seed=0
-        )
+        total = step.statistics_step(state.params, state.batch_stats, stats, data, 0, model=net)
         return train_step(state, data, HYPER, SEED, model=net), total
 
     # float32, another order of sums

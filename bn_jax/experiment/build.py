@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from bn_jax import models, optim, step
 from bn_jax.data import pipeline
 from bn_jax.distributed import mesh
-from bn_jax.distributed.mesh import along_batch, replicated
+from bn_jax.distributed.mesh import along_batch, put_replicated, replicated
 from bn_jax.errors import CheckpointError, ConfigError
 from bn_jax.experiment import programs
 from bn_jax.experiment.config import check, check_data
@@ -149,22 +149,24 @@ def abstract_batch(exp: Experiment, size: int, *, train: bool) -> dict[str, jax.
     return batch
 
 
-def initial_state(exp: Experiment) -> step.TrainState:
-    """The state before the first step. For `jax.jit`."""
-    return step.init_state(exp.model, exp.config.seed, exp.data.image_shape)
+def initial_state(exp: Experiment, seed: jax.typing.ArrayLike | None = None) -> step.TrainState:
+    """The state before the first step, of the config's seed or of this one. For `jax.jit`."""
+    seed = exp.config.seed if seed is None else seed
+    return step.init_state(exp.model, seed, exp.data.image_shape)
 
 
 def create_state(exp: Experiment) -> step.TrainState:
-    """`initial_state`, on the devices."""
+    """`initial_state`, on the devices. Seeds share one program."""
+    seed = put_replicated(exp.mesh, np.uint32(exp.config.seed))
     program = programs.compiled(
         "initial",
         functools.partial(initial_state, exp),
-        (),
+        (seed,),
         exp.config.to_dict(),
         jit=functools.partial(jax.jit, out_shardings=replicated(exp.mesh)),
-        made_from=[exp.config.seed, exp.data.image_shape, exp.data.num_classes],
+        made_from=[exp.data.image_shape, exp.data.num_classes],
     )
-    return program()
+    return program(seed)
 
 
 def restore(

@@ -67,13 +67,14 @@ class Evaluator:
         if not state.batch_stats or self._cancelled:
             return
 
-        seed = exp.config.seed
-        merge = functools.partial(step.statistics_step, model=model, seed=seed)
+        merge = functools.partial(step.statistics_step, model=model)
         batch = build.abstract_batch(exp, exp.config.batch_size, train=True)
-        arguments = (*variables, state.batch_stats, batch)
-        self._merge_batch = programs.compiled(
-            "population", merge, arguments, config, jit=jit, made_from=seed
-        )
+        arguments = (*variables, state.batch_stats, batch, self._seed())
+        self._merge_batch = programs.compiled("population", merge, arguments, config, jit=jit)
+
+    def _seed(self) -> Any:
+        """The run's seed on the devices: programs are the same for all seeds."""
+        return put_replicated(self.exp.mesh, np.uint32(self.exp.config.seed))
 
     def _eval_size(self) -> int:
         """Examples of an evaluation batch: a multiple of the devices."""
@@ -99,9 +100,10 @@ class Evaluator:
         n, size = config.statistics_batches, config.batch_size
         total = put_replicated(mesh, jax.device_get(layers.fresh_stats(batch_stats)))
         own = rows(mesh, size)
+        seed = self._seed()
         for batch in self.exp.data.statistics(n, size, own, seed=config.seed):
             fed = put_batch(mesh, batch, size)
-            total = self._merge_batch(params, batch_stats, total, fed)
+            total = self._merge_batch(params, batch_stats, total, fed, seed)
         return total
 
     def scores(self, params: Any, batch_stats: Any) -> dict[str, Any]:
