@@ -12,6 +12,7 @@ of 4096 x 4096, the best of three.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import pathlib
@@ -26,37 +27,64 @@ GFLOP_AN_IMAGE = 11.96  # trained at 224 px, without the first layer's input gra
 RATE, MOMENTUM, L2, EPSILON = 0.0015, 0.9, 4e-5, 1e-5
 
 
+def network(width: float, *, plain: bool, dtype: str = "float32", group_size: int | None = None):
+    """Inception in Caffe's variant: this repository's, or for `plain` with Flax's own BN.
+
+    group_size: examples that share statistics here; Flax's BN knows none.
+    """
+    import jax.numpy as jnp
+
+    from benchmarks import plain_flax
+    from bn_jax.layers import BatchNorm
+    from bn_jax.models.inception import Inception
+
+    if plain:
+        options = {"momentum": 0.99}
+        layer: Any = plain_flax.FlaxBatchNorm
+    else:
+        options = {"group_size": group_size}
+        layer = BatchNorm
+    norm = functools.partial(layer, epsilon=EPSILON, dtype=jnp.dtype(dtype), **options)
+    return Inception(1000, width=width, variant="caffe", norm=norm, dtype=jnp.dtype(dtype))
+
+
+def first_state(variables: Any, *, plain: bool) -> Any:
+    """The training state that begins with these variables of this repository's network."""
+    import jax
+
+    from bn_jax import optim
+    from bn_jax.layers import fresh_stats
+    from bn_jax.step import TrainState
+
+    params = jax.tree.map(jax.numpy.array, variables["params"])  # copies: they are donated
+    stats = fresh_stats(variables["batch_stats"])
+    if plain:  # Flax's statistics have no count of updates
+        stats = without_count(stats)
+    return TrainState(np.int32(0), params, stats, optim.init_velocity(params))
+
+
+def hyper() -> Any:
+    """Rate, decay, L2 and momentum, the same for all sides."""
+    from bn_jax import optim
+
+    return optim.Hyper(*map(np.float32, (RATE, 1.0, 1e7, L2, MOMENTUM)))
+
+
 class Ours:
     """A jitted training step: this repository's, or the same network in plain Flax."""
 
     def __init__(self, variables: Any, batch: dict[str, np.ndarray], width: float, plain: bool):
         import jax
-        import optax
 
-        from benchmarks import plain_flax
-        from bn_jax import ops, optim
-        from bn_jax.layers import BatchNorm, fresh_stats
-        from bn_jax.models.inception import Inception
-        from bn_jax.step import TrainState, train_step
+        from bn_jax import ops
+        from bn_jax.step import train_step
 
-        norm: Any = functools.partial(BatchNorm, epsilon=EPSILON)
-        if plain:
-            norm = functools.partial(plain_flax.FlaxBatchNorm, epsilon=EPSILON, momentum=0.99)
-        model = Inception(1000, width=width, variant="caffe", norm=norm)
-        params = jax.tree.map(jax.numpy.array, variables["params"])  # copies: they are donated
-        stats = fresh_stats(variables["batch_stats"])
-        if plain:  # Flax's statistics have no count of updates
-            stats = without_count(stats)
-        velocity = optax.TraceState(trace=jax.tree.map(jax.numpy.zeros_like, params))
-        self.state = TrainState(np.int32(0), params, stats, velocity)
-        numbers = (RATE, 1.0, 1e7, L2, MOMENTUM)
-        self.rest = (batch, optim.Hyper(*map(np.float32, numbers)), np.uint32(1))
+        self.state = first_state(variables, plain=plain)
+        self.rest = (batch, hyper(), np.uint32(1))
+        model = network(width, plain=plain)
         function = jax.jit(functools.partial(train_step, model=model), donate_argnums=0)
         start = time.perf_counter()
-        if plain:
-            with ops.plain():
-                self.program = function.lower(self.state, *self.rest).compile()
-        else:
+        with ops.plain() if plain else contextlib.nullcontext():
             self.program = function.lower(self.state, *self.rest).compile()
         self.compile_seconds = time.perf_counter() - start
         self.temporary = self.program.memory_analysis().temp_size_in_bytes
@@ -91,36 +119,69 @@ def bninception(num_classes: int) -> Any:
 
 
 class Torch:
-    """`pretrainedmodels.bninception` in eager mode, momentum SGD with weight decay."""
+    """`pretrainedmodels.bninception`, momentum SGD with weight decay.
 
-    def __init__(self, torch: Any, tensors: Any, batch: dict[str, np.ndarray], channels_last: bool):
+    Args:
+      torch: the package.
+      tensors: the weights.
+      batch: images and labels.
+      channels_last: the layout of images and kernels.
+      device: "cpu" or "cuda".
+      amp: whether products are in bfloat16, by autocast.
+      mode: of torch.compile; None runs the network eagerly.
+    """
+
+    def __init__(
+        self,
+        torch: Any,
+        tensors: Any,
+        batch: dict[str, np.ndarray],
+        channels_last: bool,
+        *,
+        device: str = "cpu",
+        amp: bool = False,
+        mode: str | None = None,
+    ):
         self.torch, self.channels_last = torch, channels_last
-        self.net = bninception(1000)
-        self.net.load_state_dict(tensors)
-        self.net.train()
+        self.device, self.amp = device, amp
+        net = bninception(1000)
+        net.load_state_dict(tensors)
+        net.train().to(device)
         if channels_last:
-            self.net.to(memory_format=torch.channels_last)
-        for module in self.net.modules():
+            net.to(memory_format=torch.channels_last)
+        for module in net.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eps = EPSILON
+        fused = True if device == "cuda" else None
         self.sgd = torch.optim.SGD(
-            self.net.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=L2
+            net.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=L2, fused=fused
         )
-        self.images = torch.from_numpy(batch["image"])
-        self.labels = torch.from_numpy(batch["label"].astype(np.int64))
-        self.mean = torch.tensor([128.0, 117.0, 104.0])  # of R, G, B: Caffe's
+        self.module = net
+        self.net = net if mode is None else torch.compile(net, mode=mode)
+        self.images = torch.from_numpy(batch["image"]).to(device)
+        self.labels = torch.from_numpy(batch["label"].astype(np.int64)).to(device)
+        self.mean = torch.tensor([128.0, 117.0, 104.0], device=device)  # of R, G, B: Caffe's
 
-    def step(self) -> float:
-        """Takes one step and returns its cross-entropy."""
+    def advance(self) -> Any:
+        """Begins one step and returns its cross-entropy, which a GPU may not have computed yet."""
         x = (self.images.float() - self.mean).flip(-1).permute(0, 3, 1, 2)
         layout = self.torch.channels_last if self.channels_last else self.torch.contiguous_format
-        loss = self.torch.nn.functional.cross_entropy(
-            self.net(x.contiguous(memory_format=layout)), self.labels
-        )
+        x = x.contiguous(memory_format=layout)
+        with self.torch.autocast(self.device, self.torch.bfloat16, enabled=self.amp):
+            loss = self.torch.nn.functional.cross_entropy(self.net(x), self.labels)
         self.sgd.zero_grad()
         loss.backward()
         self.sgd.step()
-        return float(loss.detach())
+        return loss.detach()
+
+    def step(self) -> float:
+        """Takes one step and returns its cross-entropy."""
+        return float(self.advance())
+
+    def restart(self, tensors: Any) -> None:
+        """Goes back to these weights and to no velocity."""
+        self.module.load_state_dict(tensors)
+        self.sgd.state.clear()
 
 
 def gemm_ceiling(n: int, repeats: int) -> float:
@@ -143,13 +204,10 @@ def make_sides(batch: dict[str, np.ndarray], size: int, width: float) -> dict[st
     """All sides that can be had here, on one set of weights; PyTorch's network has one width."""
     import jax
 
-    from bn_jax.layers import BatchNorm
-    from bn_jax.models.inception import Inception
     from bn_jax.step import init_state
     from bn_jax.weights import mapping
 
-    norm = functools.partial(BatchNorm, epsilon=EPSILON)
-    model = Inception(1000, width=width, variant="caffe", norm=norm)
+    model = network(width, plain=False)
     like = jax.eval_shape(lambda: init_state(model, 0, (size, size, 3)))
     try:
         import torch

@@ -357,12 +357,16 @@ def typed() -> list[str]:
 
 
 def test_the_guide_and_make_say_the_same():
-    two, pod, slurm = typed()[1:]  # after `activate`
+    _, two, pod, slurm, *one_gpu = typed()  # the first is `activate`
     assert make("two") == f"PYTHON=.venv/bin/python {two}" and make("pod") == pod
     for line in (pod, slurm):
         done = run(line)
         assert done.returncode == 0 and "bn_x30:pod" in done.stdout, done.stderr
     assert run(pod).stdout.count("gcloud compute tpus") == 7
+    assert len(one_gpu) == 3
+    for line in one_gpu:
+        done = run(f"{line.partition('#')[0]} --dry-run")
+        assert done.returncode == 0 and "benchmarks.gpu_check" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
