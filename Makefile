@@ -96,10 +96,10 @@ faults: setup  ## every fault injection, with a table of injected / detected / l
 docs: setup  ## the documentation as a site, in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
-differences: setup  ## write the list of differences from the paper anew
+differences: setup  ## bring the list of differences from the paper up to date
 	$(BIN)/python docs/differences.py --write
 
-lock:  ## write requirements.lock anew (needs uv)
+lock:  ## write requirements.lock again (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-emit-find-links --no-header --no-annotate --extra digits --extra test --extra docs --extra dev \
 	  pyproject.toml -o requirements.lock

@@ -1,4 +1,4 @@
-"""Ablation (of the project's brief, not in arXiv v3): BN-x5 without L2; it says this does not help.
+"""Ablation (of the project's brief, not in arXiv v3): BN-x5 without L2, which does not help there.
 
     python -m bn_jax.main --config=configs/bn_x5_no_l2.py:digits    # 2 CPU cores, minutes
 

@@ -35,7 +35,7 @@ def get_config(scale: str = "imagenet") -> ConfigDict:
     config.batch_per_device = 0  # examples; 0: batch_size is used as it stands (see `_pod`)
     config.total_steps = 31_000_000  # steps (Fig. 3)
     config.seed = 0  # of weights, data order, distortion and dropout
-    config.steps_per_dispatch = 1  # steps in one compiled loop; on a CPU 1 but for dense networks
+    config.steps_per_dispatch = 1  # steps in one compiled loop; on CPU 1, except for dense networks
 
     # Network
     config.activation = "relu"  # relu | sigmoid
@@ -91,7 +91,7 @@ def get_config(scale: str = "imagenet") -> ConfigDict:
 
 
 def _imagenet(config: ConfigDict) -> None:
-    """ILSVRC2012 as the paper has it: TFDS files, 224 px, one mini-batch of 32 a step."""
+    """ILSVRC2012 as in the paper: TFDS files, 224 px, one mini-batch of 32 a step."""
 
 
 def _pod(config: ConfigDict) -> None:

@@ -7,8 +7,8 @@ with sigmoid nonlinearity, and the weights W initialized to small random Gaussia
     python -m bn_jax.main --config=configs/mnist.py           # MNIST, 2 CPU cores, minutes
     python -m bn_jax.main --config=configs/mnist.py:digits    # the embedded 5,000 digits
 
-The paper gives neither the width of the Gaussian, nor the threshold, optimizer and rate: 0.1, one
-half, plain SGD without decay and 0.1 are chosen here, the same for both networks.
+The paper gives no width of the Gaussian, threshold, optimizer or rate. We choose 0.1, one half,
+plain SGD without decay, and 0.1, the same for both networks.
 Expected: less accurate than mnist_bn along the whole curve (Fig. 1a); 96.64% here (results/mnist).
 """
 
@@ -89,7 +89,7 @@ def get_config(scale: str = "mnist") -> ConfigDict:
 
 
 def _mnist(config: ConfigDict) -> None:
-    """MNIST as the paper has it: 60,000 / 10,000 digits of 28 px."""
+    """MNIST as in the paper: 60,000 / 10,000 digits of 28 px."""
 
 
 def _digits(config: ConfigDict) -> None:

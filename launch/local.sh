@@ -34,7 +34,7 @@ while (($#)); do
   esac
   shift
 done
-[[ $PORT =~ ^[0-9]{4,5}$ ]] || fail "--port='$PORT' is no port from 1024 to 65535"
+[[ $PORT =~ ^[0-9]{4,5}$ ]] || fail "--port='$PORT' is not a port from 1024 to 65535"
 (($#)) || fail "no options for bn_jax.main: write them after --, such as -- --config=bn_x30:digits"
 
 PIDS=()

@@ -2,7 +2,7 @@
 
 WORKDIR/population/STEP.npz holds the statistics and a sealed header: the digest of the checkpoint's
 manifest, a digest of the config, and one of every array. A file that is damaged, or was made from
-another checkpoint or config, is not used: the statistics are computed anew. Nothing in it can run
+another checkpoint or config, is not used: the statistics are computed again. Nothing in it can run
 code (no pickle), and it can be deleted at will.
 """
 
@@ -47,7 +47,7 @@ def cached(
         try:
             return _load(path, origin, like), True
         except checkpoint.DamagedError as error:
-            files.warn(f"{path} is not used ({error}); computed anew")
+            files.warn(f"{path} is not used ({error}); the statistics are computed again")
     statistics = jax.device_get(compute())
     try:
         _save(path, origin, statistics)

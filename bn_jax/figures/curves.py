@@ -24,7 +24,7 @@ NOT_REACHED = "not reached"
 NOT_YET = "not yet"  # the run is not done
 DIVERGED = "diverged"
 NO_REFERENCE = "no reference"  # no run of the reference with this seed that is done
-AT_CHANCE = "reference at chance"  # what any network reaches at once is no level
+AT_CHANCE = "reference at chance"  # a level that any network reaches at once is not used
 
 # {experiment: the one it changes}; what the change is stands in the recorded configs.
 PARENTS = {

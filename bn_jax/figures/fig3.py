@@ -1,4 +1,4 @@
-"""The table of Fig. 3 and the ablations as Markdown and CSV; see summary.py for the definitions."""
+"""The table of Fig. 3 and the ablations as Markdown and CSV; see curves.py for the definitions."""
 
 import csv
 import io
