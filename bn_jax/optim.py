@@ -88,7 +88,7 @@ def decayed_rate(hyper: Hyper, step: jax.Array, batch_size: int) -> jax.Array:
 
 
 def init_velocity(params: optax.Params) -> optax.TraceState:
-    """The optimizer's state before the first step: a velocity of 0, whatever the momentum is."""
+    """The optimizer's state before the first step: a velocity of 0, for any momentum."""
     return optax.trace(decay=0.0).init(params)
 
 

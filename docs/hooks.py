@@ -46,10 +46,11 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    """Marks the options of commands (`--workdir`): no line breaks after their hyphens."""
+    """Lets the lines of commands break after commas, not after the hyphens of `--workdir`."""
 
     def mark(block: re.Match) -> str:
-        return OPTION.sub(r'<span class="option">\g<0></span>', block[0])
+        marked = OPTION.sub(r'<span class="option">\g<0></span>', block[0])
+        return re.sub(r",(?=\w)", ",<wbr>", marked)
 
     return BLOCK.sub(mark, html)
 

@@ -1,6 +1,6 @@
 """Exact evaluation: `python -m bn_jax.evaluate --workdir=A[,B,...] [--crops=1|10|144]`.
 
-Every example of the split counts once, whatever the batch size and the number of devices: batches
+Every example of the split counts once, for any batch size and number of devices: batches
 are padded and masked, sums are added up, and the number of examples is asserted. Several workdirs
 are an ensemble: the mean of their class probabilities. Each evaluation is recorded in its workdirs
 (evaluations.jsonl), from which bn_jax.figures makes the table of Fig. 4.

@@ -109,7 +109,7 @@ def load_member(
 def workdirs(names: str) -> list[pathlib.Path]:
     """Workdirs from a list with commas; a folder of runs stands for all runs in it.
 
-    A name that is a run as it stands is taken as one, whatever commas it holds.
+    A name that is itself a run is taken as one, even if it contains commas.
     """
     if reader.is_run(pathlib.Path(names)):
         return [pathlib.Path(names)]

@@ -1,6 +1,6 @@
 """Scores of one network during training: exact, with population statistics.
 
-Every example of the split counts once, whatever the batch size and the number of devices: batches
+Every example of the split counts once, for any batch size and number of devices: batches
 are padded and masked, sums are added up, and the number of examples is asserted.
 """
 

@@ -124,7 +124,7 @@ def kept(about: list, make: Callable[[], bytes]) -> bytes:
 
     try:
         content = file.read_bytes()
-        # A file begins with the digest of its content; a damaged one is made anew.
+        # A file begins with the digest of its content; a damaged one is made again.
         if hashlib.sha256(content[32:]).digest() == content[:32]:
             file.touch()
             return content[32:]

@@ -68,7 +68,7 @@ class Step:
     def lower(self, state: Any, batch: dict, hyper: Any, seed: Any) -> "Step":
         """Traces for arguments like these; as a jitted function's, `compile` comes next.
 
-        XLA compiles a program anew for another device: `group` and `update` for every device of
+        XLA compiles a program again for another device: `group` and `update` for every device of
         this process, so once where each process has one.
         """
         group = jax.jit(self.group)

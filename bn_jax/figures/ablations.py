@@ -31,7 +31,7 @@ def ablations(groups: Groups) -> list[tuple[str, str, str, Difference]]:
 
 
 def ablations_markdown(groups: Groups) -> str:
-    """The ablation table; a difference is the experiment's final accuracy less its parent's."""
+    """The ablation table; a difference is the experiment's final accuracy minus its parent's."""
     lines = [
         "# One change at a time (4.2.1)",
         "",

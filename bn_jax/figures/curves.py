@@ -147,7 +147,7 @@ def first_at(curve: Curve, level: float) -> float | str:
 class Comparison(NamedTuple):
     """An experiment against a reference; lists have an entry a seed, a number or a word.
 
-    All by LEVELS. `around`: steps to the level less and plus its binomial standard error;
+    All by LEVELS. `around`: steps to the level minus and plus its binomial standard error;
     `speed_up`: the reference's steps over the experiment's.
     """
 

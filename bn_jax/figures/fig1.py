@@ -46,7 +46,7 @@ def drift(curves: Percentiles) -> np.ndarray:
 
 
 def typical_unit(curves: Percentiles) -> int:
-    """The unit that stands for its layer: the one whose drift of the median is the layer's median.
+    """The typical unit of its layer: the one whose drift of the median is the layer's median.
 
     With an even number of units the lower of the two; ties go to the first unit.
     """

@@ -46,7 +46,7 @@ def draw_fig2(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pa
     where the baseline's maximum leaves room below it.
 
     Lines and bands are mean and range over the seeds that are done; the others are thin lines that
-    end in a cross (diverged) or an arrow (partial). A diamond stands where a network reaches the
+    end in a cross (diverged) or an arrow (partial). A diamond marks where a network reaches the
     baseline's maximum: mean over seeds, drawn if most of them do.
     """
     names = [name for name in fig3.ordered(groups) if name in STYLES]

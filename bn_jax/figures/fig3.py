@@ -34,7 +34,7 @@ def cell(values: Sequence[float | str], form: str, factor: float = 1, unit: str 
 
 
 def notes(curves: Sequence[Curve]) -> str:
-    """What is to be said of runs that are not done."""
+    """Remarks on runs that are not done."""
     said = []
     for c in curves:
         if c.status == "diverged":
@@ -135,7 +135,7 @@ def _setting(groups: Groups) -> str:
 
 
 def fig3_csv(groups: Groups) -> str:
-    """One line a run and reference, with steps to the levels less and plus a standard error."""
+    """One line for each run and reference, with steps to the levels -/+ a standard error."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     head = ["network", "seed", "rate", "status", "step", "total_steps", "examples", "final_top1"]

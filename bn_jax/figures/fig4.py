@@ -127,7 +127,7 @@ def models(row: TableLine) -> str:
 
 
 def _paper_line(row: TableLine) -> int | None:
-    """The line of the paper's table that a row of ours stands beside."""
+    """The line of the paper's table that a row of ours is compared with."""
     places = {("single", 1): 4, ("single", 144): 5, ("ensemble", 144): 6}
     return places.get((row.label, row.crops))
 

@@ -1,6 +1,6 @@
 """Initial weights: Gaussian, and drawn for the whole network at once.
 
-XLA compiles the random number generator anew for every kernel it fills; with `PooledInit`, once.
+XLA compiles the random number generator again for every kernel it fills; with `PooledInit`, once.
 """
 
 import contextvars

@@ -119,7 +119,7 @@ def _find(folder: pathlib.Path, unpacked: pathlib.Path, skipped: Counter[str]) -
         parquet = sorted(p for p in root.glob("*.parquet") if not is_hidden(p.name))
         if parquet:
             return _in_parquet(parquet, unpacked, skipped)
-    raise ConfigError(f"{folder} holds ImageNet in no form that is known: --from takes {_FORMS}")
+    raise ConfigError(f"{folder} does not hold ImageNet in a known form: --from takes {_FORMS}")
 
 
 def _is_tar(path: pathlib.Path) -> bool:

@@ -57,7 +57,7 @@ SHOWN = 5  # names in a message; the rest are counted
 
 
 def common_prefix(names: Iterable[str]) -> str:
-    """What stands before every name and belongs to none, such as `module.`; '' if nothing does."""
+    """The prefix of all names that is not part of them, such as `module.`; '' if there is none."""
     names = list(names)
     found = ""
     while names:
@@ -73,7 +73,7 @@ def common_prefix(names: Iterable[str]) -> str:
 class Source:
     """The file's tensors as they are taken; what does not fit is collected for one message.
 
-    A prefix that is common to all names (`common_prefix`) is taken off. Raises ConfigError for the
+    A prefix that is common to all names (`common_prefix`) is removed. Raises ConfigError for the
     GoogLeNet of torchvision and timm, which is often taken for this network.
     """
 

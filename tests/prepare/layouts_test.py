@@ -296,7 +296,7 @@ def test_other_tars_beside_the_two(tmp_path):
 def test_a_source_that_is_not_there_or_unknown(tmp_path):
     with pytest.raises(ConfigError, match="no file or folder .*: --from takes a folder"):
         built(tmp_path / "none", tmp_path / "out")
-    with pytest.raises(ConfigError, match="holds ImageNet in no form that is known"):
+    with pytest.raises(ConfigError, match="does not hold ImageNet in a known form"):
         built(tmp_path, tmp_path / "out")
     (tmp_path / "imagenet.zip").write_bytes(b"PK")
     with pytest.raises(ConfigError, match="is not a tar or a parquet file: unpack it"):
