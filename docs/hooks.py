@@ -21,7 +21,7 @@ PAGES = {
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
 BLOCK = re.compile(r"<pre.*?</pre>", re.DOTALL)
-OPTION = re.compile(r"(?<![\w-])--\w[\w.]*")
+OPTION = re.compile(r"(?<![\w-])--\w[\w.-]*")
 
 
 def on_files(files, config):
