@@ -97,10 +97,10 @@ def normalize(
     if mask is not None:
         mask = _check_mask(x, mask, layout)
 
-    def run(x, scale, offset, stats, mask, numbers):
-        return _normalize(x, scale, offset, stats, mask, *numbers, train, layout)
+    def run(x, scale, offset, stats, mask, epsilon, momentum):
+        return _normalize(x, scale, offset, stats, mask, epsilon, momentum, train, layout)
 
-    arrays = (x, scale, offset, stats, mask, (epsilon, momentum))
+    arrays = (x, scale, offset, stats, mask, epsilon, momentum)
     explicit = _explicit_axes(x)
     if explicit:
         # Which device holds what of a group cannot be written as an Explicit sharding where a group
@@ -113,18 +113,19 @@ def normalize(
 
 def _normalize(x, scale, offset, stats, mask, epsilon, momentum, train, layout):
     """`normalize` of arguments that are checked."""
-    gamma, beta, running_mean, running_var = (
-        None if value is None else jnp.reshape(value, layout.features)
-        for value in (scale, offset, stats.mean, stats.var)
-    )
+    gamma = None if scale is None else jnp.reshape(scale, layout.features)
+    beta = None if offset is None else jnp.reshape(offset, layout.features)
     x_G = jnp.reshape(x, layout.shape)
     if not train:
         dtype = _wide(x.dtype)
-        rstd = lax.rsqrt(running_var.astype(dtype) + _as(epsilon, dtype))
-        y = _affine(x_G, running_mean.astype(dtype), rstd, gamma, beta, mask, layout.relu)
+        running_mean = jnp.reshape(stats.mean, layout.features).astype(dtype)
+        running_var = jnp.reshape(stats.var, layout.features).astype(dtype)
+        rstd = lax.rsqrt(running_var + _as(epsilon, dtype))
+        y = _affine(x_G, running_mean, rstd, gamma, beta, mask, layout.relu)
         return jnp.reshape(y, x.shape), stats
 
-    gamma, beta = _vary_like(x, gamma), _vary_like(x, beta)
+    gamma = _vary_like(x, gamma)
+    beta = _vary_like(x, beta)
     m = None if mask is None else _counts(mask, layout)
     y, mean, var = _batch_norm(x_G, gamma, beta, mask, m, _as(epsilon, _wide(x.dtype)), layout)
     mean, var, usable = _pool(mean, var, m, layout)
@@ -799,7 +800,12 @@ def _toward(old, new, weight):
 
 
 def merge(a: Stats, b: Stats) -> Stats:
-    """The average of two statistics, weighted by their counts. A count of 0 adds nothing."""
+    """The average of two statistics, weighted by their counts. A count of 0 adds nothing.
+
+    Raises ValueError for statistics without a count, whose weight is not known.
+    """
+    if a.count is None or b.count is None:
+        raise ValueError("batch_norm.merge: statistics without a count have no weight: give one")
     count = a.count + b.count
     dtype = a.mean.dtype
     share = b.count.astype(dtype) / jnp.maximum(count, 1).astype(dtype)

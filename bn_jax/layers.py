@@ -101,8 +101,9 @@ class BatchNorm(nn.Module):
             axis_name=None if self.is_initializing() else self.axis_name,
         )
         if train:
-            mean.value, var.value = stats.mean, stats.var
-            if count is not None:
+            mean.value = stats.mean
+            var.value = stats.var
+            if count is not None and stats.count is not None:
                 count.value = stats.count
         return y.astype(dtype)
 
@@ -323,9 +324,11 @@ def _filled(leaves, value):
 
 def _population(update: Callable, stats, batches: Iterable, examples: Callable):
     """`update(batch, value)` gives the tree after a pass that started from statistics `value`."""
-    layers, structure = jax.tree.flatten(stats, is_leaf=_is_layer)
+    layers = jax.tree.leaves(stats, is_leaf=_is_layer)
+    structure: Any = jax.tree.structure(stats, is_leaf=_is_layer)
     two_passes = any("count" not in leaves for leaves in layers)
-    sums = [[0.0, 0.0, 0.0, 0.0] for _ in layers]  # examples, of mean, of var; batches
+    # Of each layer the sums of: examples, means, variances, batches.
+    sums: list[list[Any]] = [[0.0, 0.0, 0.0, 0.0] for _ in layers]
     for batch in batches:
         n = float(examples(batch))
         zero = structure.flatten_up_to(update(batch, 0))
