@@ -11,6 +11,7 @@ import pathlib
 from bn_jax import errors
 from bn_jax.distributed import startup
 from bn_jax.errors import ConfigError
+from bn_jax.evaluate import members
 from bn_jax.weights import exporting, network
 from bn_jax.weights.exporting import TOLERANCE, batch_size, export_run
 
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--format", required=True, choices=names)
     parser.add_argument(
         "--batch",
+        "--batch_size",
         type=batch_size,
         default="any",
         help="images a call takes: any, or a number (any)",
@@ -39,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         help="statistics of BN: Algorithm 2 over fixed training batches, or the moving average "
         "(population; of imported weights running, their own)",
     )
+    members.add_place(parser, batches=False)
     args = parser.parse_args(argv)
     kind = exporting.formats()[args.format]
     if args.out is not None and args.out.is_dir():
@@ -50,13 +53,13 @@ def main(argv: list[str] | None = None) -> None:
     exporting.require(args.format)
     startup.use_safe_sums()
     startup.use_compilation_cache()
-    net = network.load(args.workdir, args.step, args.statistics)
+    net = network.load(args.workdir, args.step, args.statistics, data_dir=args.data_dir)
     out = args.out or args.workdir / "export" / f"{net.config.name}{kind.suffix}"
     worst = export_run(net, args.format, args.batch, out)
     print(
-        f"{out}: {out.stat().st_size / 1e6:.1f} MB, step {net.about['step']}, {net.statistics} "
-        f"statistics; run again, its logits differ by at most {worst:.1e} of the largest "
-        f"(limit {TOLERANCE:g})"
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB, {net.about['which']} checkpoint, step "
+        f"{net.about['step']}, {net.statistics} statistics; run again, its logits differ by at "
+        f"most {worst:.1e} of the largest (limit {TOLERANCE:g})"
     )
     print(f"{net.preprocessing()}; logits float32 [batch, {net.classes:,}]")
 

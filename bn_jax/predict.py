@@ -22,7 +22,7 @@ from bn_jax.data import decode, views
 from bn_jax.distributed import startup
 from bn_jax.errors import ConfigError, DataError
 from bn_jax.evaluate import ensemble
-from bn_jax.evaluate.members import Member, load_member, workdirs
+from bn_jax.evaluate.members import Member, add_place, load_member, workdirs
 from bn_jax.experiment import build
 from bn_jax.experiment.build import Experiment
 
@@ -90,10 +90,10 @@ def show(name: str, found: list[dict[str, Any]], as_json: bool) -> None:
         print(f"  {100 * entry['probability']:6.2f}%  {entry['name']}", flush=True)
 
 
-def load(run: pathlib.Path, statistics: str) -> Member:
+def load(run: pathlib.Path, statistics: str, data_dir: str | None = None) -> Member:
     """A trained network, without its data set where that is not needed. Raises ConfigError for a
     folder without a run, CheckpointError for a run without a checkpoint."""
-    exp = build.without_data(run)
+    exp = build.without_data(run, data_dir)
     try:
         return load_member(run, None, statistics, exp, say=_say)
     except ConfigError as error:  # the data set is needed for the statistics, and is not there
@@ -119,11 +119,12 @@ def main() -> None:
         default="population",
         help="statistics of BN: Algorithm 2 over fixed training batches, or the moving average",
     )
+    add_place(parser)
     args = parser.parse_args()
     views.check_crops(args.crops)
     startup.use_safe_sums()
     startup.use_compilation_cache()
-    members = [load(run, args.statistics) for run in workdirs(args.workdir)]
+    members = [load(run, args.statistics, args.data_dir) for run in workdirs(args.workdir)]
     exp = members[0].exp
     weight = views.total_weight(args.crops, exp.config.data.mirror)
     networks: ensemble.Networks | None = None
@@ -140,7 +141,8 @@ def main() -> None:
             continue
         if networks is None:
             needed = sum(len(p.weight) for p in pictures)
-            networks = ensemble.Networks(members, min(needed, exp.config.eval_batch_size))
+            limit = args.batch_size or exp.config.eval_batch_size
+            networks = ensemble.Networks(members, min(needed, limit))
         found, _ = networks.average(rows(pictures, networks.size), len(pictures), weight)
         mean = sum(found, start=np.zeros_like(found[0])) / np.float32(len(found))
         for picture, probabilities in zip(pictures, mean, strict=True):

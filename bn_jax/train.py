@@ -152,7 +152,8 @@ class Loop:
         self.dispatch = steps_per_dispatch(self.exp.config, step)
         before = read_record(workdir)
         if step == total and before is not None and before["status"] == "done":
-            return  # nothing is left to do: the record stays as it is
+            self.records.keep_place()
+            return  # nothing is left to do: the rest of the record stays as it is
 
         self.records.begin(step)
         self.records.say(f"resumed from step {step:,}")

@@ -3,7 +3,8 @@
 Every example of the split counts once, for any batch size and number of devices: batches
 are padded and masked, sums are added up, and the number of examples is asserted. Several workdirs
 are an ensemble: the mean of their class probabilities. Each evaluation is recorded in its workdirs
-(evaluations.jsonl), from which bn_jax.figures makes the table of Fig. 4.
+(evaluations.jsonl), or in the folder --out=DIR; bn_jax.figures makes the table of Fig. 4 from it.
+A run may have been moved to another machine, and its data to --data_dir=DIR.
 """
 
 import json
@@ -13,7 +14,7 @@ from bn_jax import errors
 from bn_jax.data import views
 from bn_jax.distributed import startup
 from bn_jax.errors import ConfigError
-from bn_jax.evaluate import predictions
+from bn_jax.evaluate import members, predictions
 from bn_jax.evaluate.ensemble import evaluate
 from bn_jax.workdir import files, reader
 
@@ -41,21 +42,26 @@ def main() -> None:
         "--combine", help="saved predictions, with commas, instead of workdirs: their mean"
     )
     parser.add_argument(
+        "--out",
         "--record",
         type=pathlib.Path,
         help="folder of evaluations.jsonl (the workdirs; of --combine nowhere)",
     )
+    members.add_place(parser)
     args = parser.parse_args()
     if (args.workdir is None) == (args.combine is None):
         raise ConfigError("give either --workdir=A[,B,...] or --combine=FILE,FILE[,...]")
     views.check_crops(args.crops)
     if args.predictions is not None:
         predictions.check_path(args.predictions)
+    if args.out is not None:
+        with files.reported(args.out, "cannot make"):
+            args.out.mkdir(parents=True, exist_ok=True)
     if args.combine is not None:
         parts = [predictions.load(pathlib.Path(name)) for name in args.combine.split(",")]
         line = predictions.show(parts)
-        if args.record is not None:
-            reader.append_evaluation(args.record, line)
+        if args.out is not None:
+            reader.append_evaluation(args.out, line)
     else:
         startup.use_safe_sums()
         startup.use_compilation_cache()

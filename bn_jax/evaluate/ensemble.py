@@ -148,12 +148,14 @@ def predict(
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions]]:
     """Networks scored on the evaluation split: what is recorded, and each one's predictions."""
     runs = workdirs(args.workdir)
-    experiments = [build.from_workdir(run) for run in runs]  # refused before any compiling
+    experiments = [
+        build.from_workdir(run, args.data_dir) for run in runs
+    ]  # refused before any compiling
     members = [
         load_member(run, args.step, args.statistics, exp)
         for run, exp in zip(runs, experiments, strict=True)
     ]
-    networks = Networks(members, members[0].exp.config.eval_batch_size)
+    networks = Networks(members, args.batch_size or members[0].exp.config.eval_batch_size)
     began = time.monotonic()
     progress = ImageProgress(members[0].exp.data.num_eval)
     parts = predict(networks, args.crops, progress.add)
@@ -162,6 +164,6 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions
     line["images_per_second"] = line["examples"] / seconds
     line["source"] = provenance.source()
     line["hardware"] = provenance.hardware()
-    for folder in runs if args.record is None else [args.record]:
+    for folder in runs if args.out is None else [args.out]:
         reader.append_evaluation(folder, line)
     return line, parts

@@ -1,5 +1,6 @@
 """Trained networks out of workdirs, as members of an ensemble."""
 
+import argparse
 import pathlib
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from bn_jax.experiment import build
 from bn_jax.experiment.build import Experiment
 from bn_jax.experiment.evaluator import Evaluator, running_gap
 from bn_jax.workdir import reader
+from bn_jax.workdir.checkpoint import Steps
 
 
 class Member(NamedTuple):
@@ -29,6 +31,22 @@ class Member(NamedTuple):
     about: dict[str, Any]
 
 
+def which_checkpoint(run: pathlib.Path, step: int) -> str:
+    """What `step` is among the kept checkpoints: newest, best, newest and best, or kept.
+
+    The best has the highest accuracy of training's own evaluations, the earlier one of equals; that
+    is said only where there are several to choose from.
+    """
+    metrics = Steps(run / "checkpoints", read_only=True).metrics()
+    scored = {s: metric for s, metric in metrics.items() if metric is not None}
+    words = []
+    if step == max(metrics, default=None):
+        words.append("newest")
+    if len(scored) > 1 and step == max(scored, key=lambda s: (scored[s], -s)):
+        words.append("best")
+    return " and ".join(words) or "kept"
+
+
 def identity(run: pathlib.Path, exp: Experiment, step: int, checkpoint: str) -> dict[str, Any]:
     """What tells a trained network apart, as plain values; `checkpoint`: the digest of it."""
     config = exp.config
@@ -38,6 +56,7 @@ def identity(run: pathlib.Path, exp: Experiment, step: int, checkpoint: str) -> 
         "seed": config.seed,
         "workdir": str(run),
         "step": step,
+        "which": which_checkpoint(run, step),
         "total_steps": config.total_steps,
         "checkpoint": checkpoint,
     }
@@ -76,9 +95,8 @@ def load_member(
     computed. `say` is told in a line what was found. Raises CheckpointError without a checkpoint.
     """
     step, state = build.restore(exp, run, at_step)
-    which = "step" if at_step is not None else "newest checkpoint, step"
-    line = f"{run}: {exp.config.name}, {which} {step:,}"
     about = identity(run, exp, step, population.checkpoint_digest(run, step))
+    line = f"{run}: {exp.config.name}, {about['which']} checkpoint, step {step:,}"
 
     batch_stats = state.batch_stats
     if not batch_stats:
@@ -106,12 +124,39 @@ def load_member(
     return Member(exp, state.params, exact, statistics, about)
 
 
+def add_place(parser: argparse.ArgumentParser, batches: bool = True) -> None:
+    """Adds the options of a run that is used elsewhere than it was trained."""
+    parser.add_argument(
+        "--data_dir", metavar="DIR", help="where the data set lies now (data.dir of the run)"
+    )
+    if batches:
+        parser.add_argument(
+            "--batch_size",
+            type=_positive,
+            metavar="N",
+            help="images that the devices take at once (eval_batch_size of the run)",
+        )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _has_record(place: pathlib.Path) -> bool:
+    try:
+        return (place / reader.RUN).is_file()  # imported weights have no metrics
+    except OSError:
+        return False  # a long list of workdirs is no path
+
+
 def workdirs(names: str) -> list[pathlib.Path]:
     """Workdirs from a list with commas; a folder of runs stands for all runs in it.
 
     A name that is itself a run is taken as one, even if it contains commas.
     """
-    if reader.is_run(pathlib.Path(names)):
+    if _has_record(pathlib.Path(names)):
         return [pathlib.Path(names)]
 
     found = []

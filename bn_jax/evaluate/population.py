@@ -58,7 +58,13 @@ def cached(
 
 def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that statistics may depend on."""
-    return {k: v for k, v in reader.flat(config).items() if k not in guard.MAY_CHANGE}
+    fields = {k: v for k, v in reader.flat(config).items() if k not in guard.MAY_CHANGE}
+    # Older files were made from `statistics_batches` training batches. These are the same
+    # statistics only where a training batch is one group.
+    group = fields.get("bn.group_size")
+    if group not in (None, fields.get("batch_size")):
+        fields["mini_batch"] = group
+    return fields
 
 
 def _save(path: pathlib.Path, origin: Mapping[str, Any], statistics: Any) -> None:

@@ -94,6 +94,15 @@ def require_same(one: dict[str, Any], other: dict[str, Any]) -> None:
             )
 
 
+def checkpoint_name(member: dict[str, Any]) -> str:
+    """Which checkpoint a member is, as 'newest checkpoint, step 1,200'.
+
+    Older records do not say whether it was the newest or the best.
+    """
+    which = f"{member['which']} checkpoint, " if "which" in member else ""
+    return f"{which}step {member['step']:,}"
+
+
 def who(about: dict[str, Any]) -> str:
     """The workdirs behind predictions."""
     return ", ".join(str(member["workdir"]) for member in about["members"])
@@ -197,7 +206,8 @@ def show(parts: Sequence[Predictions]) -> dict[str, Any]:
     print(f"{whole.about['split']} split, {seen}, {whole.about['statistics']} statistics")
     if len(parts) > 1:
         for part, one in zip(parts, scored, strict=True):
-            print(f"  {who(part.about)}: {errors(one)}")
+            names = ", ".join(checkpoint_name(member) for member in part.about["members"])
+            print(f"  {who(part.about)}, {names}: {errors(one)}")
         alone = [one["top1"] for one in scored]
         gains = [100 * (result["top1"] - x) for x in (float(np.mean(alone)), max(alone))]
         print(f"mean of {len(whole.about['members'])} networks: {errors(result)}")
@@ -206,7 +216,8 @@ def show(parts: Sequence[Predictions]) -> dict[str, Any]:
             "best of them"
         )
     else:
-        print(errors(result))
+        names = ", ".join(checkpoint_name(member) for member in whole.about["members"])
+        print(f"{names}: {errors(result)}")
     print(whole.about["description"])
     line = {"kind": "evaluation", **result, **whole.about}
     del line["class_names"]

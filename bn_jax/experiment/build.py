@@ -17,6 +17,7 @@ from bn_jax.distributed.mesh import along_batch, put_replicated, replicated
 from bn_jax.errors import CheckpointError, ConfigError
 from bn_jax.experiment import programs
 from bn_jax.experiment.config import check, check_data
+from bn_jax.workdir import guard
 from bn_jax.workdir.checkpoint import Checkpoints
 from bn_jax.workdir.reader import require_record
 
@@ -71,9 +72,22 @@ def build(config: ConfigDict, *, training: bool = True) -> Experiment:
     config = for_devices(config, devices.size)
     check(config, list(devices.devices.flat), training=training)
 
-    data = pipeline.open_data(config)
-    check_data(config, data)
+    if training:
+        data = pipeline.open_data(config)
+        check_data(config, data)
+    else:
+        data = _open_again(config)
     return assemble(config, devices, data)
+
+
+def _open_again(config: ConfigDict) -> pipeline.Data:
+    """The data set of a trained network; where it is not found, the error names the remedy."""
+    try:
+        return pipeline.open_data(config)
+    except ConfigError as error:
+        if config.data.name in ("digits", "synthetic"):  # these lie nowhere
+            raise
+        raise ConfigError(f"{error}; --data_dir=DIR says where the data lie now") from None
 
 
 def assemble(config: ConfigDict, devices: Mesh, data: Any) -> Experiment:
@@ -82,19 +96,32 @@ def assemble(config: ConfigDict, devices: Mesh, data: Any) -> Experiment:
     return Experiment(config, devices, data, model, optim.Hyper.from_config(config))
 
 
-def from_workdir(workdir: pathlib.Path) -> Experiment:
-    """The experiment that a run's run.json describes. Raises ConfigError if there is none."""
-    return build(_read_run(workdir)[0], training=False)
+def from_workdir(workdir: pathlib.Path, data_dir: str | None = None) -> Experiment:
+    """The experiment that a run's run.json describes, to be evaluated on any number of devices.
+
+    data_dir: where its data set lies now, if that is not where the run found it.
+
+    Raises ConfigError if there is no run or no data set, or if that is another one in `data_dir`.
+    """
+    config, recorded = _read_run(workdir, data_dir)
+    exp = build(config, training=False)
+    imported = "imported" in require_record(workdir)["info"]  # its data says whence the weights are
+    if data_dir is not None and not imported:
+        now = describe(exp)["data"]
+        if "digest" in recorded:
+            now["digest"] = exp.data.digest()
+        guard.require_same_data(workdir, recorded, now)
+    return exp
 
 
-def without_data(workdir: pathlib.Path) -> Experiment:
+def without_data(workdir: pathlib.Path, data_dir: str | None = None) -> Experiment:
     """As `from_workdir`, with `Recorded` for data: for prediction where the data set is absent.
 
     A run that has not recorded the classes and the images' shape opens its data set.
     """
-    config, recorded = _read_run(workdir)
+    config, recorded = _read_run(workdir, data_dir)
     if "image_shape" not in recorded:
-        return from_workdir(workdir)
+        return from_workdir(workdir, data_dir)
 
     check(config)
     classes = recorded["classes"]
@@ -111,15 +138,24 @@ def without_data(workdir: pathlib.Path) -> Experiment:
 
 def with_data(exp: Experiment, workdir: pathlib.Path) -> Experiment:
     """The experiment with its data set, which is opened if it is not yet. Raises ConfigError."""
-    return from_workdir(workdir) if isinstance(exp.data, Recorded) else exp
+    if not isinstance(exp.data, Recorded):
+        return exp
+    place = exp.config.data.dir
+    moved = place != require_record(workdir)["config"]["data"]["dir"]
+    return from_workdir(workdir, place if moved else None)
 
 
-def _read_run(workdir: pathlib.Path) -> tuple[ConfigDict, dict[str, Any]]:
-    """Config and data description of run.json."""
+def _read_run(
+    workdir: pathlib.Path, data_dir: str | None = None
+) -> tuple[ConfigDict, dict[str, Any]]:
+    """Config, with `data_dir` if that is given, and data description of run.json."""
     run = require_record(workdir)
     if "data" not in run["info"]:
         raise ConfigError(f"{workdir}/run.json does not say what data the run had: restore it")
-    return ConfigDict(run["config"]).lock(), run["info"]["data"]
+    config = ConfigDict(run["config"])
+    if data_dir is not None:
+        config.data.dir = data_dir
+    return config.lock(), run["info"]["data"]
 
 
 def abstract_state(exp: Experiment) -> step.TrainState:

@@ -483,7 +483,18 @@ def _check_groups(config: ConfigDict, rules: _Rules) -> None:
 def _check_devices(
     config: ConfigDict, rules: _Rules, devices: Sequence[Any], training: bool
 ) -> None:
-    """Every device gets as many examples as the others, at least one."""
+    """In training every device gets as many examples as the others, at least one.
+
+    Evaluation pads its batches: it takes any number of devices.
+    """
+    if config.dtype == "float64":
+        import jax
+
+        if not jax.config.read("jax_enable_x64"):
+            raise ConfigError("dtype=float64 needs JAX_ENABLE_X64=1 in the environment")
+    if not training:
+        return
+
     count, batch, group = len(devices), config.batch_size, config.bn.group_size
     if batch < count:
         raise ConfigError(
@@ -497,13 +508,6 @@ def _check_devices(
             f"batch_size={batch} is not divisible by the {count} devices: "
             f"use a multiple of {multiple}, such as {near}, or fewer devices"
         )
-    if config.dtype == "float64":
-        import jax
-
-        if not jax.config.read("jax_enable_x64"):
-            raise ConfigError("dtype=float64 needs JAX_ENABLE_X64=1 in the environment")
-    if not training:
-        return
 
     from bn_jax.distributed import startup
 

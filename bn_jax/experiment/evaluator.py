@@ -8,11 +8,13 @@ import concurrent.futures
 import contextvars
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from bn_jax import layers, step
 from bn_jax.distributed.mesh import put_batch, put_replicated, replicated, rows
@@ -68,7 +70,9 @@ class Evaluator:
             return
 
         merge = functools.partial(step.statistics_step, model=model)
-        batch = build.abstract_batch(exp, exp.config.batch_size, train=True)
+        batch = build.abstract_batch(exp, mini_batch(exp.config), train=True)
+        if not self._cuts_mini_batches():
+            batch = jax.tree.map(lambda a: a.update(sharding=replicated(exp.mesh)), batch)
         arguments = (*variables, state.batch_stats, batch, self._seed())
         self._merge_batch = programs.compiled("population", merge, arguments, config, jit=jit)
 
@@ -81,10 +85,16 @@ class Evaluator:
         devices = self.exp.mesh.size
         return math.ceil(self.exp.config.eval_batch_size / devices) * devices
 
+    def _cuts_mini_batches(self) -> bool:
+        """Whether a mini-batch is cut over the devices for population statistics. Where it does not
+        divide, each device has the whole of it."""
+        return mini_batch(self.exp.config) % self.exp.mesh.size == 0
+
     def population(self, params: Any, batch_stats: Any) -> Any:
         """Population statistics of the training-mode network (Algorithm 2, lines 9 to 11).
 
-        From the same `statistics_batches` fixed training batches at every call, one streamed pass.
+        From the same `statistics_batches` fixed mini-batches at every call, one streamed pass. A
+        mini-batch is one group of BN, so the statistics do not depend on the training batch.
         Without BN there is nothing to estimate and `batch_stats` comes back as it is.
 
         Differs from the paper: they are used for every evaluation, also during training, where the
@@ -97,12 +107,15 @@ class Evaluator:
             self.compile()
 
         config, mesh = self.exp.config, self.exp.mesh
-        n, size = config.statistics_batches, config.batch_size
+        n = config.statistics_batches
+        size = mini_batch(config)
+        cut = self._cuts_mini_batches()
+        own = rows(mesh, size) if cut else slice(0, size)
+
         total = put_replicated(mesh, jax.device_get(layers.fresh_stats(batch_stats)))
-        own = rows(mesh, size)
         seed = self._seed()
         for batch in self.exp.data.statistics(n, size, own, seed=config.seed):
-            fed = put_batch(mesh, batch, size)
+            fed = put_batch(mesh, batch, size) if cut else put_replicated(mesh, batch)
             total = self._merge_batch(params, batch_stats, total, fed, seed)
         return total
 
@@ -126,6 +139,12 @@ class Evaluator:
         if examples != data.num_eval:
             raise DataError(f"evaluated {examples} examples, but the split holds {data.num_eval}")
         return {name: value / examples for name, value in total.items()} | {"examples": examples}
+
+
+def mini_batch(config: Mapping[str, Any] | ConfigDict) -> int:
+    """Examples that BN normalizes together: a group, or the whole training batch."""
+    group = config["bn"]["group_size"]
+    return config["batch_size"] if group is None else group
 
 
 def sentence(exp: Experiment, scores: dict[str, Any]) -> str:

@@ -189,7 +189,8 @@ def _networks(ours: Sequence[TableLine]) -> str:
         for line in row.lines if row.label == "single" else ():
             (m,) = line["members"]
             alone = TableLine("single", row.crops, [line])
-            steps = f"{m['step']:,} of {m['total_steps']:,}"
+            which = f", {m['which']}" if "which" in m else ""
+            steps = f"{m['step']:,} of {m['total_steps']:,}{which}"
             cells = [f"`{m['name']}`", str(m["seed"]), steps, str(row.crops)]
             cells += [error(alone, "top1"), error(alone, "top5")]
             text.append(f"| {' | '.join(cells)} |")

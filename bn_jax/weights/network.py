@@ -66,21 +66,27 @@ def load(
     at_step: int | None,
     statistics: str | None,
     say: Callable[[str], None] = print,
+    data_dir: str | None = None,
 ) -> Network:
     """The network of a workdir's newest checkpoint, or of one step; `say` is told what was found.
 
     statistics: population (Algorithm 2: kept beside the checkpoint, or computed, for which the data
-    set must be there), running, or None: population, but of imported weights their own.
+    set must be there), running, or None: population, but of imported weights their own. data_dir:
+    where that data set lies now.
 
     Raises ConfigError and CheckpointError where there is no run, data set or checkpoint.
     """
-    exp = build.without_data(workdir)
+    exp = build.without_data(workdir, data_dir)
     run = read_record(workdir)
     origin = run["info"].get("imported") if run is not None else None
     if statistics is None:
         statistics = "population" if origin is None else "running"
     member = members.load_member(workdir, at_step, statistics, exp, say=say)
-    about = {"experiment": exp.config.name, "step": str(member.about["step"])}
+    about = {
+        "experiment": exp.config.name,
+        "step": str(member.about["step"]),
+        "which": member.about["which"],
+    }
     if origin is not None:
         about |= {f"imported_{name}": value for name, value in origin.items()}
     # A TPU and a GPU would otherwise round the factors to fewer digits than the file's readers do.

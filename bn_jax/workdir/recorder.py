@@ -140,6 +140,17 @@ class Recorder:
             "ledger": None,
         }
 
+    def keep_place(self) -> None:
+        """Of a run that is done records where its data lie now, and nothing else."""
+        run = reader.read_record(self.workdir) if self._main else None
+        place = self._config["data"]["dir"]
+        if run is None or run["config"]["data"]["dir"] == place:
+            return
+        run["config"]["data"]["dir"] = place
+        run["info"] = dict(self._info)  # of the same data; its description may name the folder
+        self._run = run
+        self._write_run()
+
     # While it runs
 
     def write(self, kind: str, step: int, **values: Any) -> None:
