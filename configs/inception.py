@@ -71,7 +71,7 @@ def get_config(scale: str = "imagenet") -> ConfigDict:
     # Evaluation and records
     config.eval_every = 40_000  # steps: about an epoch
     config.eval_batch_size = 256  # examples
-    config.statistics_batches = 256  # training batches for population statistics (Algorithm 2)
+    config.statistics_batches = 256  # of bn.group_size examples, for population statistics (Alg. 2)
     config.checkpoint_every = 10_000  # steps
     config.checkpoint_wait = 0.04  # share of the steps' time for which a save may hold them up
     config.keep_last = 3  # checkpoints

@@ -69,7 +69,7 @@ def get_config(scale: str = "mnist") -> ConfigDict:
     # Evaluation and records
     config.eval_every = 500  # steps
     config.eval_batch_size = 1000  # examples
-    config.statistics_batches = 100  # training batches for population statistics (Algorithm 2)
+    config.statistics_batches = 100  # of bn.group_size examples, for population statistics (Alg. 2)
     config.checkpoint_every = 10_000  # steps
     config.checkpoint_wait = 0.04  # share of the steps' time for which a save may hold them up
     config.keep_last = 2  # checkpoints

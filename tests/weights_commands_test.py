@@ -107,7 +107,9 @@ def test_exports_as_typed(here, monkeypatch, capsys):
         for package in exporting.formats()[name].packages:
             pytest.importorskip(package)
         out = run(words, monkeypatch, capsys)
-        written = re.search(r"^(\S+): [\d.]+ MB, step 0, running statistics", out, re.M)
+        written = re.search(
+            r"^(\S+): [\d.]+ MB, newest checkpoint, step 0, running statistics", out, re.M
+        )
         assert written and (here / written[1]).is_file(), out
     assert (here / "bn_x30.onnx").is_file()
 

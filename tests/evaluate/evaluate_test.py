@@ -39,8 +39,8 @@ def test_population_statistics_are_algorithm_2(trained):
     exp, state, evaluator = trained
     population = evaluator.population(state.params, state.batch_stats)
     means, variances = [], []
-    for batch in exp.data.statistics(2, 64, slice(0, 64), seed=0):
-        x = (batch["image"] > 127.5).reshape(2, 32, -1).astype(np.float64)  # 2 groups of 32
+    for batch in exp.data.statistics(2, 32, slice(0, 32), seed=0):  # training batches are of 64
+        x = (batch["image"] > 127.5).reshape(1, 32, -1).astype(np.float64)
         u = x @ np.asarray(state.params["dense_0"]["dense"]["kernel"], np.float64)
         means.append(u.mean(axis=1))
         variances.append(u.var(axis=1, ddof=1))  # m/(m-1) times the biased variance
