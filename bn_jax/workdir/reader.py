@@ -292,7 +292,7 @@ def append_evaluation(folder: pathlib.Path, line: Mapping[str, Any]) -> None:
                     data = b"\n" + data
             file.write(data)
     except DiskError as error:
-        files.warn(f"the evaluation was not recorded: {error}; --out=DIR records it elsewhere")
+        files.warn(f"the evaluation was not recorded (--out=DIR records it elsewhere): {error}")
 
 
 def read_evaluations(folder: pathlib.Path) -> Iterator[EvaluationLine]:
