@@ -64,7 +64,8 @@ def test_the_page_says_where_dtypes_were_read():
     assert "TPU" not in scale.origin_of_dtypes([cpu])
     assert "first cut" not in scale.origin_of_dtypes([tpu])
     assert scale.origin_of_dtypes([cpu, tpu]).count("dtypes of sums") == 2
-    for page, target in (("scale.md", cpu), ("scale_tpu.md", tpu)):
+    pages = {"scale.md": cpu, "scale_tpu.md": tpu, "scale_h100.md": {"target": "H100"}}
+    for page, target in pages.items():
         text = (ROOT / "results" / "bench" / page).read_text()
         assert f"a device. {scale.origin_of_dtypes([target])}\n" in text, page
     explained = (ROOT / "results" / "bench" / "scale.md").read_text()
