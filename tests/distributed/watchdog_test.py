@@ -173,13 +173,14 @@ runpy.run_module("bn_jax.main", run_name="__main__", alter_sys=True)
 SHORT = ["--config.steps_per_dispatch=5", "--config.checkpoint_every=10", "--config.log_every=5"]
 LOST = PeerLostError.exit_code
 ABORTED = -signal.SIGABRT  # by jax; 134 in a shell
-# fault, exit code of the process at fault, what its last line says
+# fault, exit codes of the process at fault, what its last line says. One that is woken up learns
+# from jax that it counts as lost, or from a collective that the other is gone.
 KINDS = {
-    "killed": (-signal.SIGKILL, ""),
-    "frozen": (ABORTED, ""),
-    "hangs": (LOST, r"no progress for \d+ s in 'input' of step 25; the newest checkpoint is kept"),
-    "raises": (DataError.exit_code, "record 7 of shard 3 is damaged"),
-    "diverges": (DivergedError.exit_code, "diverged at step 25"),
+    "killed": ([-signal.SIGKILL], ""),
+    "frozen": ([LOST, ABORTED], ""),
+    "hangs": ([LOST], r"no progress for \d+ s in 'input' of step 25; the newest checkpoint is kept"),
+    "raises": ([DataError.exit_code], "record 7 of shard 3 is damaged"),
+    "diverges": ([DivergedError.exit_code], "diverged at step 25"),
 }
 # Runs side by side, since most of their time is waiting: the fault and the process that has it.
 CASES = [
@@ -203,7 +204,7 @@ def test_all_processes_end(tmp_path, cases, measured, monkeypatch):
 
 def inject(folder: pathlib.Path, fault: str, culprit: int) -> float:
     """A run of two processes with the fault: seconds until both have ended, as they should."""
-    own_code, said = KINDS[fault]
+    own_codes, said = KINDS[fault]
     folder.mkdir()
     workdir, log = folder / "run", folder / "log"
     arguments = ["-c", FAULTY, fault, str(culprit), *TRAIN[2:], *SHORT, f"--workdir={workdir}"]
@@ -222,7 +223,7 @@ def inject(folder: pathlib.Path, fault: str, culprit: int) -> float:
     if fault == "frozen":
         os.kill(mine.pid, signal.SIGCONT)  # only then can it end: within as long again
         began = time.monotonic()
-    assert mine.wait(120) == own_code, logs[culprit].read_text()
+    assert mine.wait(120) in own_codes, logs[culprit].read_text()
     took = max(took, time.monotonic() - began)
 
     limit = 0.0
