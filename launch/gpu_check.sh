@@ -7,8 +7,8 @@
 #   launch/gpu_check.sh --smoke [--out=OUT]             both calls, tiny, on any machine
 #
 # --budget=SECONDS drops what does not fit. --counted=FILE is what `python -m benchmarks.cuda
-# --batch=256 --json=FILE` wrote: the bytes that the step was compiled to move. --dry-run prints the
-# commands. DIR must be ignored by git, and fits into 64 MiB together with the checkout. Each part
+# --batch=256 --json=FILE` wrote, the bytes that the step was compiled to move (by default those of
+# results/bench/cuda.json). --dry-run prints the commands. DIR must be ignored by git, and fits into 64 MiB together with the checkout. Each part
 # of a call writes its results to OUT when it ends: call_1.md and call_1.json, step_gpu.json,
 # call_2.md and call_2.json, science.json, runs.tar.gz.
 # PYTHON names the interpreter (python3); without a network it has jax, flax, optax, orbax, pytest

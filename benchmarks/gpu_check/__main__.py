@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 BUDGETS = {1: 290.0, 2: 470.0}  # seconds
+COUNTED = pathlib.Path(__file__).resolve().parents[2] / "results" / "bench" / "cuda.json"
 RESERVE = 8.0  # seconds at the end of a call for writing and ending
 
 
@@ -26,10 +27,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the results")
     parser.add_argument("--pack", type=pathlib.Path, help="what gpu_check.sh --pack has made")
     parser.add_argument("--budget", type=float, help="seconds of the call (290, 470)")
-    parser.add_argument("--counted", type=pathlib.Path, help="of benchmarks.cuda --json")
+    parser.add_argument("--counted", type=pathlib.Path, help="of benchmarks.cuda (its page's)")
     parser.add_argument("--smoke", action="store_true", help="tiny: that it runs, no figures")
     args = parser.parse_args()
     args.budget = args.budget or BUDGETS[args.call]
+    if args.counted is None and COUNTED.is_file() and not args.smoke:
+        args.counted = COUNTED
     if args.counted is not None and not args.counted.is_file():
         parser.error(f"--counted={args.counted} is not a file")
     if args.call == 2 and not args.smoke and args.pack is None:
@@ -53,7 +56,7 @@ def call_1(call: Any, args: argparse.Namespace, folder: pathlib.Path) -> None:
     """Correctness and speed."""
     from benchmarks.gpu_check import correctness, fed, profile, speed
 
-    checks = correctness.Correctness(folder, call.card["platform"], smoke=call.smoke)
+    checks = correctness.Correctness(folder, args.out, call.card["platform"], smoke=call.smoke)
     sizes = speed.Sizes(smoke=call.smoke)
     sides = speed.Speed(folder, sizes)
     bandwidth = call.card["bytes_a_second"]
@@ -69,7 +72,7 @@ def call_1(call: Any, args: argparse.Namespace, folder: pathlib.Path) -> None:
 
     def main_comparison(until: float) -> dict[str, Any]:
         result = sides.measure(until)
-        if args.counted:
+        if args.counted is not None:
             result["counted"] = speed.read_count(args.counted, sizes.batch)
         return result
 
@@ -130,10 +133,15 @@ def main() -> None:
         # Its networks are not the real ones: programs of theirs must not be found later.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
 
+    import jax
+
     from benchmarks.gpu_check import card, small
     from benchmarks.gpu_check.call import Call
     from bn_jax.distributed import startup
 
+    if jax.default_backend() == "cpu" and not args.smoke:
+        print("gpu_check: jax finds no accelerator here; --smoke runs on a CPU", file=sys.stderr)
+        raise SystemExit(2)
     call = Call(args.call, args.out, args.budget - RESERVE, smoke=args.smoke, pack=args.pack)
     if args.smoke:
         small.make_shallow()

@@ -4,7 +4,7 @@
     python -m benchmarks.gpu_check.bits FOLDER --resume   # another process, from there to the end
 
 The second process prints one line of JSON: how many of the state's arrays are equal. The network is
-Inception with BN, an eighth as wide, on random images of 32 px.
+the small one of smoke runs (small.py), an eighth as wide as Inception, on random images of 32 px.
 """
 
 import argparse
@@ -56,10 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu_check.bits", description=__doc__)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--smoke", action="store_true", help="fewer modules, and narrow ones")
+    parser.add_argument("--smoke", action="store_true", help="narrower still")
     args = parser.parse_args()
-    if args.smoke:
-        small.make_shallow()
+    small.make_shallow()
     startup.use_compilation_cache()
     exp = build.build(config(1 / 32 if args.smoke else 1 / 8))
     with Checkpoints(args.folder / "checkpoints", keep_last=2, keep_best=0) as checkpoints:

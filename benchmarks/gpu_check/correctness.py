@@ -34,10 +34,18 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 class Correctness:
-    """The children. `begin` starts them, `finish` waits and reads what they left."""
+    """The children. `begin` starts them, `finish` waits and reads what they left.
 
-    def __init__(self, folder: pathlib.Path, platform: str, *, smoke: bool):
+    Args:
+      folder: for their files.
+      out: where the log of the tests stays.
+      platform: jax's name of the backend.
+      smoke: whether the children do little.
+    """
+
+    def __init__(self, folder: pathlib.Path, out: pathlib.Path, platform: str, *, smoke: bool):
         self.folder = folder
+        self.out = out
         self.platform = platform
         self.smoke = smoke
 
@@ -51,12 +59,12 @@ class Correctness:
         log = self.folder / "errors.log"
         self.errors = Child("benchmarks.gpu_check.errors", [str(errors)], log, variables)
 
-        options = ["-v", "-m", "not slow", "-k", NOT_ANYWHERE, "-p", "benchmarks.gpu_check.forms"]
+        options = ["-vv", "-m", "not slow", "-k", NOT_ANYWHERE, "-p", "benchmarks.gpu_check.forms"]
         if not self.smoke and importlib.util.find_spec("xdist"):
             options += ["-n", str(min(8, os.cpu_count() or 1))]
         tests = SMOKE_TESTS if self.smoke else TESTS
         highest = variables | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-        self.tests = Child("pytest", [*options, *tests], self.folder / "tests.log", highest)
+        self.tests = Child("pytest", [*options, *tests], self.out / "tests.log", highest)
 
         self.bits_folder = self.folder / "bits"
         self.bits_folder.mkdir(exist_ok=True)

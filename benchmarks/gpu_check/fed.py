@@ -10,6 +10,7 @@ import jax
 from benchmarks import input as reading
 from benchmarks.gpu_check.speed import Side
 from bn_jax.data import folder, pipeline
+from bn_jax.data.distort import Augmentation
 
 FILES = 64  # different pictures, of 500 x 375 px; a class has 8
 
@@ -34,9 +35,9 @@ def measure(side: Side, place: pathlib.Path, size: int, until: float) -> dict[st
     """
     copies = max(2, 2 * side.images // FILES)
     write_pictures(place, copies)
-    view = pipeline.View(size, crop=0.08, mirror=True, distortion=0.5)
+    augmentation = Augmentation(size, crop=0.08, mirror=True, distortion=0.5)
     source = folder.source(str(place))
-    data = pipeline.Data(source, view, shuffle="within_shard")
+    data = pipeline.Data(source, augmentation, shuffle="within_shard")
 
     def batches() -> Any:
         return data.train(0, 10**6, side.images, slice(0, side.images), seed=0)

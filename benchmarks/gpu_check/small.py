@@ -1,4 +1,4 @@
-"""The network of a smoke run: Inception's stem and two of its ten modules."""
+"""A small network with every kind of layer: Inception's stem and two of its ten modules."""
 
 from bn_jax.models import inception
 

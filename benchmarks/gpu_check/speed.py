@@ -408,13 +408,18 @@ def rows(result: Mapping[str, Any], bandwidth: float) -> list[list[str]]:
 
 
 def read_count(file: pathlib.Path, batch: int) -> dict[str, int]:
-    """Bytes an image from the JSON that `benchmarks.cuda` wrote for this batch; else nothing.
+    """Bytes an image that `benchmarks.cuda` has counted for this batch on one GPU, if it has.
 
-    Raises ValueError if the file is not one.
+    file: what its --json wrote, or results/bench/cuda.json, which has several of these. Raises
+    ValueError for another file.
     """
-    record = json.loads(file.read_text())
-    if not {"batch", "dtype", "bytes_an_image"} <= record.keys():
-        raise ValueError(f"{file} is not what benchmarks.cuda --json writes")
-    if record["batch"] != batch or record["dtype"] != "bfloat16":
-        return {}
-    return {f"compiled without a GPU ({file.name})": int(record["bytes_an_image"])}
+    content = json.loads(file.read_text())
+    records = [content] if "bytes_an_image" in content else list(content.values())
+    asked = {"batch": batch, "dtype": "bfloat16", "group": GROUP, "devices": 1, "ops": "gpu"}
+    asked |= {"filter_gradients": "float32"}
+    for record in records:
+        if not isinstance(record, dict) or not {*asked, "bytes_an_image"} <= record.keys():
+            raise ValueError(f"{file} is not what benchmarks.cuda --json writes")
+        if all(record[name] == value for name, value in asked.items()):
+            return {f"compiled without a GPU ({file.name})": int(record["bytes_an_image"])}
+    return {}
