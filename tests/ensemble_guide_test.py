@@ -40,7 +40,11 @@ def check_table(place: pathlib.Path) -> None:
 def test_the_guides_commands_on_small_networks(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.new("L", (28, 28)).save("digit.png")
-    modules = {m.__name__: m for m in (evaluate, figures, predict)}
+    modules = {
+        "bn_jax.evaluate": evaluate,
+        "bn_jax.figures": figures,
+        "bn_jax.predict": predict,
+    }
     for words in ordered():
         assert words[:2] == ["python", "-m"]
         if words[2] == "bn_jax.sweep":

@@ -307,7 +307,7 @@ class Speed:
             "losses": losses,
             "losses_agree": self._agree(losses),
             "sides": compared,
-            "failed": self.failed,
+            "not_run": self.failed,
             "compiling_meanwhile": self.compiling,
             "torch_compile_seconds": self.torch_seconds,
             "compiled": {name: self.jax_sides[name].compiled_for() for name in (OURS,)},
@@ -391,7 +391,7 @@ def rows(result: Mapping[str, Any], bandwidth: float) -> list[list[str]]:
         if name != OURS:
             figure += f"; {side['ratio']:.2f} of our time"
         found.append([f"{name}, batch {result['batch']}", figure])
-    found += [[name, said] for name, said in result["failed"].items()]
+    found += [[name, said] for name, said in result["not_run"].items()]
     ours = result["sides"][OURS]
     counted = {"compiled here": result["compiled"][OURS]["bytes_an_image"]}
     counted |= result.get("counted", {})

@@ -6,13 +6,13 @@ answered at once.
 
 import ast
 import difflib
+import importlib.util
 import math
 import os
 import pathlib
 import sys
 import textwrap
 import traceback
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -103,11 +103,12 @@ def load(file: str) -> ConfigDict:
 
 def _get_config(path: pathlib.Path, scale: str = "") -> Any:
     """Runs a config file and calls its get_config(scale)."""
-    module = types.ModuleType(path.stem)
-    module.__file__ = str(path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # a .py file has both
+    module = importlib.util.module_from_spec(spec)
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
-        get_config = module.__dict__.get("get_config")
+        spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
         if get_config is not None:
             return get_config(scale) if scale else get_config()
     except SyntaxError as error:
