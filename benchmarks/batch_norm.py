@@ -1,4 +1,4 @@
-"""Times batch normalization, forward and backward, beside Flax's, plain autodiff and PyTorch's.
+"""Times batch normalization, forward and backward: Flax's two, plain autodiff and PyTorch's.
 
     python -m benchmarks.batch_norm [--smoke] [--repeats=N] [--threads=1]
 
@@ -29,6 +29,7 @@ def sides(x, dy, trained):
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from flax import nnx
 
     from bn_jax import batch_norm
 
@@ -54,6 +55,14 @@ def sides(x, dy, trained):
         y, updates = flax.apply(variables, x, mutable=["batch_stats"])
         return relu(y), updates
 
+    graph, state = nnx.split(nnx.BatchNorm(features, momentum=0.9, rngs=nnx.Rngs(0)))
+
+    def flax_nnx(x, gamma, beta, mask):
+        layer = nnx.merge(graph, state, copy=True)
+        layer.scale[...], layer.bias[...] = gamma, beta
+        y = layer(x)
+        return relu(y), (layer.mean[...], layer.var[...])
+
     def autodiff(x, gamma, beta, mask):
         mean = jnp.mean(x, (0, 1, 2))
         var = jnp.mean(jnp.square(x - mean), (0, 1, 2))
@@ -69,7 +78,8 @@ def sides(x, dy, trained):
         mask = jnp.ones(len(x), bool)  # an argument: a constant would be optimized away
         return lambda: jax.block_until_ready(run(x, gamma, beta, mask, dy))[0]
 
-    found = {"bn_jax": both(ours), "flax": both(flax_bn), "autodiff": both(autodiff)}
+    found = {"bn_jax": both(ours), "flax": both(flax_bn), "flax_nnx": both(flax_nnx)}
+    found["autodiff"] = both(autodiff)
     copy = jax.jit(lambda x: x * 2)
     found["copy"] = lambda: (jax.block_until_ready(copy(x)),)
     try:

@@ -8,6 +8,7 @@ which is not installed now is not overwritten: the command then ends with 1 befo
 """
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -32,9 +33,12 @@ def ours(x, mask=None):
     return y, stats, batch_norm.normalize(x, None, None, stats, train=False, **options)[0]
 
 
-def flax(x, mask=None):
-    """The same of flax.linen.BatchNorm; its running mean and variance, 1% each, scaled back."""
-    bn = nn.BatchNorm()
+def flax(x, mask=None, fast=True):
+    """The same of flax.linen.BatchNorm; its running mean and variance, 1% each, scaled back.
+
+    fast: its default, the variance as E[x^2] - E[x]^2; False is its best.
+    """
+    bn = nn.BatchNorm(use_fast_variance=fast)
     variables = bn.init(jax.random.key(0), x, use_running_average=True)
     y, new = bn.apply(variables, x, use_running_average=False, mask=mask, mutable=["batch_stats"])
     s = new["batch_stats"]
@@ -102,7 +106,8 @@ OTHERS = {
 
 def found_peers():
     """What is measured by name, and the version of each that is a package."""
-    peers = {"bn_jax": ours, "flax": flax}
+    exact = functools.partial(flax, fast=False)
+    peers = {"bn_jax": ours, "flax": flax, "flax, use_fast_variance=False": exact}
     installed = {"flax": "flax", "jax": "jax"}
     os.environ.setdefault("KERAS_BACKEND", "jax")
     for name, (package, run) in OTHERS.items():
@@ -147,6 +152,12 @@ def main():
             right = float(1 / np.sqrt(np.float64(x).var()))
             slope = float(np.polyfit(np.float64(x[:, 0]) - ratio, y[:, 0], 1)[0])
             show(name, f"1/std as applied in training, mean/std {ratio:.0e}", right, slope)
+        x = np.float32(rng.normal(0, 1, (many, 1)))
+        x[0] = 1e4
+        y = np.float64(run(jnp.asarray(x))[0])
+        right = float(1 / np.sqrt(np.float64(x).var()))
+        slope = float(y[0, 0] - y[1, 0]) / float(x[0, 0] - x[1, 0])
+        show(name, "1/std as applied in training, an outlier of 1e4 first", right, slope)
         y = run(jnp.full((many, 1), 1e4 + 0.1, jnp.float32))[0]
         show(name, "largest |y| of a constant 10000.1", 0.0, float(np.max(np.abs(y))))
     for name, run in (("bn_jax", ours), ("flax", flax)):
