@@ -769,12 +769,13 @@ def _update(stats: Stats, mean, var, usable, momentum) -> Stats:
     if stats.count is None:
         weight, count = jnp.where(usable, _as(1 - momentum, mean.dtype), 0), None
     else:
-        k = (stats.count + 1).astype(mean.dtype)
+        count = lax.stop_gradient(stats.count)
+        k = (count + 1).astype(mean.dtype)
         weight = jnp.where(usable, jnp.where(k == 1, 1, _weight(k, momentum)), 0)
         # Above 2^24 adding 1 changes no float32: then the next one is taken, in steps of 2 or more.
-        most = jnp.full_like(stats.count, jnp.finfo(stats.count.dtype).max)
-        more = jnp.maximum(stats.count + 1, jnp.nextafter(stats.count, most))
-        count = jnp.where(jnp.any(usable), lax.stop_gradient(more), stats.count)
+        most = jnp.full_like(count, jnp.finfo(count.dtype).max)
+        more = jnp.maximum(count + 1, jnp.nextafter(count, most))
+        count = jnp.where(jnp.any(usable), more, count)
     return Stats(_toward(stats.mean, mean, weight), _toward(stats.var, var, weight), count)
 
 

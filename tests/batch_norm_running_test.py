@@ -130,3 +130,21 @@ def test_fold(dtype):
             assert np.max(np.abs(u @ kernel + shift - want)) <= limit * np.max(np.abs(want))
         with pytest.raises(ValueError, match=r"\(2, 3\).*\(3,\)"):
             batch_norm.fold(w, b, None, None, batch_norm.init_stats((2, 3)), epsilon=1e-3)
+
+
+def test_statistics_can_be_differentiated():
+    """As in jax.grad over all variables of a network; nothing depends on the count's derivative."""
+    x = np.float32(draw(8, 3))
+
+    def loss(stats):
+        y, new = normalize(x, None, None, stats, train=True)
+        return jnp.sum(y) + jnp.sum(new.mean) + jnp.sum(new.var)
+
+    stats = batch_norm.init_stats((3,))._replace(count=jnp.float32(4))
+    weight = 0.1 / (1 - 0.9**5)
+    got = jax.grad(loss)(stats)
+    np.testing.assert_allclose(got.mean, 1 - weight, rtol=1e-6)
+    np.testing.assert_allclose(got.var, 1 - weight, rtol=1e-6)
+    assert got.count == 0
+    _, along = jax.jvp(loss, (stats,), (batch_norm.Stats(x[0], x[1], jnp.float32(1)),))
+    np.testing.assert_allclose(along, (1 - weight) * (x[0] + x[1]).sum(), rtol=1e-5)

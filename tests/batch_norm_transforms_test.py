@@ -104,7 +104,10 @@ class TestDerivatives:
         close(tangent(W, SCALE), along)
         close(out, loss(X, SCALE))
 
-    def test_hessian(self, loss):
+    def test_hessian(self, loss, request):
+        old = jax.__version_info__ < (0, 11)
+        if old and "flax" in request.node.callspec.params["loss"][0]:
+            pytest.skip("jaxlib 0.10 computes a sum in it wrongly on CPUs (jax issue 39103)")
         along = jax.jvp(lambda x: jax.grad(loss)(x, SCALE), (X,), (W,))[1]
         for hessian in (
             jax.hessian(loss),
