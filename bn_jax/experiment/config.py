@@ -6,6 +6,7 @@ answered at once.
 
 import ast
 import difflib
+import importlib.machinery
 import importlib.util
 import math
 import os
@@ -103,11 +104,13 @@ def load(file: str) -> ConfigDict:
 
 def _get_config(path: pathlib.Path, scale: str = "") -> Any:
     """Runs a config file and calls its get_config(scale)."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None  # a .py file has both
+    # Named here, because a file without the suffix .py is to be refused as what it is: not Python.
+    loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
+    spec = importlib.util.spec_from_file_location(path.stem, path, loader=loader)
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
         get_config = getattr(module, "get_config", None)
         if get_config is not None:
             return get_config(scale) if scale else get_config()
