@@ -77,11 +77,11 @@ def test_call_2(tmp_path):
 
 @pytest.mark.slow
 def test_pytorch_takes_part(tmp_path):
-    """At full width, which is the only one of PyTorch's network, in images of 64 px."""
+    """At full width and 224 px, which are the only ones of PyTorch's network."""
     if said := torch_side.missing():
         pytest.skip(said)
     sizes = speed.Sizes(smoke=True)
-    sizes.size, sizes.width = 64, 1.0
+    sizes.size, sizes.width = 224, 1.0
     sides = speed.Speed(tmp_path, sizes)
     until = time.monotonic() + 1200
     sides.begin(until, extras=False)

@@ -95,8 +95,8 @@ def call_1(call: Any, args: argparse.Namespace, folder: pathlib.Path) -> None:
     def fed_from_files(until: float) -> dict[str, Any]:
         return fed.measure(sides.ready(speed.OURS), folder / "jpeg", sizes.size, until)
 
-    limit = 10 if call.smoke else 30
-    call.part("fed", limit, 5 if call.smoke else 20, with_rows(fed_from_files, fed.rows))
+    limit = 4 if call.smoke else 30
+    call.part("fed", limit, 4 if call.smoke else 20, with_rows(fed_from_files, fed.rows))
     call.part("max-autotune", 200, 5 if call.smoke else 60, sides.max_autotune)
     sides.close()
 

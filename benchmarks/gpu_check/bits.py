@@ -1,4 +1,4 @@
-"""Stop, resume, equal bits: is a run under deterministic operations repeated to the last bit?
+"""Stop, resume, equal bits: does a run with `deterministic=True` repeat itself to the last bit?
 
     python -m benchmarks.gpu_check.bits FOLDER            # takes all steps, saves the state halfway
     python -m benchmarks.gpu_check.bits FOLDER --resume   # another process, from there to the end
@@ -34,10 +34,9 @@ def config(width: float) -> ConfigDict:
         "model.width": width,
         "total_steps": STEPS,
         "record.activations": (),
+        "deterministic": True,
     }
     found.update_from_flattened_dict(settings)
-    if "deterministic" in found:
-        found.deterministic = True
     return found
 
 
@@ -59,7 +58,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="narrower still")
     args = parser.parse_args()
     small.make_shallow()
-    startup.use_compilation_cache()
+    startup.make_gpus_deterministic()
+    startup.use_compilation_cache(deterministic=True)
     exp = build.build(config(1 / 32 if args.smoke else 1 / 8))
     with Checkpoints(args.folder / "checkpoints", keep_last=2, keep_best=0) as checkpoints:
         if not args.resume:

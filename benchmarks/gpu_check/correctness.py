@@ -3,7 +3,7 @@
 * errors.py: operations and a training step against float64, in every precision;
 * the project's own tests of BN, operations and the step that hold on any backend, at `highest`
   (their tolerances are those of float32);
-* bits.py: stop, resume, equal bits under deterministic operations.
+* bits.py: stop, resume, equal bits with `deterministic=True`.
 
 Each has until the part's end; what it has not done by then is said, and what it has is kept.
 """
@@ -30,7 +30,6 @@ TESTS = (
 # Of 8 virtual CPU devices, and of which backend has which form: not of any backend.
 NOT_ANYWHERE = "not devices and not backend"
 SMOKE_TESTS = ("tests/batch_norm_precision_test.py",)
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 class Correctness:
@@ -71,10 +70,7 @@ class Correctness:
         self.bits = self._bits([], "bits_1.log")
 
     def _bits(self, options: list[str], log: str) -> Child:
-        flags = os.environ.get("XLA_FLAGS", "")
         variables = {"JAX_COMPILATION_CACHE_DIR": str(self.bits_folder / "cache")}
-        if self.platform == "gpu":
-            variables["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
         arguments = [str(self.bits_folder), *options, *(["--smoke"] if self.smoke else [])]
         return Child("benchmarks.gpu_check.bits", arguments, self.folder / log, variables)
 
