@@ -384,13 +384,17 @@ def _merge_parts(mean, rest, var, m, layout: _Layout):
     is what the parts' means lost when they were rounded: a mean of 1e4 deviations is known to 5e-4
     of them only, and without it the variance would show that.
     """
-    axis, dtype = layout.parts, mean.dtype
+    axis = layout.parts
+    dtype = mean.dtype
     means = _gather(mean, layout)
     if m is None:
-        part, parts, whole = 1, 1, means.shape[axis]
+        part = 1
+        parts = 1
+        whole = means.shape[axis]
         top = means
     else:
-        part, parts = m.part.astype(dtype), m.parts.astype(dtype)
+        part = m.part.astype(dtype)
+        parts = m.parts.astype(dtype)
         whole = jnp.maximum(m.whole, 1).astype(dtype)
         top = jnp.where(parts > 0, means, -jnp.finfo(dtype).max)
     squares = _sum_parts(part * (var + jnp.square(rest)), layout)
@@ -540,15 +544,18 @@ def _tangents(known: _Known, inputs, layout: _Layout):
     centered = _promote(x) - mean
     dx = jnp.zeros_like(centered) if dx is None else _promote(dx)
     if mask is not None:
-        centered, dx = jnp.where(mask, centered, 0), jnp.where(mask, dx, 0)
+        centered = jnp.where(mask, centered, 0)
+        dx = jnp.where(mask, dx, 0)
 
     dmean = _sum_values(dx, layout) / m
     dvar = 2 * _sum_values(dx * centered, layout) / m
     drstd = -(dvar if depsilon is None else dvar + depsilon) * rstd * rstd * rstd / 2
-    gain, dgain = rstd, drstd
+    gain = rstd
+    dgain = drstd
     if gamma is not None:
         gamma = gamma.astype(rstd.dtype)
-        gain, dgain = rstd * gamma, drstd * gamma
+        gain = rstd * gamma
+        dgain = drstd * gamma
         if dgamma is not None:
             dgain = dgain + rstd * dgamma.astype(rstd.dtype)
     dy = (dx - dmean) * gain + centered * dgain
@@ -587,7 +594,8 @@ def _cotangents(known: _Known, outputs, layout: _Layout):
     )
     sum_dy = jnp.sum(dy_in, layout.over, keepdims=True)
     sum_dy_xhat = jnp.sum(dy_in * centered, layout.over, keepdims=True) * rstd
-    dgamma, dbeta = _sum_like(gamma, sum_dy_xhat), _sum_like(beta, sum_dy)
+    dgamma = _sum_like(gamma, sum_dy_xhat)
+    dbeta = _sum_like(beta, sum_dy)
     if layout.axis_name is not None and layout.merged:
         sum_dy, sum_dy_xhat = lax.psum((sum_dy, sum_dy_xhat), layout.axis_name)
     dvar_y = -g * sum_dy_xhat * jnp.square(rstd) / 2
@@ -682,7 +690,8 @@ def _linear_batch(mapped, args, dims, *, forward, transpose, known, names):
         bind = functools.partial(_linear_p.bind, forward=forward, transpose=transpose)
         found = bind(*args, known=known, names=names)
         return found, [None] * len(found)
-    args, dims = list(args), list(dims)
+    args = list(args)
+    dims = list(dims)
     for i in (0, 1, *range(known, len(args))):  # x, mean and all inputs get the axis
         args[i] = batching.bdim_at_front(args[i], dims[i], mapped.size)
         dims[i] = 0
@@ -742,14 +751,16 @@ def _explicit_sharding(x, value) -> NamedSharding:
 def _pool(mean, var, m, layout: _Layout):
     """Mean, unbiased variance and usability over all groups that have at least two values."""
     # No sum over groups waits for another: all layers' can travel between devices together.
-    axis, dtype = layout.parts, mean.dtype
+    axis = layout.parts
+    dtype = mean.dtype
     full = _whole(None, layout, dtype)
     m = full if m is None else m.whole.astype(dtype)
     m = m * jnp.ones([n if a == axis else 1 for a, n in enumerate(mean.shape)], dtype)
     weight = jnp.where(m < 2, 0, m / full)
     values = jnp.sum(weight, axis, keepdims=True)
     freedom = jnp.sum(jnp.maximum(weight - 1 / full, 0), axis, keepdims=True)
-    total, squares = mean, jnp.sum(weight * var, axis, keepdims=True)
+    total = mean
+    squares = jnp.sum(weight * var, axis, keepdims=True)
     spread = layout.axis_name is not None and not layout.merged
     alone = mean.shape[axis] == 1 and not spread
     if not alone:  # else the mean stays as it is, to the last digit
@@ -767,7 +778,8 @@ def _pool(mean, var, m, layout: _Layout):
 def _update(stats: Stats, mean, var, usable, momentum) -> Stats:
     """Update k with the weight that leaves batch i the share momentum**(k - i) of the whole."""
     if stats.count is None:
-        weight, count = jnp.where(usable, _as(1 - momentum, mean.dtype), 0), None
+        weight = jnp.where(usable, _as(1 - momentum, mean.dtype), 0)
+        count = None
     else:
         count = lax.stop_gradient(stats.count)
         k = (count + 1).astype(mean.dtype)

@@ -11,7 +11,8 @@ from flax.nnx.nn import dtypes
 
 from bn_jax import batch_norm
 
-_ZEROS, _ONES = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
+_ZEROS = nnx.initializers.zeros_init()
+_ONES = nnx.initializers.ones_init()
 
 
 class BatchNorm(nnx.Module):

@@ -57,7 +57,8 @@ def _grey(data: bytes, size: int) -> np.ndarray:
     pixels = decode.pixels(data, decode.frame(data))
     height, width, _ = pixels.shape
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
+    top = (height - side) // 2
+    left = (width - side) // 2
     square = pixels[top : top + side, left : left + side]
     grey = cv2.cvtColor(np.ascontiguousarray(square), cv2.COLOR_RGB2GRAY)
     how = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR

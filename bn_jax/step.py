@@ -90,7 +90,8 @@ def gradients(
     batch: as for `train_step`. dropout: the key of its dropout. Metrics: `loss` (with the auxiliary
     terms, without L2), `cross_entropy`, `top1`.
     """
-    labels, mask = batch["label"], batch.get("mask")
+    labels = batch["label"]
+    mask = batch.get("mask")
 
     def objective(params):
         outputs, updates = model.apply(
@@ -202,7 +203,8 @@ def eval_step(
 
     Sums and counts, never means, so that batches of any size add up to the exact figure.
     """
-    labels, mask = batch["label"], batch["mask"]
+    labels = batch["label"]
+    mask = batch["mask"]
     logits: Any = model.apply(
         {"params": params, "batch_stats": batch_stats}, batch["image"], train=False
     )

@@ -141,7 +141,8 @@ class Loop:
 
     def resume(self, step: int, scores: dict[str, Any]) -> None:
         """Resumes after `step`. Raises ConfigError if the run is to be shorter than that."""
-        total, workdir = self.exp.config.total_steps, self.records.workdir
+        total = self.exp.config.total_steps
+        workdir = self.records.workdir
         if step > total:
             raise ConfigError(
                 f"total_steps={total}, but {workdir} has gone to step {step}: "
@@ -162,7 +163,8 @@ class Loop:
 
     def prepare(self, step: int) -> None:
         """Begins to compile what the dispatch after `step` needs; a new state is made meanwhile."""
-        exp, data = self.exp, self.exp.data
+        exp = self.exp
+        data = self.exp.data
         size = sum(leaf.size for leaf in jax.tree.leaves(build.abstract_state(exp).params))
         self.records.say(
             f"{exp.config.name}: {size:,} parameters, {data.num_train:,} training examples; "
@@ -183,7 +185,8 @@ class Loop:
 
     def train(self, start: int, state: TrainState, signals: preempt.Signals) -> None:
         """Takes the steps after `start`. Raises Preempted where a signal stops the run."""
-        records, size = self.records, self.dispatch
+        records = self.records
+        size = self.dispatch
         total = self.exp.config.total_steps
 
         with records.timed("compile"):
@@ -238,7 +241,8 @@ class Loop:
         """Writes the metrics of a finished dispatch. Raises DivergedError if one is not finite."""
         if pending is None:
             return
-        last, metrics = pending[0], jax.device_get(pending[1])
+        last = pending[0]
+        metrics = jax.device_get(pending[1])
         self.dispatches.finished(self.records.at()[1])
         config = self.exp.config
 
@@ -247,7 +251,8 @@ class Loop:
         for i, step in enumerate(range(last - self.dispatch + 1, last + 1)):
             line = {name: float(values[i]) for name, values in metrics.items()}
             if not (np.isfinite(line["loss"]) and np.all(np.isfinite(squares[i]))):
-                leaves, forward = leaf_names(self.exp), forward_order(self.exp)
+                leaves = leaf_names(self.exp)
+                forward = forward_order(self.exp)
                 raise diverged_error(step, line["loss"], squares[i], leaves, forward)
             if step % config.log_every == 0 or step == config.total_steps:
                 self.records.write("train", step, **line)
@@ -259,7 +264,8 @@ class Loop:
 
     def say_days(self, step: int) -> None:
         """On a CPU says how long a network of the paper's size would take from `step` on."""
-        config, platform = self.exp.config, jax.default_backend()
+        config = self.exp.config
+        platform = jax.default_backend()
         seconds = self.dispatches.mean() / self.dispatch
         text = accelerators.days_on_cpu(config, platform, config.total_steps - step, seconds)
         if text:
@@ -300,7 +306,8 @@ class Loop:
 
             # A save that is quick is on disk before the next step, so that a kill costs no more
             # than one interval. "Quick" is a share of the time trained since the save before.
-            before, self.saved_at = self.saved_at, self.records.at()[1]
+            before = self.saved_at
+            self.saved_at = self.records.at()[1]
             self.checkpoints.settle(self.exp.config.checkpoint_wait * (self.saved_at - before))
             self.checkpoints.check()
 
@@ -355,7 +362,8 @@ def training_step(exp: Experiment, dispatch: int) -> tuple[Callable, Callable]:
     The state and all numbers are replicated, batches are cut over the devices. The state that the
     step is called with is donated: its memory is used again.
     """
-    everywhere, batch = replicated(exp.mesh), along_batch(exp.mesh)
+    everywhere = replicated(exp.mesh)
+    batch = along_batch(exp.mesh)
 
     def one(state, batch, hyper, seed):
         state, metrics = train_step(state, batch, hyper, seed, model=exp.model)
@@ -411,15 +419,19 @@ class Prepared:
 
     def batches(self) -> Iterator[tuple]:
         """As `feed` gives them."""
-        first, self._first = self._first, None
+        first = self._first
+        self._first = None
         yield first
         yield from self._feed
 
 
 def feed(exp: Experiment, start: int, dispatch: int) -> Iterator[tuple]:
     """The arguments of each dispatch after step `start`, already on the devices."""
-    mesh, data, seed = exp.mesh, exp.data, exp.config.seed
-    size, total = exp.config.batch_size, exp.config.total_steps
+    mesh = exp.mesh
+    data = exp.data
+    seed = exp.config.seed
+    size = exp.config.batch_size
+    total = exp.config.total_steps
 
     if dispatch == 1:
         for batch in data.train(start, total, size, rows(mesh, size), seed=seed):

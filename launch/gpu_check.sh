@@ -42,7 +42,7 @@ for option; do
       "--images=TAR, --counted=FILE, --smoke, --dry-run" ;;
   esac
 done
-[[ -z $BUDGET || $BUDGET =~ ^[1-9][0-9]*$ ]] || fail "--budget='$BUDGET' is no number of seconds"
+[[ -z $BUDGET || $BUDGET =~ ^[1-9][0-9]*$ ]] || fail "--budget='$BUDGET' is not a number of seconds"
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 

@@ -225,7 +225,7 @@ def test_a_pack_that_is_too_large_is_refused_with_its_sizes(tmp_path, images, mo
     [
         ("3", "option '3' is none of"),
         ("1 --out=x", "call 1 needs --pack=DIR and --out=DIR"),
-        ("2 --pack=x --out=y --budget=soon", "--budget='soon' is no number of seconds"),
+        ("2 --pack=x --out=y --budget=soon", "--budget='soon' is not a number of seconds"),
         ("", "name a call, 1 or 2, or --pack=DIR to make the pack, or --smoke"),
         ("1 --pack=none --out=x", "no wheels in .*none: make it with launch/gpu_check.sh --pack="),
     ],

@@ -77,7 +77,7 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path, cache):
     assert "[1/2] mnist_bn/seed_0: stopped, saved" in text and "Traceback" not in text
     saved = json.loads((tmp_path / "mnist_bn/seed_0/checkpoints/index.json").read_text())
     assert saved
-    # The next one goes on with what is saved; a few steps more, for a shorter test.
+    # The next one resumes from what is saved, for a few steps more to keep the test short.
     done = int(max(p.name for p in log.parent.glob("checkpoints/[0-9]*")))
     shorter = [w.replace("20000", str(done + 10)) for w in words]
     code, text = finish(start(cache, tmp_path, *shorter, "--seeds=1", BN_JAX_SMOKE=""))

@@ -75,7 +75,8 @@ class RecordedActivations:
 
     def _known(self) -> list[str]:
         """Paths of all activations that the model has."""
-        arguments, config = self._abstract_arguments(), self.exp.config.to_dict()
+        arguments = self._abstract_arguments()
+        config = self.exp.config.to_dict()
 
         def trace() -> bytes:
             paths = jax.eval_shape(self._all, *arguments)

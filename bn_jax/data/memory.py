@@ -89,9 +89,13 @@ def synthetic(image_size: int) -> Source:
     shaped like MNIST (1 channel, 10 classes, 60,000). A pool of 64 images is repeated.
     """
     if image_size <= 32:
-        examples, channels, classes = 60_000, 1, 10
+        examples = 60_000
+        channels = 1
+        classes = 10
     else:
-        examples, channels, classes = IMAGENET_TRAIN, 3, 1000
+        examples = IMAGENET_TRAIN
+        channels = 3
+        classes = 1000
     return Source(
         train=Random(examples, image_size, channels, classes),
         evaluation=Random(SYNTHETIC_EVALUATION, image_size, channels, classes),

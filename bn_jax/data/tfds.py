@@ -360,7 +360,8 @@ class Shards(sources.Records):
     def _record(self, index: int, data: bytes) -> Record:
         try:
             features = parse(data)
-            (image,), (label,) = features[self.meta.image], features[self.meta.label]
+            (image,) = features[self.meta.image]
+            (label,) = features[self.meta.label]
             if not isinstance(image, bytes) or not isinstance(label, int):
                 raise ValueError("image or label has the wrong type")
         except (ValueError, KeyError) as e:

@@ -112,7 +112,8 @@ def packages() -> list[str]:
 
 def sentence(mesh: Mapping[str, Any]) -> str:
     """The first line of a run. mesh: as `distributed.mesh.describe` gives it."""
-    platform, kind = mesh["platform"], mesh["device_kind"]
+    platform = mesh["platform"]
+    kind = mesh["device_kind"]
     text = f"devices: {mesh['devices']} x {kind}"
     if kind != platform:
         text += f" ({platform})"

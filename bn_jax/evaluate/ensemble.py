@@ -103,7 +103,8 @@ def _collect(
 ) -> None:
     """Adds a batch's weighted probabilities to its examples, whose views lie side by side."""
     count = int(np.sum(batch.example >= 0))  # padding is at the end
-    example, weight = batch.example[:count], batch.weight[:count]
+    example = batch.example[:count]
+    weight = batch.weight[:count]
     starts = np.flatnonzero(np.diff(example, prepend=-1))
     np.add.at(seen, example, weight)
     for total, output in zip(sums, outputs, strict=True):
@@ -132,7 +133,8 @@ def predict(
 
     Raises DataError for an example that cannot be read.
     """
-    data, config = networks.members[0].exp.data, networks.members[0].exp.config
+    data = networks.members[0].exp.data
+    config = networks.members[0].exp.config
     found, labels = networks.average(
         views.batches(data, crops, networks.size),
         data.num_eval,

@@ -39,7 +39,8 @@ def scores(found: Predictions) -> dict[str, Any]:
 
     Ties go to the lower class, and a row that is not finite is wrong, as in `step.label_rank`.
     """
-    p, labels = found.probabilities, found.labels
+    p = found.probabilities
+    labels = found.labels
     rank = np.asarray(step.label_rank(jnp.asarray(p), jnp.asarray(labels)))
     with np.errstate(divide="ignore"):
         losses = -np.log(p[np.arange(len(p)), labels].astype(np.float64))
@@ -85,9 +86,12 @@ def require_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Raises ConfigError if the predictions described cannot be averaged."""
     for field in SAME:
         if one[field] != other[field]:
-            a, b = one[field], other[field]
+            a = one[field]
+            b = other[field]
             if field == "class_names" and len(a) != len(b):
-                field, a, b = "classes", len(a), len(b)
+                field = "classes"
+                a = len(a)
+                b = len(b)
             raise ConfigError(
                 f"{who(one)} and {who(other)} cannot be averaged: {field} differs "
                 f"({_short(a)}, {_short(b)})"
@@ -187,7 +191,8 @@ def _from_csv(path: pathlib.Path) -> Predictions:
 
 def errors(scores: dict[str, Any]) -> str:
     """Errors as in Fig. 4, each with its binomial standard error and count."""
-    n, said = scores["examples"], []
+    n = scores["examples"]
+    said = []
     for name, share in (("top-1", 1 - scores["top1"]), ("top-5", 1 - scores["top5"])):
         spread = 100 * standard_error(share, n)
         said.append(f"{name} error {100 * share:.2f}% +- {spread:.2f} ({round(share * n):,})")

@@ -499,7 +499,9 @@ def _check_devices(
     if not training:
         return
 
-    count, batch, group = len(devices), config.batch_size, config.bn.group_size
+    count = len(devices)
+    batch = config.batch_size
+    group = config.bn.group_size
     if batch < count:
         raise ConfigError(
             f"batch_size={batch} is smaller than the {count} devices: use the scale `:pod` "

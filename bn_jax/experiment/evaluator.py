@@ -50,12 +50,14 @@ class Evaluator:
     def check(self, *, wait: bool = False) -> None:
         """Raises the error that `begin` met, if it has ended, or waits for its end (`wait`)."""
         if self._begun is not None and (wait or self._begun.done()):
-            begun, self._begun = self._begun, None
+            begun = self._begun
+            self._begun = None
             begun.result()
 
     def compile(self) -> None:
         """Compiles what `scores` and `population` run."""
-        exp, model = self.exp, self.exp.model
+        exp = self.exp
+        model = self.exp.model
         config = exp.config.to_dict()
         state = build.abstract_state(exp)
         variables = (state.params, state.batch_stats)
@@ -106,7 +108,8 @@ class Evaluator:
         if self._merge_batch is None:
             self.compile()
 
-        config, mesh = self.exp.config, self.exp.mesh
+        config = self.exp.config
+        mesh = self.exp.mesh
         n = config.statistics_batches
         size = mini_batch(config)
         cut = self._cuts_mini_batches()
@@ -129,7 +132,9 @@ class Evaluator:
         if self._eval_batch is None:
             self.compile()
 
-        mesh, data, size = self.exp.mesh, self.exp.data, self._eval_size()
+        mesh = self.exp.mesh
+        data = self.exp.data
+        size = self._eval_size()
         sums = []
         for batch in data.evaluation(size, rows(mesh, size)):
             sums.append(self._eval_batch(params, batch_stats, put_batch(mesh, batch, size)))
@@ -149,7 +154,8 @@ def mini_batch(config: Mapping[str, Any] | ConfigDict) -> int:
 
 def sentence(exp: Experiment, scores: dict[str, Any]) -> str:
     """Accuracy with the count it rests on and its standard error, in words."""
-    n, top1 = scores["examples"], scores["top1"]
+    n = scores["examples"]
+    top1 = scores["top1"]
     error = 100 * standard_error(top1, n)
     return (
         f"{exp.data.split} accuracy {100 * top1:.2f}% +- {error:.2f} "
@@ -167,7 +173,8 @@ def running_gap(running: Any, exact: Any, epsilon: float) -> float:
     gaps = []
     for *layer, name in exact:
         if name == "mean":
-            mean, var = exact[*layer, "mean"], exact[*layer, "var"]
+            mean = exact[*layer, "mean"]
+            var = exact[*layer, "var"]
             distance = np.abs(running[*layer, "mean"] - mean)
             gaps.append(float(np.max(distance / np.sqrt(var + epsilon))))
     return max(gaps, default=math.nan)

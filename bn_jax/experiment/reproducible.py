@@ -44,8 +44,10 @@ class Step:
     """
 
     def __init__(self, exp: Experiment):
-        self.mesh, self.model = exp.mesh, exp.model
-        self.size, self.batch_size = exp.config.bn.group_size, exp.config.batch_size
+        self.mesh = exp.mesh
+        self.model = exp.model
+        self.size = exp.config.bn.group_size
+        self.batch_size = exp.config.batch_size
         self.groups = self.batch_size // self.size // self.mesh.size  # on each device
 
         devices = enumerate(exp.mesh.devices.flat)
@@ -137,7 +139,8 @@ class Step:
             sums = group(state.params, state.batch_stats, state.step, seed, part, number)
             level = 0
             while waiting and waiting[-1][0] == level:
-                sums, level = self._add(waiting.pop()[1], sums), level + 1
+                sums = self._add(waiting.pop()[1], sums)
+                level = level + 1
             waiting.append((level, sums))
         return waiting[0][1]
 
@@ -193,7 +196,8 @@ class Step:
 
     def butterfly(self, sums: jax.Array) -> jax.Array:
         """The sum over the devices, on each of them. [1, values] -> [values]."""
-        total, devices = sums[0], self.mesh.size
+        total = sums[0]
+        devices = self.mesh.size
         for r in range(devices.bit_length() - 1):
             pairs = [(i, i ^ (1 << r)) for i in range(devices)]
             total = total + lax.ppermute(total, "data", pairs)

@@ -49,7 +49,8 @@ def ablations_markdown(groups: Groups) -> str:
         else:
             wide = "unknown (one seed)"
             if d.interval is not None:
-                low, high = 100 * (d.mean - d.interval), 100 * (d.mean + d.interval)
+                low = 100 * (d.mean - d.interval)
+                high = 100 * (d.mean + d.interval)
                 wide = f"{low:+.1f} to {high:+.1f}"
             numbers = [f"{100 * d.mean:+.2f}", wide, str(d.n), f"{100 * d.binomial:.2f}"]
         lines.append(f"| `{name}` | `{parent}` | {change} | {' | '.join(numbers)} | {said} |")

@@ -17,7 +17,8 @@ from scipy import special
 
 from bn_jax.workdir.reader import FREE, Run, standard_error
 
-BASELINE, CONTROL = "inception", "inception_best_rate"
+BASELINE = "inception"
+CONTROL = "inception_best_rate"
 LEVELS = ("90%", "95%", "max")
 
 NOT_REACHED = "not reached"
@@ -128,7 +129,8 @@ def curve(run: Run) -> Curve:
 
 def levels(reference: Curve) -> dict[str, float] | None:
     """The accuracies to be reached, by LEVELS; None unless the reference is done and learnt."""
-    final, maximum = reference.final, reference.maximum
+    final = reference.final
+    maximum = reference.maximum
     if final is None or maximum is None or reference.at_chance:
         return None
     return {"90%": 0.9 * final, "95%": 0.95 * final, "max": maximum}
@@ -186,7 +188,8 @@ def row(label: str, curves: Sequence[Curve], reference: Sequence[Curve]) -> Comp
                 continue
             level = wanted[name]
             error = standard_error(level, theirs.examples)
-            here, there = first_at(mine, level), first_at(theirs, level)
+            here = first_at(mine, level)
+            there = first_at(theirs, level)
             steps[name].append(here)
             around[name].append((first_at(mine, level - error), first_at(mine, level + error)))
             # the reference is done, so that it has reached its own levels

@@ -63,7 +63,8 @@ def fig1_numbers(baseline: Run, with_bn: Run, layer: str = "dense_2/input") -> d
     numbers = {}
     for name, run in (("without BN", baseline), ("with BN", with_bn)):
         curves = percentiles(run, layer)
-        unit, drifts = typical_unit(curves), drift(curves)
+        unit = typical_unit(curves)
+        drifts = drift(curves)
         last = run.lines["eval"][-1]
         numbers[name] = {
             "accuracy": last["top1"],

@@ -27,7 +27,8 @@ def cell(values: Sequence[float | str], form: str, factor: float = 1, unit: str 
     if not numbers:
         return ", ".join(word if n == len(values) else f"{word} ({n})" for word, n in words.items())
     text = f"{sum(numbers) / len(numbers):{form}}{unit}"
-    low, high = f"{min(numbers):{form}}", f"{max(numbers):{form}}"
+    low = f"{min(numbers):{form}}"
+    high = f"{max(numbers):{form}}"
     if low != high:
         text += f" ({low} to {high})"
     return "; ".join([text, *(f"{word} {n} of {len(values)}" for word, n in words.items())])

@@ -66,7 +66,8 @@ def collect(folder: pathlib.Path) -> list[Mapping[str, Any]]:
 
 def _alone(line: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The members of an ensemble as evaluations of their own, where each was scored alone."""
-    members, scores = line["members"], line["member_scores"]
+    members = line["members"]
+    scores = line["member_scores"]
     if len(members) != len(scores):
         return []
     pairs = zip(members, scores, strict=True)

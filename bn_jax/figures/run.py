@@ -24,7 +24,8 @@ def draw_run(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
         last = run.lines["eval"][-1]
         panel.set_title(f"{run.data['split']}: {100 * last['top1']:.1f}% of {last['examples']:,}")
     if inputs:
-        panel, curves = next(axes), percentiles(run, inputs[-1])
+        panel = next(axes)
+        curves = percentiles(run, inputs[-1])
         plot_percentiles(panel, curves, typical_unit(curves), ORANGE)
         panel.set_title(f"{{15, 50, 85}}th percentiles, {curves.layer}", fontsize=9)
     figure.suptitle(f"{run.config['name']} on {run.data['name']}", fontsize=10)

@@ -156,7 +156,8 @@ class Parallel1x1:
     """
 
     def __init__(self, x: jax.Array, layers: Sequence[ConvBN], **call: Any):
-        self._x, self._call = x, call
+        self._x = x
+        self._call = call
         self._products: dict[str | None, jax.Array] = {}
         if ops.hand_tuned("products") and not layers[0].is_initializing():
             kernels = [layer.kernel() for layer in layers]

@@ -194,7 +194,8 @@ def _max_and_place(x: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
         stop = (x.shape[0], i + stride * (height - 1) + 1, j + stride * (width - 1) + 1, x.shape[3])
         value = lax.slice(padded, (0, i, j, 0), stop, (1, stride, stride, 1))
         if best is None or place is None:
-            best, place = value, jnp.zeros(value.shape, jnp.uint8)
+            best = value
+            place = jnp.zeros(value.shape, jnp.uint8)
         else:
             place = jnp.where(value > best, jnp.uint8(k), place)
             best = jnp.maximum(value, best)

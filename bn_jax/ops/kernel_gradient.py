@@ -43,7 +43,8 @@ def _axes(shape, kernel_shape, strides, padding) -> list[Axis]:
     for n, k, stride, (low, high) in zip(
         shape[1:3], kernel_shape[:2], strides, padding, strict=True
     ):
-        out, taps = (n + low + high - k) // stride + 1, -(-k // stride)
+        out = (n + low + high - k) // stride + 1
+        taps = -(-k // stride)
         ahead, first = divmod(low, stride)
         blocks = min(-(-(first + n) // stride), out + taps - 1 - ahead)
         edges = (first, blocks * stride - first - n)
@@ -97,8 +98,11 @@ def _backward(strides, padding, precision, residuals, dy):
     x, kernel = residuals
     (dx,) = jax.linear_transpose(lambda x: _convolve(x, kernel, strides, padding, precision), x)(dy)
     rows, columns = _axes(x.shape, kernel.shape, strides, padding)
-    examples, channels, features = x.shape[0], kernel.shape[2], kernel.shape[3]
-    zero, none = jnp.zeros((), x.dtype), (0, 0, 0)
+    examples = x.shape[0]
+    channels = kernel.shape[2]
+    features = kernel.shape[3]
+    zero = jnp.zeros((), x.dtype)
+    none = (0, 0, 0)
 
     x = lax.pad(x, zero, [none, (*rows.edges, 0), (*columns.edges, 0), none])
     x = x.reshape(examples, rows.blocks, rows.stride, columns.blocks, columns.stride, channels)

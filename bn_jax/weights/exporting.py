@@ -152,7 +152,8 @@ class Writer:
     def __init__(self, network: Network):
         from onnx import helper, numpy_helper  # an extra: [export]
 
-        self._node, self._tensor = helper.make_node, numpy_helper.from_array
+        self._node = helper.make_node
+        self._tensor = numpy_helper.from_array
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
         self.network = network
@@ -196,7 +197,8 @@ class Writer:
 
     def conv_bn(self, x: Map, path: tuple[str, ...], stride: int, pads: Callable) -> Map:
         """layers.ConvBN: convolution, BN where it could not be folded, nonlinearity."""
-        conv, stats = self.leaf("params", *path, "conv"), self.leaf("batch_stats", *path, "bn")
+        conv = self.leaf("params", *path, "conv")
+        stats = self.leaf("batch_stats", *path, "bn")
         if not stats:
             y = self.conv(x, conv["kernel"], conv["bias"], stride, pads, 1)
             return y._replace(name=self.add(self.activation, y.name))
@@ -289,7 +291,8 @@ def _inception(writer: Writer) -> None:
 
 
 def _stem(writer: Writer, *, symmetric: bool) -> Map:
-    config, (height, width, channels) = writer.config, writer.network.image_shape
+    config = writer.config
+    (height, width, channels) = writer.network.image_shape
     variant = VARIANTS[config.model.variant]
     mean = variant.mean if channels == 3 else [sum(variant.mean) / 3] * channels
     pixels = writer.add("Cast", "images", to=1)

@@ -157,7 +157,8 @@ def caffe(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[st
     network in RGB, so the first kernel's input channels are reversed. The means that Caffe
     subtracts, 128, 117 and 104 of R, G and B, are the `caffe` variant's own.
     """
-    source, out = Source(tensors), _Variables()
+    source = Source(tensors)
+    out = _Variables()
     for path, kernel in _convolutions(like):
         name = _caffe_name(path)
         features = kernel[-1:]
@@ -198,7 +199,8 @@ def slim(
     scale (`gamma`) in the published checkpoint; one is taken if the file has it. The first
     convolution has a bias and no BN there; our BN then multiplies by 1 and adds that bias.
     """
-    source, out = Source(tensors), _Variables()
+    source = Source(tensors)
+    out = _Variables()
     stem = f"{SLIM}/{SLIM_STEM['conv1_7x7']}"
     depthwise = like["params"]["conv1_7x7_depthwise"]["kernel"].shape  # [7, 7, 1, 3 * 8]
     weight = source.take(f"{stem}/depthwise_weights", (*depthwise[:2], 3, depthwise[3] // 3))
@@ -210,7 +212,8 @@ def slim(
         out.params[*path, "conv", "kernel"] = source.take(f"{name}/{weights}", kernel)
         bias = source.optional(f"{name}/biases", features) if path == ("conv1_7x7",) else None
         if bias is not None:
-            one, zero = np.ones(features, np.float64), np.zeros(features)
+            one = np.ones(features, np.float64)
+            zero = np.zeros(features)
             out.bn(path, scale=one * np.sqrt(1 + EPSILON["slim"]), bias=bias, mean=zero, var=one)
             continue
         scale = source.optional(f"{name}/BatchNorm/gamma", features)
@@ -263,8 +266,10 @@ class _Variables:
         self.stats: dict[tuple[str, ...], np.ndarray] = {}
 
     def bn(self, path: tuple[str, ...], *, scale, bias, mean, var) -> None:
-        self.params[*path, "bn", "scale"], self.params[*path, "bn", "bias"] = scale, bias
-        self.stats[*path, "bn", "mean"], self.stats[*path, "bn", "var"] = mean, var
+        self.params[*path, "bn", "scale"] = scale
+        self.params[*path, "bn", "bias"] = bias
+        self.stats[*path, "bn", "mean"] = mean
+        self.stats[*path, "bn", "var"] = var
         self.stats[*path, "bn", "count"] = np.full((), CONVERGED, np.float32)
 
     def tree(self) -> dict[str, Any]:

@@ -64,9 +64,11 @@ def read(path: pathlib.Path) -> TensorFile:
     if path.suffix == ".safetensors":
         tensors, metadata = _safetensors(path, data)
     elif path.suffix == ".npz":
-        tensors, metadata = _npz(path, data), {}
+        tensors = _npz(path, data)
+        metadata = {}
     elif path.suffix == ".msgpack":
-        tensors, metadata = _msgpack(path, data), {}
+        tensors = _msgpack(path, data)
+        metadata = {}
     else:
         raise ConfigError(
             f"{path}: files end in .safetensors, .npz or .msgpack (flax.serialization); "

@@ -235,13 +235,15 @@ def _require_one_experiment(folder: pathlib.Path, label: str, group: Sequence[Ru
 
 def read_pair(one: pathlib.Path, other: pathlib.Path) -> tuple[Run, Run]:
     """Two runs of one seed on the same data, as Fig. 1 compares them; ConfigError otherwise."""
-    a, b = read_run(one), read_run(other)
+    a = read_run(one)
+    b = read_run(other)
     _require_same(a, b, (*SETTING, "seed", "total_steps"), "cannot be compared as a pair")
     return a, b
 
 
 def _require_same(a: Run, b: Run, fields: Iterable[str], why: str) -> None:
-    one, two = flat(a.config), flat(b.config)
+    one = flat(a.config)
+    two = flat(b.config)
     differs = [
         f"{field} ({one.get(field, 'absent')}, {two.get(field, 'absent')})"
         for field in fields
