@@ -84,7 +84,7 @@ $(CUDA_VENV)/.installed: pyproject.toml
 # Each of the two processes begins with one half of the tests, in this order, and the first to be
 # through takes from the other's. What is promised by the clock is held before, alone; the table at
 # the end, of the rows in BN_JAX_FAULTS, is of all.
-FAULTS := workdir/kill resume divergence workdir/kill_wait refusal workdir/checkpoint workdir/damage workdir/object_store workdir/shelf \
+FAULTS := workdir/kill resume divergence workdir/kill_wait refusal workdir/checkpoint workdir/damage workdir/object_store workdir/steps \
   distributed/watchdog experiment/reproducible distributed/processes distributed/preempt data/fingerprint workdir/checkpoint_wait workdir/files workdir/timing workdir/lock safety workdir/guard
 faults: export BN_JAX_FAULTS := $(abspath $(VENV))/.faults
 faults: setup  ## every fault injection, with a table of injected / detected / lost

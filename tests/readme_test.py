@@ -193,6 +193,18 @@ def test_make_targets_exist():
     assert {"demo", "fig1", "test", "check"} <= named <= targets
 
 
+def test_make_faults_names_every_file_that_injects_faults():
+    """A name that does not exist ends pytest before the first test."""
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    named = re.search(r"^FAULTS := (.*)$", makefile, re.M)[1].split()
+    paths = [ROOT / "tests" / f"{name}_test.py" for name in named]
+    assert [path for path in paths if not path.is_file()] == []
+
+    counts = re.compile(r"^def test_.*\bmeasured\b", re.M)
+    tests = (ROOT / "tests").rglob("*_test.py")
+    assert {path for path in tests if counts.search(path.read_text())} <= set(paths)
+
+
 def test_extras_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     of_jax = importlib.metadata.metadata("jax").get_all("Provides-Extra")
