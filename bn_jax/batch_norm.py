@@ -177,7 +177,7 @@ def _layout(x, axis, train, group_size, axis_name, relu) -> _Layout:
     b = rest[0]
     n = x.shape[b]
     if not train or group_size is None:
-        parts = _blocks(n) if train and axis_name is None else 1
+        parts = _blocks(n, x) if train and axis_name is None else 1
     else:
         parts = _groups(n, group_size)
     shape = (*x.shape[:b], parts, n // parts, *x.shape[b + 1 :])
@@ -194,14 +194,18 @@ def _layout(x, axis, train, group_size, axis_name, relu) -> _Layout:
     )
 
 
-def _blocks(n) -> int:
+def _blocks(n, x) -> int:
     """Blocks of a batch of n examples that is one group: as many as devices may share it out.
 
     8 whatever the number of devices, where it divides 8, so that the result does not depend on it.
+    The devices are those of the mesh that x is known to lie on (Explicit axes, `jax.set_mesh`), or
+    else all. On a part of them that divides neither number, XLA moves examples between devices.
     """
     if is_symbolic_dim(n) or n == 0:
         return 1
-    return math.gcd(n, math.lcm(8, jax.device_count()))
+    mesh = jax.typeof(x).sharding.mesh
+    devices = jax.device_count() if mesh.empty else mesh.size
+    return math.gcd(n, math.lcm(8, devices))
 
 
 def _groups(n, group_size: int) -> int:

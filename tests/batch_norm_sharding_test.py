@@ -178,3 +178,21 @@ def test_collectives_of_a_step(masked):
     across, _ = three_layers(ours(16), masked)
     assert len(across) <= (49 if masked else 33)
     assert max(n for _, n in across) <= 64 * 5  # never examples: at most some rows of the sample
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("n", [3, 6])
+def test_a_mesh_of_some_of_the_devices_cuts_the_batch_to_fit(n, kind):
+    """3 or 6 of 8: sums of features only, and the values of one device."""
+    mesh = jax.make_mesh((n,), ("data",), axis_types=(kind,), devices=jax.devices()[:n])
+    x = np.float32(np.random.default_rng(0).normal(1, 2, (4 * n, 2, 2, 5)))
+    layer = functools.partial(normalize, scale=None, offset=None, stats=batch_norm.init_stats((5,)))
+
+    def loss(x):
+        return jnp.sum(jnp.sin(layer(x)[0]))
+
+    sharded = jax.device_put(x, NamedSharding(mesh, P("data")))
+    step = jax.jit(jax.grad(loss)).lower(sharded).compile()
+    assert {kind for _, kind in SENT.findall(step.as_text())} == {"all-reduce"}
+    # Float32 sums of up to 96 values near 1 in another order.
+    np.testing.assert_allclose(step(sharded), jax.grad(loss)(x), rtol=1e-5, atol=1e-5)
