@@ -1,5 +1,6 @@
 """launch/gpu_check.sh and benchmarks/gpu_check: both calls at tiny sizes, and what they decide."""
 
+import ast
 import io
 import json
 import os
@@ -208,6 +209,27 @@ def test_pictures_of_the_first_classes_are_packed(tmp_path, images):
         pack.pictures(images, tmp_path / "x", 20)
     with pytest.raises(pack.PackError, match="no pictures in .*--images=TAR"):
         pack.pictures(tmp_path / "none.tar", tmp_path / "x", 2)
+
+
+def test_what_the_check_imports_is_there_or_packed():
+    """A module that a test of call 1 lacks would end them all before the first."""
+    roots = [*correctness.TESTS, "tests/conftest.py"]
+    files = [ROOT / name for name in roots]
+    for folder in ("bn_jax", "configs", "benchmarks/gpu_check", "tests/support"):
+        files += (ROOT / folder).rglob("*.py")
+    files = [file for file in files if "figures" not in file.parts]  # drawn elsewhere, later
+
+    names = set()
+    for file in files:
+        for node in ast.parse(file.read_text()).body:  # what a function imports may be absent
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                names.add(str(node.module).partition(".")[0])
+    names -= {*sys.stdlib_module_names, "bn_jax", "configs", "benchmarks", "tests"}
+    packed = {package.replace("-", "_") for package in pack.PACKAGES}
+    assert names > {"jax", "hypothesis"}
+    assert names - packed - set(pack.THERE) == set()
 
 
 def test_a_pack_that_is_too_large_is_refused_with_its_sizes(tmp_path, images, monkeypatch):

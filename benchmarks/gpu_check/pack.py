@@ -26,9 +26,19 @@ PACKAGES = (
     "array-record",
     "google-crc32c",
     "grain",
+    "hypothesis",
     "ml-collections",
     "portpicker",  # of grain
     "simplejpeg",
+    "sortedcontainers",  # of hypothesis
+    "tqdm",
+)
+# What such a machine has that is imported, by the name of the module; in brackets what needs it.
+THERE = (
+    *("absl", "cv2", "flax", "jax", "numpy", "optax", "orbax", "pytest", "torch"),
+    *("ml_dtypes", "scipy"),  # (jax)
+    "google",  # its protobuf (orbax)
+    *("PIL", "safetensors"),  # (timm)
 )
 SOURCES = ("pretrainedmodels",)  # PyTorch's BN-Inception, of which there is no wheel
 TAGS = ("manylinux2014", *(f"manylinux_2_{n}" for n in (17, 27, 28, 31, 34, 35)))
