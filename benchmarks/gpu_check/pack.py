@@ -35,7 +35,7 @@ PACKAGES = (
 )
 # What such a machine has that is imported, by the name of the module; in brackets what needs it.
 THERE = (
-    *("absl", "cv2", "flax", "jax", "numpy", "optax", "orbax", "pytest", "torch"),
+    *("absl", "cv2", "flax", "jax", "jaxlib", "numpy", "optax", "orbax", "pytest", "torch"),
     *("ml_dtypes", "scipy"),  # (jax)
     "google",  # its protobuf (orbax)
     *("PIL", "safetensors"),  # (timm)
