@@ -83,6 +83,8 @@ def test_the_wheel_carries_its_configs(tmp_path):
     """Built, installed into a fresh environment, used from another folder."""
     wheels, place = tmp_path / "wheels", tmp_path / "elsewhere"
     place.mkdir()
+    (place / "configs").mkdir()  # of a project that has its own
+    (place / "configs" / "__init__.py").touch()
     build = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
     done = run(*build, "--wheel-dir", str(wheels))
     assert done.returncode == 0, done.stderr

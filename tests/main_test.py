@@ -51,6 +51,32 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, words, said):
     assert not list(tmp_path.iterdir())  # nothing compiled, nothing written
 
 
+def test_a_project_with_its_own_folder_configs(tmp_path):
+    """Its files build on ours and on each other, and ours do not take its files for theirs."""
+    own = tmp_path / "configs"
+    own.mkdir()
+    (own / "__init__.py").write_text("RATE = 0.25\n")
+    (own / "bn_x5.py").write_text("raise ImportError('not the experiment')\n")
+    (own / "half.py").write_text(
+        "from configs import RATE, inception\n"
+        "def get_config(scale='digits'):\n"
+        "    config = inception.get_config(scale)\n"
+        "    config.learning_rate = RATE\n"
+        "    return config\n"
+    )
+    (own / "eighth.py").write_text(
+        "from configs import half\n"
+        "def get_config(scale='digits'):\n"
+        "    config = half.get_config(scale)\n"
+        "    config.learning_rate /= 2\n"
+        "    return config\n"
+    )
+    rates = {"bn_x30:digits": 0.045, "configs/half.py": 0.25, "configs/eighth.py": 0.125}
+    for name, rate in rates.items():
+        done = run(f"--config={name}", "--dry_run", cwd=tmp_path)
+        assert f"\nlearning_rate: {rate}\n" in done.stdout, done.stderr
+
+
 OWN = [  # bodies of a config file of a user's own, and what the line says
     ("c = ConfigDict({'learning_rate': 0.1})", "the config has no activation, batch_per_device, "),
     (

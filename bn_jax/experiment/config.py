@@ -5,6 +5,7 @@ answered at once.
 """
 
 import ast
+import contextlib
 import difflib
 import importlib.machinery
 import importlib.util
@@ -15,6 +16,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -85,14 +87,14 @@ def read(file: str, settings: Sequence[str] = ()) -> ConfigDict:
 def load(file: str) -> ConfigDict:
     """The config of NAME or PATH[:SCALE]. Raises ConfigError, also for errors inside of the file.
 
-    The folder above the file's is made importable, because experiments build on each other
-    (`from configs import ...`), and so are the experiments of this package.
+    The folder above the file's is made importable, because experiments build on each other.
+    `from configs import ...` also finds the experiments of this package (see `_configs_of`).
     """
     name, _, scale = file.partition(":")
     path = _find(name)
-    for folder in (path.resolve().parents[1], configs_folder().parent):
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
+    above = str(path.resolve().parents[1])
+    if above not in sys.path:
+        sys.path.append(above)
 
     config = _get_config(path, scale)
     if not isinstance(config, ConfigDict):
@@ -100,6 +102,44 @@ def load(file: str) -> ConfigDict:
             f"get_config() of {name} returns a {type(config).__name__}, not a ConfigDict: {REMEDY}"
         )
     return config
+
+
+@contextlib.contextmanager
+def _configs_of(path: pathlib.Path) -> Iterator[None]:
+    """While a config file runs, the package `configs` is the folder it lies in, and ours behind it.
+
+    A project may have a folder `configs` of its own. Python would find only one of the two: our
+    experiments would miss the ones that they build on, or a user's would miss ours.
+    """
+    folder = path.resolve().parent
+    folders = [folder] if folder.name == "configs" else []
+    if configs_folder() not in folders:
+        folders.append(configs_folder())
+
+    init = folders[0] / "__init__.py"
+    spec = importlib.util.spec_from_file_location(
+        "configs", init, submodule_search_locations=[str(place) for place in folders]
+    )
+    assert spec is not None and spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+
+    before = _configs_modules()
+    for name in before:
+        del sys.modules[name]
+    sys.modules["configs"] = package
+    try:
+        if init.is_file():
+            spec.loader.exec_module(package)
+        yield
+    finally:
+        for name in _configs_modules():
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def _configs_modules() -> dict[str, ModuleType]:
+    """The package `configs` and its modules, as far as they are imported."""
+    return {name: m for name, m in sys.modules.items() if name.partition(".")[0] == "configs"}
 
 
 def _get_config(path: pathlib.Path, scale: str = "") -> Any:
@@ -110,10 +150,11 @@ def _get_config(path: pathlib.Path, scale: str = "") -> Any:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     try:
-        loader.exec_module(module)
-        get_config = getattr(module, "get_config", None)
-        if get_config is not None:
-            return get_config(scale) if scale else get_config()
+        with _configs_of(path):
+            loader.exec_module(module)
+            get_config = getattr(module, "get_config", None)
+            if get_config is not None:
+                return get_config(scale) if scale else get_config()
     except SyntaxError as error:
         raise ConfigError(f"--config: {error}; it is to be a Python file") from None
     except Exception as error:
