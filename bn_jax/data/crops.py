@@ -1,5 +1,4 @@
-"""Where an image is cropped: boxes (top, left, height, width) in pixels, without touching a
-pixel."""
+"""Where an image is cropped, as boxes (top, left, height, width) in pixels."""
 
 import math
 from collections import Counter
@@ -13,8 +12,7 @@ SIDES = (256, 288, 320, 352)  # shorter sides of multicrop evaluation at 224 px 
 
 
 def random_box(height: int, width: int, draws: tuple[float, ...], min_area: float) -> Box:
-    """A random crop of min_area..1 of the image's area with an aspect of 3/4..4/3 (GoogLeNet, sec.
-    6).
+    """A random crop of min_area..1 of the image's area, of aspect 3/4..4/3 (GoogLeNet, sec. 6).
 
     A box that does not fit is cut to the image and then to the allowed aspects. Differs from the
     paper: other implementations draw again (TF-slim up to 100 times), and GoogLeNet does not say;
@@ -26,33 +24,50 @@ def random_box(height: int, width: int, draws: tuple[float, ...], min_area: floa
       min_area: the smallest area as a share of the image.
     """
     area = (min_area + (1 - min_area) * draws[0]) * height * width
-    low = math.log(ASPECT[0])
-    high = math.log(ASPECT[1])
+    narrow, wide = ASPECT
+    low = math.log(narrow)
+    high = math.log(wide)
     aspect = math.exp(low + (high - low) * draws[1])
 
-    # Cut to the image, then to the allowed aspects.
-    w = min(max(round(math.sqrt(area * aspect)), 1), width)
-    h = min(max(round(math.sqrt(area / aspect)), 1), height)
-    h = min(h, max(math.floor(w / ASPECT[0]), 1))
-    w = min(w, max(math.floor(h * ASPECT[1]), 1))
+    # The box has at least one pixel, and is cut to the image.
+    w = max(round(math.sqrt(area * aspect)), 1)
+    h = max(round(math.sqrt(area / aspect)), 1)
+    w = min(w, width)
+    h = min(h, height)
 
-    # Any place from the first row and column to the last, with the same probability.
+    # It is then cut to the allowed aspects.
+    tallest = max(math.floor(w / narrow), 1)
+    h = min(h, tallest)
+    widest = max(math.floor(h * wide), 1)
+    w = min(w, widest)
+
+    # Every place from the first row and column to the last has the same probability.
     top = int(draws[2] * (height - h + 1))
     left = int(draws[3] * (width - w + 1))
     return top, left, h, w
 
 
 def center_box(height: int, width: int) -> Box:
-    """The centre square of 87.5% of the shorter side: resized to 224, the centre 224 of an image
-    whose shorter side was resized to 256."""
+    """The centre square of 87.5% of the shorter side.
+
+    Resized to 224, it is the centre 224 of an image whose shorter side was resized to 256.
+    """
     side = max(round(CENTER * min(height, width)), 1)
-    return (height - side) // 2, (width - side) // 2, side, side
+    top = (height - side) // 2
+    left = (width - side) // 2
+    return top, left, side, side
 
 
 class Crop(NamedTuple):
-    """One of the crops of multicrop evaluation: `square` (a box of the image) resized to `side`
-    pixels; then the network's input is cut from it at `corner` (top, left), or, with corner None,
-    is all of it, resized again; mirrored or not."""
+    """One of the crops of multicrop evaluation.
+
+    Attributes:
+      square: a box of the image, which is resized to `side` pixels.
+      side: pixels of the resized square.
+      corner: (top, left) in the resized square, where the network's input is cut from it. None: the
+        input is the whole square, resized again.
+      mirror: whether the input is mirrored.
+    """
 
     square: Box
     side: int
@@ -63,14 +78,15 @@ class Crop(NamedTuple):
 def views(height: int, width: int, crops: int, size: int, mirror: bool) -> Counter[Crop]:
     """GoogLeNet's 144 crops of an image (its section 7), or AlexNet's 10 (its section 4.1).
 
-    144: there are four sizes of the shorter side (`SIDES` at 224 px, in this ratio at any `size`);
-    of each the left, centre and right square (of a portrait top, centre and bottom); of each the
-    four corners and the centre of `size` pixels, and the square resized to `size`; of each the
-    mirror image.
-    10: these are the corners and the centre of the centre square at the smallest size, and their
+    For 144 crops the shorter side is resized to four sizes (`SIDES` at 224 px, in this ratio at any
+    `size`). Of each size the left, centre and right square are taken (of a portrait the top, centre
+    and bottom one). Of each square the four corners and the centre of `size` pixels are taken, and
+    the square resized to `size`. All of these are also mirrored.
+
+    The 10 crops are the corners and the centre of the centre square at the smallest size, and their
     mirror images.
 
-    Crops that coincide are counted: of a square image the three squares are one, and each crop of
+    Crops that coincide are counted: the three squares of a square image are one, and each crop of
     it has the count 3. The counts sum to `crops`, or to half of it without `mirror`.
     """
     squares = _squares(height, width)

@@ -22,7 +22,12 @@ PCA_VALUES = np.array([0.2175, 0.0188, 0.0045])
 PCA_VECTORS = np.array(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
 )
-ORDERS = np.array(list(itertools.permutations(range(3))))  # of brightness, contrast, saturation
+
+# The operations on colours, and all orders of them.
+BRIGHTNESS = 0
+CONTRAST = 1
+SATURATION = 2
+ORDERS = np.array(list(itertools.permutations([BRIGHTNESS, CONTRAST, SATURATION])))
 
 
 class Draw(enum.IntEnum):
@@ -68,7 +73,7 @@ def augment(
     augmentation: Augmentation,
     mask: np.ndarray | None = None,
 ) -> np.ndarray:
-    """All distortions but the crop, in their order. May change the images in place.
+    """Applies all distortions but the crop. It may change the images in place.
 
     Args:
       images_NHWC: uint8, cropped already.
@@ -85,53 +90,69 @@ def augment(
 
 def mirror(images_NHWC: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """Mirrors, in place, the images whose draw is below one half."""
-    for row in np.flatnonzero(draws[:, Draw.MIRROR] < 0.5):
-        cv2.flip(images_NHWC[row], 1, dst=images_NHWC[row])
+    mirrored = draws[:, Draw.MIRROR] < 0.5
+    for row in np.flatnonzero(mirrored):
+        image = images_NHWC[row]
+        cv2.flip(image, 1, dst=image)
     return images_NHWC
 
 
 def shift(images_NHWC: np.ndarray, draws: np.ndarray, most: int) -> np.ndarray:
-    """Moves each image by up to `most` pixels each way, independently per axis; what enters is
-    0."""
+    """Shifts each image by up to `most` pixels up or down and left or right; what enters is 0."""
     n, height, width, _ = images_NHWC.shape
-    padded = np.pad(images_NHWC, ((0, 0), (most, most), (most, most), (0, 0)))
-    places = (draws[:, [Draw.SHIFT_DOWN, Draw.SHIFT_RIGHT]] * (2 * most + 1)).astype(np.int64)
+    edge = (most, most)
+    padded = np.pad(images_NHWC, ((0, 0), edge, edge, (0, 0)))
+
+    # Where the window of each image begins in the padded one.
+    places = 2 * most + 1
+    top = (draws[:, Draw.SHIFT_DOWN] * places).astype(np.int64)
+    left = (draws[:, Draw.SHIFT_RIGHT] * places).astype(np.int64)
+
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
-    moved = windows[np.arange(n), places[:, 0], places[:, 1]]  # [N, C, H, W]
-    return np.ascontiguousarray(moved.transpose(0, 2, 3, 1))
+    shifted_NCHW = windows[np.arange(n), top, left]
+    return np.ascontiguousarray(shifted_NCHW.transpose(0, 2, 3, 1))
 
 
 def color_maps(means_NC: np.ndarray, draws: np.ndarray, strength: float) -> np.ndarray:
     """float64 [N, C, C + 1]: the affine map of colours that distorts each image.
 
-    Brightness x*f, contrast (x - grey mean)*f + grey mean, saturation (x - grey)*f + grey, in a
-    random order, each f from U[1 - strength/2, 1 + strength/2]; then PCA lighting. `means_NC` are
-    the images' mean colours. All three are affine in the colour and contrast needs only the mean,
-    which maps like any colour: so they compose into one map, and clipping to 0..255 happens once,
-    after it. Grey images (C = 1) have no saturation and no lighting.
+    The operations are brightness x*f, contrast (x - grey mean)*f + grey mean, and saturation
+    (x - grey)*f + grey, in a random order, each f from U[1 - strength/2, 1 + strength/2]; PCA
+    lighting follows. `means_NC` are the images' mean colours. All operations are affine in the
+    colour, and contrast needs only the mean, which maps like any colour. So they compose into one
+    map, and clipping to 0..255 happens once, after it. Grey images (C = 1) have neither saturation
+    nor lighting.
     """
     n, channels = means_NC.shape
+    identity = np.eye(channels)
     luma = LUMA if channels == 3 else np.ones(1)
+    grey = np.broadcast_to(luma, (channels, channels))  # of a colour, in every channel
 
-    factors = 1 + strength * FACTOR * (2 * draws[:, Draw.FACTORS : Draw.FACTORS + 3] - 1)
-    which = ORDERS[(draws[:, Draw.ORDER] * len(ORDERS)).astype(np.int64)]
+    spread = 2 * draws[:, Draw.FACTORS : Draw.FACTORS + 3] - 1
+    factors = 1 + strength * FACTOR * spread
+    permutation = (draws[:, Draw.ORDER] * len(ORDERS)).astype(np.int64)
+    operations = ORDERS[permutation]  # [N, 3]
 
-    # The colour so far is matrix @ colour + offset; each operation is applied to that.
-    matrix = np.broadcast_to(np.eye(channels), (n, channels, channels))
+    # The colour so far is matrix @ colour + offset. Each operation is applied to that.
+    matrix = np.broadcast_to(identity, (n, channels, channels))
     offset = np.zeros((n, channels))
-    grey = np.broadcast_to(luma, (channels, channels))
     for place in range(3):
-        operation = which[:, place]
+        operation = operations[:, place]
         f = factors[np.arange(n), operation]
 
-        # Contrast moves towards the grey of the mean colour as it is by now, saturation towards the
-        # grey of each pixel.
+        # Saturation moves a pixel towards its own grey.
+        to_grey = np.where(operation == SATURATION, 1 - f, 0)
+        step = f[:, None, None] * identity + to_grey[:, None, None] * grey
+
+        # Contrast moves it towards the grey of the mean colour, which the operations before this
+        # one have changed.
         mean = np.einsum("nij,nj->ni", matrix, means_NC) + offset
-        to_grey = np.where(operation == 2, 1 - f, 0)
-        to_mean = np.where(operation == 1, 1 - f, 0)
-        step = f[:, None, None] * np.eye(channels) + to_grey[:, None, None] * grey
+        to_mean = np.where(operation == CONTRAST, 1 - f, 0)
+        added = to_mean * (mean @ luma)
+
         matrix = step @ matrix
-        offset = np.einsum("nij,nj->ni", step, offset) + (to_mean * (mean @ luma))[:, None]
+        offset = np.einsum("nij,nj->ni", step, offset) + added[:, None]
+
     if channels == 3:
         offset = offset + lighting(draws, strength)
     return np.concatenate([matrix, offset[:, :, None]], axis=2)
@@ -140,29 +161,36 @@ def color_maps(means_NC: np.ndarray, draws: np.ndarray, strength: float) -> np.n
 def lighting(draws: np.ndarray, strength: float) -> np.ndarray:
     """float64 [N, 3]: the colour that PCA lighting adds to each image, in 0..255."""
     u = draws[:, Draw.LIGHTING : Draw.LIGHTING + 4]
-    # Box-Muller: two normal numbers from the first pair of draws, one from the second.
+
+    # Box-Muller: two normal numbers from draws 0 and 2, one from draws 1 and 3.
     radius = np.sqrt(-2 * np.log1p(-u[:, [0, 0, 1]]))
     angle = 2 * np.pi * u[:, [2, 2, 3]]
-    normal = radius * np.where(np.arange(3) == 1, np.sin(angle), np.cos(angle))
+    second = np.arange(3) == 1
+    normal = radius * np.where(second, np.sin(angle), np.cos(angle))
+
     return 255 * strength * LIGHTING * (normal * PCA_VALUES) @ PCA_VECTORS.T
 
 
 def photometric(
     images_NHWC: np.ndarray, draws: np.ndarray, strength: float, mask: np.ndarray | None = None
 ) -> np.ndarray:
-    """uint8 images with their colours distorted (see color_maps), rounded and clipped to 0..255.
+    """Distorts the colours of uint8 images (see color_maps), rounded and clipped to 0..255.
 
-    RGB images are changed in place; rows of mask False stay as they are.
+    RGB images are changed in place. Rows where the mask is False stay as they are.
     """
     if not strength:
         return images_NHWC
+
     if images_NHWC.shape[-1] == 1:
         means = images_NHWC.mean(axis=(1, 2), dtype=np.float32)
         maps = color_maps(means, draws, strength).astype(np.float32)
-        scaled = images_NHWC * maps[:, None, None, :, 0] + maps[:, None, None, :, 1]
-        return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
-    means = np.array([cv2.mean(image)[:3] for image in images_NHWC]).reshape(-1, 3)
-    maps = color_maps(means, draws, strength)
+        gain = maps[:, None, None, :, 0]
+        offset = maps[:, None, None, :, 1]
+        distorted = images_NHWC * gain + offset
+        return np.clip(np.rint(distorted), 0, 255).astype(np.uint8)
+
+    means = np.array([cv2.mean(image)[:3] for image in images_NHWC])
+    maps = color_maps(means.reshape(-1, 3), draws, strength)
     for row, image in enumerate(images_NHWC):
         if mask is None or mask[row]:
             cv2.transform(image, maps[row], dst=image)

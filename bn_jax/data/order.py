@@ -12,14 +12,22 @@ import numpy as np
 MODES = ("none", "within_shard", "global")
 VIRTUAL_SHARDS = 16  # a set stored in fewer files is cut into this many
 
+# Of splitmix64: the step of its counter, 2^64 divided by the golden ratio.
 _GOLDEN = 0x9E3779B97F4A7C15
-_WORD = (1 << 64) - 1
+_WORD = (1 << 64) - 1  # keeps the low 64 bits of a Python integer
+
+# What a stream is used for: the second word of its key.
+_FIXED_ORDER = 0
+_EPOCH_ORDER = 1
+_DRAWS = 2
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """The finalizer of splitmix64, a bijection of uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(30))
+    x = x * np.uint64(0xBF58476D1CE4E5B9)
+    x = x ^ (x >> np.uint64(27))
+    x = x * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
@@ -27,14 +35,17 @@ def key(*words: int) -> int:
     """A 64-bit hash of integers, as the key of one stream: key(seed, purpose, epoch)."""
     state = np.zeros(1, np.uint64)
     for word in words:
-        state = _mix(state + np.uint64((word * _GOLDEN + _GOLDEN) & _WORD))
+        step = (word + 1) * _GOLDEN & _WORD
+        state = _mix(state + np.uint64(step))
     return int(state[0])
 
 
 def hashes(stream: int, count: int, start: int = 0) -> np.ndarray:
     """uint64 [count]: numbers `start`, `start + 1`, ... of a stream."""
-    counter = np.arange(start + 1, start + count + 1, dtype=np.uint64)
-    return _mix(np.uint64(stream & _WORD) + counter * np.uint64(_GOLDEN))
+    first = start + 1  # as splitmix64, which advances before it draws
+    counter = np.arange(first, first + count, dtype=np.uint64)
+    state = np.uint64(stream & _WORD) + counter * np.uint64(_GOLDEN)
+    return _mix(state)
 
 
 def uniforms(seed: int, step: int, rows: slice, count: int) -> np.ndarray:
@@ -43,14 +54,19 @@ def uniforms(seed: int, step: int, rows: slice, count: int) -> np.ndarray:
     `rows` is the slice of the global batch that this process holds: a row's draws depend on its
     place in the global batch, never on the host that computes them.
     """
-    n = rows.stop - rows.start
-    bits = hashes(key(seed, 2, step), n * count, rows.start * count)
-    return ((bits >> np.uint64(11)) * 2.0**-53).reshape(n, count)
+    examples = rows.stop - rows.start
+    stream = key(seed, _DRAWS, step)
+    bits = hashes(stream, examples * count, start=rows.start * count)
+
+    # A float64 has 53 significant bits.
+    fractions = (bits >> np.uint64(11)) * 2.0**-53
+    return fractions.reshape(examples, count)
 
 
 def permutation(n: int, stream: int) -> np.ndarray:
     """int64 [n]: a permutation drawn from a stream."""
-    return np.argsort(hashes(stream, n), kind="stable")
+    ranks = hashes(stream, n)
+    return np.argsort(ranks, kind="stable")
 
 
 def shard_of(n: int, shards: int) -> np.ndarray:
@@ -73,27 +89,35 @@ def order(n: int, *, seed: int, epoch: int, mode: str, shards: int = VIRTUAL_SHA
     """
     if mode not in MODES:
         raise ValueError(f"shuffle mode {mode!r} is unknown: choose one of {', '.join(MODES)}")
+
     if mode == "global":
-        result = permutation(n, key(seed, 1, epoch))
+        result = permutation(n, key(seed, _EPOCH_ORDER, epoch))
     else:
-        result = permutation(n, key(seed, 0))
-        if mode == "within_shard":
-            # Sorted by shard first (the high bits) and within it at random (the low 44 bits).
-            shard = shard_of(n, min(shards, n)).astype(np.uint64)
-            noise = hashes(key(seed, 1, epoch), n) >> np.uint64(20)
-            result = result[np.argsort((shard << np.uint64(44)) | noise, kind="stable")]
-    result.setflags(write=False)
+        result = permutation(n, key(seed, _FIXED_ORDER))
+    if mode == "within_shard":
+        # The high bits sort by shard, the low 44 bits shuffle within it.
+        shard = shard_of(n, min(shards, n)).astype(np.uint64)
+        noise = hashes(key(seed, _EPOCH_ORDER, epoch), n) >> np.uint64(20)
+        ranks = (shard << np.uint64(44)) | noise
+        result = result[np.argsort(ranks, kind="stable")]
+
+    result.setflags(write=False)  # the cache gives the same array to every caller
     return result
 
 
 def batch_indices(
     step: int, batch_size: int, rows: slice, *, n: int, seed: int, mode: str, shards: int
 ) -> np.ndarray:
-    """int64 [rows]: the examples of one step. Batches never straddle epochs: the last n mod
-    batch_size examples of an epoch's order are dropped."""
-    epoch, place = divmod(step, n // batch_size)  # the place of the batch in its epoch
-    first = place * batch_size
+    """int64 [rows]: the examples of one step.
+
+    Batches never straddle epochs: the last n mod batch_size examples of an epoch's order are
+    dropped.
+    """
+    batches = n // batch_size  # of one epoch
+    epoch, batch = divmod(step, batches)
     epoch_order = order(n, seed=seed, epoch=epoch, mode=mode, shards=shards)
+
+    first = batch * batch_size
     return epoch_order[first + rows.start : first + rows.stop]
 
 
@@ -103,13 +127,18 @@ def co_occurrence(n: int, batch_size: int, *, seed: int, mode: str, shards: int)
     1 for `none`; about batch_size/shard size for `within_shard` and batch_size/n for `global`.
     """
     used = n // batch_size * batch_size  # the rest of an epoch is dropped
-    batch_of = np.full((2, n), -1, np.int64)  # of each example, in both epochs
-    for epoch in range(2):
-        places = order(n, seed=seed, epoch=epoch, mode=mode, shards=shards)[:used]
-        batch_of[epoch, places] = np.arange(used) // batch_size
+    pairs = used * (batch_size - 1) / 2  # that meet in a batch of one epoch
+    if not pairs:
+        return 0.0
 
-    # Examples with the same pair of batches have met in both.
-    both = batch_of[:, (batch_of >= 0).all(axis=0)]
-    _, met = np.unique(both[0] * n + both[1], return_counts=True)
-    pairs = used * (batch_size - 1) / 2
-    return float((met * (met - 1) / 2).sum() / pairs) if pairs else 0.0
+    batch_of = np.full((2, n), -1, np.int64)  # the batch of each example, in both epochs
+    for epoch in range(2):
+        places = order(n, seed=seed, epoch=epoch, mode=mode, shards=shards)
+        batch_of[epoch, places[:used]] = np.arange(used) // batch_size
+
+    # Examples with the same pair of batches meet in both epochs.
+    seen_twice = (batch_of >= 0).all(axis=0)
+    first, second = batch_of[:, seen_twice]
+    _, together = np.unique(first * n + second, return_counts=True)
+    meet_again = (together * (together - 1) / 2).sum()
+    return float(meet_again / pairs)

@@ -18,8 +18,10 @@ def make(devices: list[jax.Device] | None = None) -> Mesh:
 
     The devices of one process stand side by side, so that it holds one range of a batch's rows.
     """
-    devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
-    # Auto: `jax.make_mesh` defaults to Explicit axes, on which Linen and optax fail.
+    devices = list(devices or jax.devices())
+    devices.sort(key=lambda device: (device.process_index, device.id))
+
+    # Auto, because Linen and optax fail on the Explicit axes that `jax.make_mesh` makes by default.
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
@@ -43,15 +45,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def along_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """The sharding of a batch: cut along `axis` over all devices."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+    """The sharding of a batch that is cut along `axis` over all devices."""
+    whole = [None] * axis  # the axes before it
+    return NamedSharding(mesh, PartitionSpec(*whole, "data"))
 
 
 def rows(mesh: Mesh, batch_size: int) -> slice:
     """Returns the rows of a global batch that the devices of this process hold."""
-    slices = along_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
-    bounds = [s[0].indices(batch_size) for s in slices if s is not None]
-    return slice(min(b[0] for b in bounds), max(b[1] for b in bounds))
+    indices = along_batch(mesh).addressable_devices_indices_map((batch_size,))
+    starts = []
+    stops = []
+    for index in indices.values():
+        if index is not None:
+            start, stop, _ = index[0].indices(batch_size)
+            starts.append(start)
+            stops.append(stop)
+    return slice(min(starts), max(stops))
 
 
 # From the host to the devices.
@@ -65,7 +74,8 @@ def put_batch(mesh: Mesh, batch: Any, batch_size: int) -> Any:
     sharding = along_batch(mesh)
 
     def place(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
+        shape = (batch_size, *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
 
     return jax.tree.map(place, batch)
 
@@ -100,13 +110,17 @@ def to_host(tree: list[jax.Array]) -> list[np.ndarray]:
 
 
 def _copy(leaf: jax.Array) -> np.ndarray:
+    whole: Any
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        whole = leaf
+    elif leaf.is_fully_replicated:
+        whole = leaf.addressable_data(0)
+    else:
+        whole = multihost_utils.process_allgather(leaf, tiled=True)
+
     # On CPU np.asarray(jax.Array) is a view of a buffer that is donated to the next step, which may
     # write into it. So the copy is explicit.
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-        return np.array(leaf, copy=True)
-    if leaf.is_fully_replicated:
-        return np.array(leaf.addressable_data(0), copy=True)
-    return np.array(multihost_utils.process_allgather(leaf, tiled=True), copy=True)
+    return np.array(whole, copy=True)
 
 
 # Between processes. The training step itself needs none of this.
@@ -130,16 +144,18 @@ def broadcast(data: bytes | None) -> bytes:
         assert data is not None
         return data
 
-    size = np.array([0 if data is None else len(data)], np.uint32)
-    total = int(multihost_utils.broadcast_one_to_all(size)[0])
+    # The others do not know how much will come.
+    size = 0 if data is None else len(data)
+    sizes = multihost_utils.broadcast_one_to_all(np.array([size], np.uint32))
+    total = int(sizes[0])
 
     parts = []
     for start in range(0, total, _CHUNK):
-        stop = min(start + _CHUNK, total)
+        count = min(_CHUNK, total - start)
         if jax.process_index() == 0:
-            part = np.frombuffer(data or b"", np.uint8, stop - start, start)
+            part = np.frombuffer(data or b"", np.uint8, count, offset=start)
         else:
-            part = np.zeros(stop - start, np.uint8)
+            part = np.zeros(count, np.uint8)
         part = multihost_utils.broadcast_one_to_all(part)
         parts.append(np.asarray(part, np.uint8).tobytes())
     return b"".join(parts)

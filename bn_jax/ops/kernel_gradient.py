@@ -1,10 +1,11 @@
-"""A convolution whose kernel gradient XLA for CPUs gives to Eigen, and not to YNNPACK.
+"""A convolution whose kernel gradient is computed by Eigen instead of YNNPACK, on CPU.
 
 The gradient of a kernel is itself a convolution: of the image, with the examples as features and dy
-as the kernel. jaxlib 0.10 has YNNPACK do convolutions, which is fast at forward passes and at the
-gradients of inputs, but up to 7 times slower than Eigen at kernels as large as a map
-(docs/performance.md). It takes no kernel taller than its image, so rows of zeros are put below dy.
-The sums are the same ones. Another XLA that decides otherwise has a few zeros more to add.
+as the kernel. jaxlib 0.10 gives convolutions to YNNPACK, which is fast at forward passes and at the
+gradients of inputs, but up to 7 times slower than Eigen where the kernel is as large as the map
+(docs/performance.md). YNNPACK does not take a kernel that is taller than its image, so rows of
+zeros are added below dy. They do not change the sums. A version of XLA that decides by another rule
+only has a few more zeros to add.
 """
 
 import functools
@@ -15,17 +16,25 @@ import jax.numpy as jnp
 from jax import lax
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
-WASTE = 1.5  # a kernel that grows by more when filled up to whole strides is left to XLA
 
-# Products in a gradient. With 3e6, as in the digits network, it takes up to 1.4 times as long.
+# A kernel is filled up to whole strides. One that grows by more than this is left to XLA.
+WASTE = 1.5
+
+# Multiplications in a gradient; smaller ones are left to XLA. At 3e6, as in the digits network,
+# Eigen takes up to 1.4 times as long.
 LEAST = 1e7
 
 
 class Axis(NamedTuple):
-    """Height or width, in blocks of `stride` pixels.
+    """The height or width of a convolution, in blocks of `stride` pixels.
 
-    taps: of the kernel. blocks: of the image. ahead: blocks of zeros before these. edges: pixels to
-    add at both ends (negative: to leave out) so that the image is whole blocks. out: of the result.
+    Attributes:
+      stride: pixels in a block.
+      taps: blocks that the kernel covers.
+      blocks: blocks of the image.
+      ahead: blocks of zeros before those of the image.
+      edges: pixels to add at both ends, so that the image is whole blocks (negative: to leave out).
+      out: positions in the result.
     """
 
     stride: int
@@ -35,47 +44,70 @@ class Axis(NamedTuple):
     edges: tuple[int, int]
     out: int
 
+    @property
+    def filled(self) -> int:
+        """Pixels of the kernel, filled up to whole blocks."""
+        return self.taps * self.stride
+
+    @property
+    def reach(self) -> int:
+        """Blocks that the kernel passes over."""
+        return self.out + self.taps - 1
+
 
 def _axes(shape, kernel_shape, strides, padding) -> list[Axis]:
+    """The two axes of a convolution of an image [N, H, W, C]."""
+    sizes = shape[1:3]
+    windows = kernel_shape[:2]
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(shape[1:3], kernel_shape[:2], strides, padding)
+        padding = lax.padtype_to_pads(sizes, windows, strides, padding)
+
     axes = []
-    for n, k, stride, (low, high) in zip(
-        shape[1:3], kernel_shape[:2], strides, padding, strict=True
-    ):
-        out = (n + low + high - k) // stride + 1
-        taps = -(-k // stride)
+    for size, window, stride, (low, high) in zip(sizes, windows, strides, padding, strict=True):
+        out = (size + low + high - window) // stride + 1
+        taps = -(-window // stride)
+
+        # Whole blocks of padding come first, and what remains is added to the image.
         ahead, first = divmod(low, stride)
-        blocks = min(-(-(first + n) // stride), out + taps - 1 - ahead)
-        edges = (first, blocks * stride - first - n)
-        axes.append(Axis(stride, taps, blocks, ahead, edges, out))
+        blocks = -(-(first + size) // stride)
+        blocks = min(blocks, out + taps - 1 - ahead)  # those behind the last position are not read
+        last = blocks * stride - first - size
+        axes.append(Axis(stride, taps, blocks, ahead, (first, last), out))
     return axes
 
 
-def pays(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any) -> bool:
-    """Whether `conv` takes these (x [N, H, W, C], kernel [h, w, C, features]) and gains by it.
+def _tall(rows: Axis) -> int:
+    """The height of dy with the zeros below it."""
+    return max(rows.out, rows.blocks + 1)
 
-    Not where dy, with its zeros, is larger than the image: XLA then exchanges the two, into a form
-    for which it has no library at all.
+
+def pays(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any) -> bool:
+    """Whether `conv` accepts x [N, H, W, C] and kernel [h, w, C, features], and is faster on them.
+
+    It is not where dy, with its zeros, is larger than the image: XLA then exchanges the two, and
+    has no library for the result.
     """
     if x.dtype not in (jnp.float32, jnp.float64) or x.ndim != 4:
         return False
+
     rows, columns = _axes(x.shape, kernel.shape, strides, padding)
-    if x.shape[0] * rows.out * columns.out * kernel.size < LEAST:
+    examples = x.shape[0]
+    products = examples * rows.out * columns.out * kernel.size
+    if products < LEAST:
         return False
-    filled = rows.taps * rows.stride * columns.taps * columns.stride
-    image = rows.blocks * (columns.out + columns.taps - 1)
-    return filled < WASTE * kernel.shape[0] * kernel.shape[1] and _tall(rows) * columns.out <= image
 
+    height, width = kernel.shape[:2]
+    if rows.filled * columns.filled >= WASTE * height * width:
+        return False
 
-def _tall(rows: Axis) -> int:
-    """Height of dy with the zeros below it."""
-    return max(rows.out, rows.blocks + 1)
+    gradient = _tall(rows) * columns.out
+    image = rows.blocks * columns.reach
+    return gradient <= image
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def conv(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, precision: Any) -> jax.Array:
-    """The convolution of x [N, H, W, C] with kernel [h, w, C, features]."""
+    """Convolves x [N, H, W, C] with kernel [h, w, C, features]."""
     return _convolve(x, kernel, strides, padding, precision)
 
 
@@ -90,38 +122,63 @@ def _forward(x, kernel, *constants):
 
 
 def _backward(strides, padding, precision, residuals, dy):
-    """dkernel[i, j]: the sum over examples and places of x, i and j further on, times dy.
+    """Returns (dx, dkernel).
 
-    The pixels of a block become channels, and the kernel is filled up with zeros to whole blocks:
-    what remains is the gradient of a convolution of stride 1.
+    dkernel[i, j] is the sum over examples and positions of dy times x, i and j pixels away. The
+    pixels of a block become channels, and the kernel is filled up with zeros to whole blocks: what
+    remains is the gradient of a convolution of stride 1.
     """
     x, kernel = residuals
-    (dx,) = jax.linear_transpose(lambda x: _convolve(x, kernel, strides, padding, precision), x)(dy)
+
+    def forward(x):
+        return _convolve(x, kernel, strides, padding, precision)
+
+    (dx,) = jax.linear_transpose(forward, x)(dy)
+
     rows, columns = _axes(x.shape, kernel.shape, strides, padding)
-    examples = x.shape[0]
-    channels = kernel.shape[2]
-    features = kernel.shape[3]
+    image = _image(x, rows, columns)
+    gradient = _gradient(dy, rows)
+
+    # Without the barrier XLA takes the columns of zeros into the convolution's own padding, and
+    # then dy is the larger of the two (see `pays`).
+    image, gradient = lax.optimization_barrier((image, gradient))
+    below = rows.taps - 1 + _tall(rows) - rows.ahead - rows.blocks
+    edges = [(rows.ahead, below), (0, 0)]
+    blocks = _convolve(image, gradient, (1, 1), edges, precision)
+    return dx, _kernel(blocks, kernel.shape, rows, columns)
+
+
+def _image(x, rows: Axis, columns: Axis):
+    """x as the image of the gradient's convolution: [pixels of a block * C, blocks, blocks, N]."""
+    examples, _, _, channels = x.shape
     zero = jnp.zeros((), x.dtype)
     none = (0, 0, 0)
 
     x = lax.pad(x, zero, [none, (*rows.edges, 0), (*columns.edges, 0), none])
     x = x.reshape(examples, rows.blocks, rows.stride, columns.blocks, columns.stride, channels)
-    x = x.transpose(2, 4, 5, 1, 3, 0).reshape(-1, rows.blocks, columns.blocks, examples)
-    right = columns.out + columns.taps - 1 - columns.ahead - columns.blocks
-    x = lax.pad(x, zero, [none, none, (columns.ahead, right, 0), none])
-    dy = lax.pad(dy, zero, [none, (0, _tall(rows) - rows.out, 0), none, none])
-    # Without the barrier XLA takes the columns of zeros into the convolution's own padding, and
-    # then dy is the larger of the two (see `pays`).
-    x, dy = lax.optimization_barrier((x, dy.transpose(1, 2, 0, 3)))
-    below = rows.taps - 1 + _tall(rows) - rows.ahead - rows.blocks
-    edges = [(rows.ahead, below), (0, 0)]
-    dkernel = _convolve(x, dy, (1, 1), edges, precision)
-    dkernel = dkernel.reshape(rows.stride, columns.stride, channels, rows.taps, columns.taps, -1)
-    dkernel = dkernel.transpose(3, 0, 4, 1, 2, 5)
-    dkernel = dkernel.reshape(
-        rows.taps * rows.stride, columns.taps * columns.stride, channels, features
-    )
-    return dx, dkernel[: kernel.shape[0], : kernel.shape[1]]
+    x = x.transpose(2, 4, 5, 1, 3, 0)
+    x = x.reshape(-1, rows.blocks, columns.blocks, examples)
+
+    right = columns.reach - columns.ahead - columns.blocks
+    return lax.pad(x, zero, [none, none, (columns.ahead, right, 0), none])
+
+
+def _gradient(dy, rows: Axis):
+    """dy as the kernel of the gradient's convolution, with zeros below: [h, w, N, features]."""
+    zero = jnp.zeros((), dy.dtype)
+    none = (0, 0, 0)
+    below = _tall(rows) - rows.out
+    dy = lax.pad(dy, zero, [none, (0, below, 0), none, none])
+    return dy.transpose(1, 2, 0, 3)
+
+
+def _kernel(blocks, shape, rows: Axis, columns: Axis):
+    """The gradient of the kernel [h, w, C, features], from what the convolution gives by blocks."""
+    height, width, channels, features = shape
+    blocks = blocks.reshape(rows.stride, columns.stride, channels, rows.taps, columns.taps, -1)
+    blocks = blocks.transpose(3, 0, 4, 1, 2, 5)
+    filled = blocks.reshape(rows.filled, columns.filled, channels, features)
+    return filled[:height, :width]
 
 
 conv.defvjp(_forward, _backward)
