@@ -1,8 +1,8 @@
-"""A trained network as a file: `python -m bn_jax.export --workdir=A --format=onnx --batch=any`.
+"""Writes a network to a file: `python -m bn_jax.export --workdir=A --format=onnx --batch=any`.
 
-What is written is the inference network of Algorithm 2 with population statistics, each BN folded
-into the layer before it, and what it does to the pixels first: uint8 images in, logits out. The
-file is run again and compared with the network before it is moved into place. Formats: stablehlo
+The file has the inference network of Algorithm 2 with population statistics, with each BN folded
+into the layer before it. Preprocessing is part of it: it takes uint8 images and returns logits. The
+file is run and compared with the network before it is moved into place. Formats: stablehlo
 (`jax.export`), onnx, safetensors (kernels and biases), flax (params and batch_stats, not folded).
 """
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--out={args.out} is a folder: name a file, NAME{kind.suffix}")
     if args.out is not None and args.out.suffix != kind.suffix:
         raise ConfigError(
-            f"--out={args.out}: a file of --format={args.format} ends in {kind.suffix}"
+            f"--out={args.out}: the name must end in {kind.suffix} for --format={args.format}"
         )
     exporting.require(args.format)
     startup.use_safe_sums()

@@ -77,7 +77,7 @@ def test_a_wrong_graph_is_noticed_and_leaves_no_file(tmp_path, monkeypatch):
     """Caffe's pools written as SAME: one of the mistakes that the check is there for."""
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(exporting, "unpadded", exporting.same)
-    with pytest.raises(UserError, match=r"not written.*of the largest one"):
+    with pytest.raises(UserError, match=r"not written.*of the largest logit"):
         exporting.export_run(made("caffe"), "onnx", None, tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -148,7 +148,7 @@ def test_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
 
     assert "no run.json" in refused("--format=flax")
     assert "neither 'any' nor a number" in refused("--format=flax", "--batch=0")
-    assert "ends in .onnx" in refused("--format=onnx", f"--out={tmp_path / 'x.txt'}")
+    assert "must end in .onnx" in refused("--format=onnx", f"--out={tmp_path / 'x.txt'}")
     assert "is a folder" in refused("--format=stablehlo", f"--out={tmp_path}")
     for name, package in (("onnx", "onnx"), ("stablehlo", "flatbuffers")):
         monkeypatch.setitem(sys.modules, package, None)

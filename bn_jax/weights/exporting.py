@@ -1,7 +1,7 @@
-"""The formats of `bn_jax.export`: a network to a file's bytes, and a file run again.
+"""The formats of `bn_jax.export`: how a network becomes a file, and how the file is run again.
 
-Each `write` takes a network and a batch (None: any) and returns bytes; each `run` takes the file
-and images uint8 [N, H, W, C] and returns logits [N, classes].
+Each `write` takes a network and a batch size (None: any) and returns the bytes of a file. Each
+`run` takes a file and images uint8 [N, H, W, C] and returns logits [N, classes].
 """
 
 import argparse
@@ -29,7 +29,14 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # what a StableHLO file can be run o
 
 
 class Format(NamedTuple):
-    """A kind of file: its suffix, how it is written and run, packages of the extra [export]."""
+    """A kind of file.
+
+    Attributes:
+      suffix: of its name.
+      write: the file's bytes from a network and a batch size.
+      run: the logits of images, computed from the file.
+      packages: those of the extra [export] that it needs.
+    """
 
     suffix: str
     write: Callable[[Network, int | None], bytes]
@@ -38,18 +45,24 @@ class Format(NamedTuple):
 
 
 def write_stablehlo(network: Network, batch: int | None) -> bytes:
-    """`jax.export`'s serialization, for any of PLATFORMS; read by `jax.export.deserialize`."""
+    """The serialization of `jax.export`, for all PLATFORMS; `jax.export.deserialize` reads it."""
     network = folded(network)
-    size: Any = export.symbolic_shape("batch")[0] if batch is None else batch
+
+    size: Any = batch
+    if batch is None:
+        (size,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((size, *network.image_shape), np.uint8)
-    with ops.plain():  # hand-tuned forms are for this machine's CPU
-        exported = export.export(jax.jit(network.logits), platforms=PLATFORMS)(images)
+
+    logits = jax.jit(network.logits)
+    with ops.plain():  # our own forms are for this machine's backend
+        exported = export.export(logits, platforms=PLATFORMS)(images)
     return bytes(exported.serialize())
 
 
 def run_stablehlo(path: pathlib.Path, images: np.ndarray) -> np.ndarray:
-    """The file, through `jax.export`, on this machine's device."""
-    return np.asarray(export.deserialize(bytearray(path.read_bytes())).call(images))
+    """Runs the file by `jax.export` on this machine's device."""
+    exported = export.deserialize(bytearray(path.read_bytes()))
+    return np.asarray(exported.call(images))
 
 
 def write_onnx(network: Network, batch: int | None) -> bytes:
@@ -59,11 +72,12 @@ def write_onnx(network: Network, batch: int | None) -> bytes:
 
 
 def run_onnx(path: pathlib.Path, images: np.ndarray) -> np.ndarray:
-    """The file, through onnxruntime on the CPU."""
-    import onnxruntime
+    """Runs the file by onnxruntime on the CPU."""
+    import onnxruntime  # an extra: [export]
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(["logits"], {"images": images})[0])
+    (logits,) = session.run(["logits"], {"images": images})
+    return np.asarray(logits)
 
 
 def write_safetensors(network: Network, batch: int | None) -> bytes:
@@ -74,19 +88,22 @@ def write_safetensors(network: Network, batch: int | None) -> bytes:
 
 
 def run_safetensors(path: pathlib.Path, images: np.ndarray) -> np.ndarray:
-    """The file, read as `bn_jax.import_weights --variant=flax` reads it."""
+    """Runs the network of the file, read as `bn_jax.import_weights --variant=flax` reads it."""
     file = tensor_files.read(path)
-    return _run_tensors(file, importing.recorded_config(path, file), images)
+    config = importing.recorded_config(path, file)
+    return _run_tensors(file, config, images)
 
 
 def write_flax(network: Network, batch: int | None) -> bytes:
-    """`params` and `batch_stats` (not folded) as plain Flax has them, by flax.serialization."""
+    """`params` and `batch_stats`, not folded, in the form of flax.linen.BatchNorm."""
     flat = traverse_util.flatten_dict(network.variables)
     plain = {path: leaf for path, leaf in flat.items() if path[-1] != "count"}
-    return serialization.to_bytes(traverse_util.unflatten_dict(plain))
+    tree = traverse_util.unflatten_dict(plain)
+    return serialization.to_bytes(tree)
 
 
 def _run_tensors(file: tensor_files.TensorFile, config: Any, images: np.ndarray) -> np.ndarray:
+    """Runs the network of a config with the variables of a file."""
     variables, _ = importing.variables(file, "flax", config, background=False)
     classes = variables["params"]["classifier"]["bias"].size
     model = models.build(config, classes)
@@ -98,7 +115,11 @@ def _run_tensors(file: tensor_files.TensorFile, config: Any, images: np.ndarray)
 
 
 def formats(network: Network | None = None) -> dict[str, Format]:
-    """By name. `network`: whose config the plain Flax file, which carries none, is run with."""
+    """The formats by name.
+
+    Args:
+      network: the plain Flax file is run with its config, because that file carries none.
+    """
 
     def run_flax(path: pathlib.Path, images: np.ndarray) -> np.ndarray:
         assert network is not None
@@ -113,7 +134,7 @@ def formats(network: Network | None = None) -> dict[str, Format]:
 
 
 def require(name: str) -> None:
-    """Raises ConfigError that names the extra unless the format's packages can be imported."""
+    """Raises a ConfigError that names the extra if a package of the format cannot be imported."""
     packages = formats()[name].packages
     for package in packages:
         try:
@@ -127,19 +148,21 @@ def require(name: str) -> None:
 
 # An inference network as an ONNX graph, written layer by layer with `onnx.helper`.
 #
-# The walk is that of models/inception.py and models/mlp.py; `bn_jax.export` runs the file and
-# compares before it keeps it. Maps are [N, C, H, W] inside, as ONNX wants them.
+# The layers are those of models/inception.py and models/mlp.py, in their order. Maps are
+# [N, C, H, W] in the graph, as ONNX has them. The graph is run and compared with the network before
+# the file is kept (`export_run`).
 
 
 OPSET = 17
-IR_VERSION = 8  # of that opset's time: newer ones are refused by older runtimes
+IR_VERSION = 8  # as old as that opset: older runtimes refuse newer ones
+FLOAT = 1  # onnx.TensorProto.FLOAT
 ACTIVATIONS = {"relu": "Relu", "sigmoid": "Sigmoid"}
 
-Pads = tuple[int, int]  # cells before and after, of an axis
+Pads = tuple[int, int]  # cells before and after an axis
 
 
 class Map(NamedTuple):
-    """A tensor of the graph: its name, channels, and height and width."""
+    """A tensor [N, C, H, W] of the graph: its name, its channels, and (height, width)."""
 
     name: str
     channels: int
@@ -147,7 +170,7 @@ class Map(NamedTuple):
 
 
 class Writer:
-    """Collects nodes and constants of one graph."""
+    """Collects the nodes and constants of one graph."""
 
     def __init__(self, network: Network):
         from onnx import helper, numpy_helper  # an extra: [export]
@@ -161,56 +184,67 @@ class Writer:
         self.activation = ACTIVATIONS[self.config.activation]
 
     def add(self, operation: str, *inputs: str, **attributes: Any) -> str:
-        """A node with one output; its name."""
+        """Adds a node with one output, and returns the name of the two."""
         name = f"{operation.lower()}_{len(self.nodes)}"
-        self.nodes.append(self._node(operation, list(inputs), [name], name=name, **attributes))
+        node = self._node(operation, list(inputs), [name], name=name, **attributes)
+        self.nodes.append(node)
         return name
 
-    def constant(self, value: Any, dtype: Any = np.float32) -> str:
-        """An initializer; its name."""
+    def constant(self, value: Any) -> str:
+        """Adds an initializer in float32, and returns its name."""
         name = f"constant_{len(self.constants)}"
-        array = np.ascontiguousarray(np.asarray(value, dtype))
-        self.constants.append(self._tensor(array.reshape(np.shape(value)), name))
+        array = np.ascontiguousarray(np.asarray(value, np.float32))
+        array = array.reshape(np.shape(value))  # a scalar stays one
+        self.constants.append(self._tensor(array, name))
         return name
 
     def leaf(self, collection: str, *path: str) -> dict[str, Any]:
-        """A subtree of the variables; {} where there is none."""
+        """A subtree of the variables, or {} where there is none."""
         tree: dict[str, Any] = self.network.variables.get(collection, {})
         for part in path:
             tree = tree.get(part, {})
         return tree
 
     def conv(self, x: Map, kernel: Any, bias: Any, stride: int, pads: Callable, group: int) -> Map:
-        """A convolution; kernel [h, w, in, out]."""
-        edges = [pads(n, kernel.shape[0], stride) for n in x.size]
+        """A convolution with a square kernel [h, w, in, out], and a bias or None."""
+        window, _, _, channels = kernel.shape
+        edges = [pads(n, window, stride) for n in x.size]
+
         inputs = [x.name, self.constant(np.transpose(kernel, (3, 2, 0, 1)))]
+        if bias is not None:
+            inputs.append(self.constant(bias))
+
         name = self.add(
             "Conv",
             *inputs,
-            *([] if bias is None else [self.constant(bias)]),
-            kernel_shape=list(kernel.shape[:2]),
+            kernel_shape=[window, window],
             strides=[stride, stride],
             pads=_flat(edges),
             group=group,
         )
-        return Map(name, kernel.shape[3], _size(x.size, edges, kernel.shape[0], stride))
+        return Map(name, channels, _size(x.size, edges, window, stride))
 
     def conv_bn(self, x: Map, path: tuple[str, ...], stride: int, pads: Callable) -> Map:
         """layers.ConvBN: convolution, BN where it could not be folded, nonlinearity."""
         conv = self.leaf("params", *path, "conv")
+        kernel = conv["kernel"]
         stats = self.leaf("batch_stats", *path, "bn")
-        if not stats:
-            y = self.conv(x, conv["kernel"], conv["bias"], stride, pads, 1)
+
+        if not stats:  # BN is folded into the convolution
+            y = self.conv(x, kernel, conv["bias"], stride, pads, 1)
             return y._replace(name=self.add(self.activation, y.name))
+
         bn = self.leaf("params", *path, "bn")
         gain = bn["scale"] / np.sqrt(stats["var"] + self.config.bn.epsilon)
         shift = bn["bias"] - stats["mean"] * gain
         if gain.ndim == 1:
-            y = self.conv(x, conv["kernel"] * gain, shift, stride, pads, 1)
-        else:
-            y = self.conv(x, conv["kernel"], None, stride, pads, 1)
-            gain, shift = (self.constant(np.transpose(v, (2, 0, 1))) for v in (gain, shift))
-            y = y._replace(name=self.add("Add", self.add("Mul", y.name, gain), shift))
+            y = self.conv(x, kernel * gain, shift, stride, pads, 1)
+        else:  # per activation, [H, W, C]
+            y = self.conv(x, kernel, None, stride, pads, 1)
+            gain_name = self.constant(np.transpose(gain, (2, 0, 1)))
+            shift_name = self.constant(np.transpose(shift, (2, 0, 1)))
+            scaled = self.add("Mul", y.name, gain_name)
+            y = y._replace(name=self.add("Add", scaled, shift_name))
         return y._replace(name=self.add(self.activation, y.name))
 
     def pool(self, operation: str, x: Map, stride: int, pads: Callable, **attributes: Any) -> Map:
@@ -227,29 +261,33 @@ class Writer:
         return Map(name, x.channels, _size(x.size, edges, 3, stride))
 
     def dense(self, x: str, params: dict[str, Any]) -> str:
-        """x W + b."""
-        return self.add("Gemm", x, *(self.constant(params[name]) for name in ("kernel", "bias")))
+        """Computes x W + b."""
+        kernel = self.constant(params["kernel"])
+        bias = self.constant(params["bias"])
+        return self.add("Gemm", x, kernel, bias)
 
 
 def model(network: Network, batch: int | None, metadata: dict[str, str]) -> bytes:
     """The serialized model: images uint8 [batch, H, W, C] to logits [batch, classes].
 
-    batch: None leaves it open. Raises ImportError without the package onnx.
+    A batch of None leaves its size open. Raises ImportError without the package onnx.
     """
     import onnx
     from onnx import TensorProto, helper
 
     writer = Writer(network)
-    walk = _mlp if network.config.model.name == "mlp" else _inception
-    walk(writer)
+    if network.config.model.name == "mlp":
+        _mlp(writer)
+    else:
+        _inception(writer)
+
     size: Any = "batch" if batch is None else batch
-    graph = helper.make_graph(
-        writer.nodes,
-        "bn_jax",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, [size, *network.image_shape])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [size, network.classes])],
-        writer.constants,
+    images = helper.make_tensor_value_info(
+        "images", TensorProto.UINT8, [size, *network.image_shape]
     )
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [size, network.classes])
+    graph = helper.make_graph(writer.nodes, "bn_jax", [images], [logits], writer.constants)
+
     made = helper.make_model(
         graph,
         producer_name="bn_jax",
@@ -263,56 +301,73 @@ def model(network: Network, batch: int | None, metadata: dict[str, str]) -> byte
 
 
 def _mlp(writer: Writer) -> None:
-    """models/mlp.py."""
-    config = writer.config
-    pixels = writer.add("Cast", "images", to=1)  # float
-    bright = writer.add("Greater", pixels, writer.constant(config.model.threshold * 255))
-    x = writer.add("Flatten", writer.add("Cast", bright, to=1), axis=1)
-    for i in range(len(config.model.widths)):
-        x = writer.add(
-            writer.activation, writer.dense(x, writer.leaf("params", f"dense_{i}")["dense"])
-        )
+    """Writes the network of models/mlp.py."""
+    model = writer.config.model
+    pixels = writer.add("Cast", "images", to=FLOAT)
+    bright = writer.add("Greater", pixels, writer.constant(model.threshold * 255))
+    binary = writer.add("Cast", bright, to=FLOAT)
+    x = writer.add("Flatten", binary, axis=1)
+
+    for i in range(len(model.widths)):
+        layer = writer.leaf("params", f"dense_{i}")
+        x = writer.dense(x, layer["dense"])
+        x = writer.add(writer.activation, x)
     _classifier(writer, x)
 
 
 def _classifier(writer: Writer, x: str) -> None:
-    logits = writer.dense(x, writer.leaf("params", "classifier"))
-    writer.nodes[-1].output[0] = "logits"
-    assert writer.nodes[-1].name == logits
+    """Writes the last layer, whose output is the graph's."""
+    name = writer.dense(x, writer.leaf("params", "classifier"))
+    last = writer.nodes[-1]
+    assert last.name == name
+    last.output[0] = "logits"
 
 
 def _inception(writer: Writer) -> None:
-    """models/inception.py, in evaluation."""
+    """Writes the network of models/inception.py, in evaluation."""
     variant = VARIANTS[writer.config.model.variant]
     x = _stem(writer, symmetric=variant.symmetric)
     for row in TABLE:
         x = _block(writer, x, row, symmetric=variant.symmetric)
-    _classifier(writer, writer.add("Flatten", writer.add("GlobalAveragePool", x.name), axis=1))
+
+    pooled = writer.add("GlobalAveragePool", x.name)
+    flat = writer.add("Flatten", pooled, axis=1)
+    _classifier(writer, flat)
 
 
 def _stem(writer: Writer, *, symmetric: bool) -> Map:
     config = writer.config
-    (height, width, channels) = writer.network.image_shape
+    height, width, channels = writer.network.image_shape
+    keep_pool2 = min(height, width) >= SMALLEST_FOR_POOL2
+    pool_pads = unpadded if symmetric else same
+    conv1_pads = three if symmetric else same
+
+    # Preprocessing; grey images have the mean of the three colours.
     variant = VARIANTS[config.model.variant]
     mean = variant.mean if channels == 3 else [sum(variant.mean) / 3] * channels
-    pixels = writer.add("Cast", "images", to=1)
+    pixels = writer.add("Cast", "images", to=FLOAT)
     centered = writer.add("Sub", pixels, writer.constant(mean))
     scaled = writer.add("Div", centered, writer.constant(variant.scale))
-    x = Map(writer.add("Transpose", scaled, perm=[0, 3, 1, 2]), channels, (height, width))
-    keep_pool2 = min(x.size) >= SMALLEST_FOR_POOL2
-    seven: Callable = (lambda n, window, stride: (3, 3)) if symmetric else same
+    name = writer.add("Transpose", scaled, perm=[0, 3, 1, 2])
+    x = Map(name, channels, (height, width))
+
     depthwise = writer.leaf("params", "conv1_7x7_depthwise")
     if depthwise:
-        x = writer.conv(x, depthwise["kernel"], None, 2, seven, channels)
+        x = writer.conv(x, depthwise["kernel"], None, 2, conv1_pads, channels)
         x = writer.conv_bn(x, ("conv1_7x7",), 1, same)
     else:
-        x = writer.conv_bn(x, ("conv1_7x7",), 2, seven)
-    x = writer.pool("MaxPool", x, 2, unpadded if symmetric else same)
-    x = _lrn(writer, x) if config.lrn else x
+        x = writer.conv_bn(x, ("conv1_7x7",), 2, conv1_pads)
+
+    x = writer.pool("MaxPool", x, 2, pool_pads)
+    if config.lrn:
+        x = _lrn(writer, x)
     x = writer.conv_bn(x, ("conv2_3x3_reduce",), 1, same)
     x = writer.conv_bn(x, ("conv2_3x3",), 1, same)
-    x = _lrn(writer, x) if config.lrn else x
-    return writer.pool("MaxPool", x, 2, unpadded if symmetric else same) if keep_pool2 else x
+    if config.lrn:
+        x = _lrn(writer, x)
+    if keep_pool2:
+        x = writer.pool("MaxPool", x, 2, pool_pads)
+    return x
 
 
 def _lrn(writer: Writer, x: Map) -> Map:
@@ -323,55 +378,94 @@ def _lrn(writer: Writer, x: Map) -> Map:
 
 def _block(writer: Writer, x: Map, row: Fig5Row, *, symmetric: bool) -> Map:
     block = f"inception_{row.name}"
-    pads: Callable = (lambda n, window, stride: (1, 1)) if symmetric else same
 
     def conv(name: str, x: Map, stride: int = 1) -> Map:
-        return writer.conv_bn(x, (block, name), stride, same if stride == 1 else pads)
+        pads = one if symmetric and stride > 1 else same
+        return writer.conv_bn(x, (block, name), stride, pads)
 
-    branches = [conv("conv_1x1", x)] if row.one else []
-    branches.append(conv("conv_3x3", conv("conv_3x3_reduce", x), row.stride))
-    double = conv("double_3x3_1", conv("double_3x3_reduce", x))
+    branches = []
+    if row.one:
+        branches.append(conv("conv_1x1", x))
+
+    reduced = conv("conv_3x3_reduce", x)
+    branches.append(conv("conv_3x3", reduced, row.stride))
+
+    reduced = conv("double_3x3_reduce", x)
+    double = conv("double_3x3_1", reduced)
     branches.append(conv("double_3x3_2", double, row.stride))
+
     if row.pool == "max":
         pooled = writer.pool("MaxPool", x, row.stride, same)
     else:
         pooled = writer.pool("AveragePool", x, 1, same, count_include_pad=int(symmetric))
-    branches.append(conv("pool_proj", pooled) if row.project else pooled)
-    name = writer.add("Concat", *(branch.name for branch in branches), axis=1)
-    return Map(name, sum(branch.channels for branch in branches), branches[0].size)
+    if row.project:
+        pooled = conv("pool_proj", pooled)
+    branches.append(pooled)
+
+    names = [branch.name for branch in branches]
+    channels = sum(branch.channels for branch in branches)
+    return Map(writer.add("Concat", *names, axis=1), channels, branches[0].size)
+
+
+# The padding of an axis of n cells, for a window and a stride.
 
 
 def same(n: int, window: int, stride: int) -> Pads:
     """XLA's and TensorFlow's SAME: ceil(n / stride) outputs, the odd cell after."""
-    total = max((-(-n // stride) - 1) * stride + window - n, 0)
-    return total // 2, total - total // 2
+    outputs = -(-n // stride)
+    covered = (outputs - 1) * stride + window
+    total = max(covered - n, 0)
+    before = total // 2
+    return before, total - before
 
 
 def unpadded(n: int, window: int, stride: int) -> Pads:
-    """Caffe's pools in the stem (ops.max_pool_unpadded): nothing before, one after an even n."""
+    """That of Caffe's pools in the stem (ops.max_pool_unpadded): one cell after an even n."""
     return (0, 0) if n % 2 else (0, 1)
 
 
+def one(n: int, window: int, stride: int) -> Pads:
+    """Caffe's of a 3x3 convolution: one cell on both sides."""
+    return 1, 1
+
+
+def three(n: int, window: int, stride: int) -> Pads:
+    """Caffe's of a 7x7 convolution: three cells on both sides."""
+    return 3, 3
+
+
 def _size(size: tuple[int, int], edges: list[Pads], window: int, stride: int) -> tuple[int, int]:
-    height, width = (
-        (n + sum(edge) - window) // stride + 1 for n, edge in zip(size, edges, strict=True)
-    )
-    return height, width
+    """The size of a map after a convolution or pool."""
+
+    def outputs(n: int, pads: Pads) -> int:
+        return (n + sum(pads) - window) // stride + 1
+
+    return outputs(size[0], edges[0]), outputs(size[1], edges[1])
 
 
 def _flat(edges: list[Pads]) -> list[int]:
-    """ONNX lists what comes before on every axis, then what comes after."""
-    return [edge[0] for edge in edges] + [edge[1] for edge in edges]
+    """ONNX's order: what comes before on every axis, then what comes after."""
+    before = [edge[0] for edge in edges]
+    after = [edge[1] for edge in edges]
+    return before + after
+
+
+# Writing a file, and checking it.
 
 
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order differ by some 1e-6
 
 
 def largest_difference(got: np.ndarray, want: np.ndarray) -> float:
-    """max |got - want| / max |want|; infinity if the shapes differ or a value is not finite."""
-    if got.shape != want.shape or not (np.isfinite(got).all() and np.isfinite(want).all()):
+    """max |got - want| / max |want|, or infinity if shapes differ or a value is not finite."""
+    if got.shape != want.shape:
         return float("inf")
-    return float(np.abs(got - want).max() / np.abs(want).max())
+    if not np.isfinite(got).all() or not np.isfinite(want).all():
+        return float("inf")
+
+    difference = np.abs(got - want).max()
+    largest = np.abs(want).max()
+    return float(difference / largest)
 
 
 def export_run(net: network.Network, name: str, batch: int | None, out: pathlib.Path) -> float:
@@ -380,23 +474,30 @@ def export_run(net: network.Network, name: str, batch: int | None, out: pathlib.
     Raises UserError, and leaves no file, if what was written gives other logits than the network.
     """
     kind = formats(net)[name]
-    scratch = out.with_name(f".{out.name}.{os.getpid()}{kind.suffix}")
     data = kind.write(net, batch)
+    scratch = out.with_name(f".{out.name}.{os.getpid()}{kind.suffix}")
     try:
         with files.reported(out, "cannot write"):
             out.parent.mkdir(parents=True, exist_ok=True)
             scratch.write_bytes(data)
+
+        # The file is run before it has its name.
         sizes = (3, 1) if batch is None else (batch,)
         images = network.examples(net, sizes[0])
         want = np.asarray(jax.jit(net.logits)(images))
-        worst = max(
-            largest_difference(kind.run(scratch, images[:size]), want[:size]) for size in sizes
-        )
+        differences = []
+        for size in sizes:
+            got = kind.run(scratch, images[:size])
+            differences.append(largest_difference(got, want[:size]))
+        worst = max(differences)
+
         if not worst <= TOLERANCE:
             raise UserError(
-                f"{out} is not written: run again as {name}, its logits differ from the network's "
-                f"by {worst:.1e} of the largest one, the limit is {TOLERANCE:g}; please report it"
+                f"{out} was not written: the {name} file's logits differ from the network's by "
+                f"{worst:.1e} of the largest logit, and the limit is {TOLERANCE:g}; please report "
+                "this"
             )
+
         with files.reported(out, "cannot write"):
             scratch.replace(out)
             files.sync_directory(out.parent)
@@ -407,9 +508,11 @@ def export_run(net: network.Network, name: str, batch: int | None, out: pathlib.
 
 
 def batch_size(text: str) -> int | None:
-    """'any' to None, else a positive number."""
+    """The value of --batch: None for 'any', else a positive number."""
     if text == "any":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 'any' nor a number from 1 on")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither 'any' nor a number of images, 1 or more"
+        )
     return int(text)
