@@ -1,20 +1,21 @@
 """The training step with the same bits on 1, 2, 4, ... CPU devices (`config.reproducible`).
 
-On GPUs it needs what `config.deterministic` sets, which it implies; it was not run on them.
+On GPUs it needs what `config.deterministic` sets, which it implies. It was not run on GPUs.
 
-What a compiled program rounds depends on its shapes, and on whether it was compiled for one device
-or for several. So every device runs programs of one device, with shapes that do not depend on the
-number of devices; one program alone knows of the others, and only adds:
+How a compiled program rounds depends on its shapes, and on whether it was compiled for one device
+or for several. Therefore every device runs programs that are compiled for one device, with shapes
+that do not depend on the number of devices. Only `butterfly` knows of the other devices, and it
+only adds. The programs of a step, in their order:
 
-    cut        the device's rows into their statistic groups: copies
-    group      gradient, metrics and running estimates of one group
-    add        the sums of two groups, pairwise: the lower levels of a binary tree over the groups
+    cut        copies the device's rows into their statistic groups
+    group      computes gradient, metrics and running estimates of one group
+    add        adds the sums of two groups: the lower levels of a binary tree over all groups
     butterfly  the upper levels: device i adds what device i XOR 2^r holds, for r = 0, 1, ...
-    update     of the device's copy of the state
+    update     updates the device's copy of the state
 
-a + b and b + a are the same bits, so both devices of a pair get the same sum, and the tree is the
-same wherever its leaves lie. Groups are separate calls: within one program, XLA may merge what
-several groups do, and on CPU convolutions in a loop are several times slower.
+a + b and b + a are the same bits. So both devices of a pair get the same sum, and the tree is the
+same wherever its leaves lie. Every group is a call of its own: in one program XLA may merge the
+work of several groups, and on CPU convolutions in a loop are several times slower.
 """
 
 import math
@@ -39,8 +40,8 @@ class Step:
     """The training step of an experiment: (state, batch, hyper, seed) -> (state, metrics).
 
     It differs from `step.train_step` in rounding, and in dropout, whose masks are drawn group by
-    group. Call it after `lower(...)` and `compile()`. State and metrics (with a leading axis of 1)
-    are replicated; the state is donated.
+    group. Call `lower(...)` and `compile()` first. State and metrics (with a leading axis of 1) are
+    replicated, and the state is donated.
     """
 
     def __init__(self, exp: Experiment):
@@ -50,49 +51,66 @@ class Step:
         self.batch_size = exp.config.batch_size
         self.groups = self.batch_size // self.size // self.mesh.size  # on each device
 
-        devices = enumerate(exp.mesh.devices.flat)
-        mine = [(i, d) for i, d in devices if d.process_index == jax.process_index()]
-        self.devices = [d for _, d in mine]
-        # Places of this process's groups in the batch, whose rows lie on devices in mesh order.
-        self.numbers = [
-            [jax.device_put(np.int32(i * self.groups + j), d) for j in range(self.groups)]
-            for i, d in mine
-        ]
+        # The devices of this process, and for each the places of its groups in the global batch,
+        # whose rows lie on the devices in the order of the mesh.
+        self.devices: list[jax.Device] = []
+        self.numbers: list[list[jax.Array]] = []
+        for place, device in enumerate(exp.mesh.devices.flat):
+            if device.process_index != jax.process_index():
+                continue
+            first = place * self.groups
+            numbers = [np.int32(first + j) for j in range(self.groups)]
+            self.devices.append(device)
+            self.numbers.append([jax.device_put(number, device) for number in numbers])
 
+        # The programs; `group` and `update` are compiled for each device.
         self._cut = jax.jit(self.cut)
         self._add = jax.jit(jnp.add, donate_argnums=0)
-        self._unravel: Any = None  # the vector of sums as a tree, known once `group` is traced
         self._group: list[Any] = []
         self._update: list[Any] = []
         self._butterfly: Any = None
-        self._held: tuple[Any, list] = (None, [])  # the last state and its copies on the devices
+
+        # Turns the vector of sums into a tree; known once `group` is traced.
+        self._unravel: Any = None
+
+        # The state that the last step returned, and its copies on the devices.
+        self._last_state: Any = None
+        self._last_copies: list[Any] = []
 
     def lower(self, state: Any, batch: dict, hyper: Any, seed: Any) -> "Step":
-        """Traces for arguments like these; as a jitted function's, `compile` comes next.
+        """Traces the programs for arguments like these. `compile` comes next.
 
-        XLA compiles a program again for another device: `group` and `update` for every device of
-        this process, so once where each process has one.
+        XLA compiles a program again for another device. So `group` and `update` are compiled for
+        every device of this process: once, where each process has one device.
         """
         group = jax.jit(self.group)
         update = jax.jit(self.update, donate_argnums=0)
+
         for device in self.devices:
-            here = SingleDeviceSharding(device)
+            state_here = _like(state, device)
+            rows_here = _like(batch, device, rows=self.size)
+            seed_here = _like(seed, device)
+            hyper_here = _like(hyper, device)
+            number_here = _like(self.numbers[0][0], device)
 
-            def like(x, shape, here=here):
-                return jax.ShapeDtypeStruct(shape, x.dtype, sharding=here)
-
-            part = jax.tree.map(lambda x, like=like: like(x, (self.size, *x.shape[1:])), batch)
-            state_, hyper_, seed_, number = jax.tree.map(
-                lambda x, like=like: like(x, x.shape), (state, hyper, seed, self.numbers[0][0])
+            lowered = group.lower(
+                state_here.params,
+                state_here.batch_stats,
+                state_here.step,
+                seed_here,
+                rows_here,
+                number_here,
             )
-            variables = state_.params, state_.batch_stats, state_.step
-            self._group.append(group.lower(*variables, seed_, part, number))
-            sums = self._group[0].out_info
-            self._update.append(update.lower(state_, like(sums, sums.shape[1:]), hyper_))
+            self._group.append(lowered)
 
-        along = mesh.along_batch(self.mesh)
+            # The groups' sums are [1, values] each, what `update` takes is [values].
+            sums = lowered.out_info
+            values = sums.shape[1:]
+            total = jax.ShapeDtypeStruct(values, sums.dtype, sharding=SingleDeviceSharding(device))
+            self._update.append(update.lower(state_here, total, hyper_here))
+
         self._sums = jax.ShapeDtypeStruct(
-            (self.mesh.size, *sums.shape[1:]), sums.dtype, sharding=along
+            (self.mesh.size, *values), sums.dtype, sharding=mesh.along_batch(self.mesh)
         )
         butterfly = jax.shard_map(
             self.butterfly,
@@ -112,63 +130,90 @@ class Step:
         return self
 
     def __call__(self, state: Any, batch: dict, hyper: Any, seed: Any) -> tuple[Any, dict]:
-        """One step."""
-        # The state of the step before is already there device by device.
-        copies = self._held[1] if state is self._held[0] else self._copies(state)
+        """Takes one step."""
+        # The state that the last step returned is still there, device by device.
+        at_hand = state is self._last_state
+        states = self._last_copies if at_hand else self._copies(state)
+        rows = self._copies(batch)
+        seeds = self._copies(seed)
+        hypers = self._copies(hyper)
 
-        numbers = zip(copies, self._copies(batch), self._copies(seed), strict=True)
-        sums = [
-            self._tree(self._group[i], copy, rows, key, self.numbers[i])
-            for i, (copy, rows, key) in enumerate(numbers)
-        ]
+        # The lower levels of the tree, on each device.
+        sums = []
+        for i in range(len(self.devices)):
+            sums.append(self._device_sum(i, states[i], rows[i], seeds[i]))
 
-        total = self._butterfly(
-            jax.make_array_from_single_device_arrays(self._sums.shape, self._sums.sharding, sums)
+        # The upper levels, over all devices.
+        everywhere = jax.make_array_from_single_device_arrays(
+            self._sums.shape, self._sums.sharding, sums
         )
+        totals = self._copies(self._butterfly(everywhere))
 
-        rest = zip(copies, self._copies(total), self._copies(hyper), strict=True)
-        results = [self._update[i](*args) for i, args in enumerate(rest)]
+        results = []
+        for i in range(len(self.devices)):
+            results.append(self._update[i](states[i], totals[i], hypers[i]))
+
         state, metrics = jax.tree.map(self._join, *results)
-        self._held = state, [copy for copy, _ in results]
+        self._last_state = state
+        self._last_copies = [state_here for state_here, _ in results]
         return state, metrics
 
-    def _tree(self, group: Any, state: Any, rows: dict, seed: Any, numbers: list) -> jax.Array:
-        """The sum over a device's groups, pairwise; as a binary counter, to keep few of them."""
+    def _device_sum(self, i: int, state: Any, rows: dict, seed: Any) -> jax.Array:
+        """The sum over the groups of this process's device number i, added pairwise."""
+        # Works as a binary counter does, so that few sums are held at once: two of the same level
+        # become one of the next.
         waiting: list[tuple[int, jax.Array]] = []
-        for part, number in zip(self._cut(rows), numbers, strict=True):
-            sums = group(state.params, state.batch_stats, state.step, seed, part, number)
+        for part, number in zip(self._cut(rows), self.numbers[i], strict=True):
+            sums = self._group[i](state.params, state.batch_stats, state.step, seed, part, number)
             level = 0
             while waiting and waiting[-1][0] == level:
-                sums = self._add(waiting.pop()[1], sums)
+                _, other = waiting.pop()
+                sums = self._add(other, sums)
                 level = level + 1
             waiting.append((level, sums))
-        return waiting[0][1]
+
+        # The number of groups is a power of two, so one sum remains.
+        [(_, total)] = waiting
+        return total
 
     def _copies(self, tree: Any) -> list:
-        """What each device of this process holds of a tree of arrays."""
+        """The part of a tree of arrays that each device of this process holds."""
         leaves, structure = jax.tree.flatten(tree)
-        found = [{s.device: s.data for s in x.addressable_shards} for x in leaves]
-        return [jax.tree.unflatten(structure, [x[d] for x in found]) for d in self.devices]
+        parts = []
+        for leaf in leaves:
+            parts.append({shard.device: shard.data for shard in leaf.addressable_shards})
+
+        copies = []
+        for device in self.devices:
+            here = [part[device] for part in parts]
+            copies.append(jax.tree.unflatten(structure, here))
+        return copies
 
     def _join(self, *copies: jax.Array) -> jax.Array:
-        """One replicated array from its copies on the devices."""
-        everywhere = mesh.replicated(self.mesh)
-        return jax.make_array_from_single_device_arrays(copies[0].shape, everywhere, copies)
+        """One replicated array, made of its copies on the devices."""
+        replicated = mesh.replicated(self.mesh)
+        return jax.make_array_from_single_device_arrays(copies[0].shape, replicated, copies)
 
     # What each program does, on one device.
 
     def cut(self, batch: dict) -> list[dict]:
-        """A device's rows as batches of one group each."""
-        starts = range(0, self.groups * self.size, self.size)
-        return [jax.tree.map(lambda x, i=i: x[i : i + self.size], batch) for i in starts]
+        """Cuts a device's rows into batches of one group each."""
+        parts = []
+        for j in range(self.groups):
+            rows = slice(j * self.size, (j + 1) * self.size)
+            parts.append({name: x[rows] for name, x in batch.items()})
+        return parts
 
     def group(self, params, batch_stats, step, seed, batch, number) -> jax.Array:
-        """The sums of one group, a vector [1, values]; number: int32, its place in the batch.
+        """The sums of one group, a vector [1, values]. `number` (int32) is its place in the batch.
 
-        What `step.gradients` gives for the group is a mean, or a running estimate of which the
-        batch's is a mean over the groups: each is weighted by the values that it stands for.
+        What `step.gradients` gives for a group is a mean, or a running estimate; the batch's is a
+        weighted mean over its groups. So each is multiplied here by the number of values behind it,
+        and the sum is divided by their sum in `update`.
         """
         key = jax.random.fold_in(dropout_key(seed, step), number)
+
+        # How many values of an example each BN layer sees, by the layer's path.
         values: dict[tuple[str, ...], int] = {}
 
         def note(call, args, kwargs, context):
@@ -176,18 +221,23 @@ class Step:
                 values[context.module.path] = math.prod(args[0].shape[1:])
             return call(*args, **kwargs)
 
-        # Notes how many values of an example each BN layer sees.
         with nn.intercept_methods(note):
             grads, means, updated = gradients(params, batch_stats, batch, key, model=self.model)
 
-        n = jnp.sum(batch.get("mask", jnp.ones(self.size, bool)), dtype=jnp.float32)
+        valid = batch.get("mask", jnp.ones(self.size, bool))
+        n = jnp.sum(valid, dtype=jnp.float32)
+
         flat_stats = traverse_util.flatten_dict(updated)
         layers = {}
         for path, count in values.items():
-            mean, var = (flat_stats[*path, name] for name in ("mean", "var"))
+            mean = flat_stats[*path, "mean"]
+            var = flat_stats[*path, "var"]
             m = n * (count // mean.size)  # values behind a statistic
-            freedom = jnp.where(m < 2, 0, m - 1)  # as in BN, such a group counts for nothing
-            examples = jnp.where(m < 2, 0, n)
+
+            # As in BN, a group of fewer than two values does not count.
+            too_few = m < 2
+            examples = jnp.where(too_few, 0, n)
+            freedom = jnp.where(too_few, 0, m - 1)
             layers["/".join(path)] = (mean * examples, var * freedom, examples, freedom)
 
         weighted = jax.tree.map(lambda x: x * n, (grads, means))
@@ -195,29 +245,41 @@ class Step:
         return flat[None]
 
     def butterfly(self, sums: jax.Array) -> jax.Array:
-        """The sum over the devices, on each of them. [1, values] -> [values]."""
-        total = sums[0]
+        """The sum over the devices, on each of them: [1, values] to [values]."""
         devices = self.mesh.size
-        for r in range(devices.bit_length() - 1):
+        rounds = devices.bit_length() - 1  # log2 of a power of two
+        total = sums[0]
+        for r in range(rounds):
             pairs = [(i, i ^ (1 << r)) for i in range(devices)]
-            total = total + lax.ppermute(total, "data", pairs)
+            other = lax.ppermute(total, "data", pairs)
+            total = total + other
         return total
 
     def update(self, state, total, hyper) -> tuple[Any, dict]:
-        """The next state and metrics from the sums over the batch, [values]."""
+        """The next state, and the metrics, from the sums over the batch, [values]."""
         grads, means, n, layers = self._unravel(total)
+        # A batch without a valid example has sums of 0.
         grads, means = jax.tree.map(lambda x: x / jnp.maximum(n, 1), (grads, means))
 
-        batch_stats = traverse_util.flatten_dict(state.batch_stats, sep="/")
+        # A statistic for which no group counted keeps its value.
+        stats = traverse_util.flatten_dict(state.batch_stats, sep="/")
         for path, (mean, var, examples, freedom) in layers.items():
-            old = {name: batch_stats[f"{path}/{name}"] for name in ("mean", "var", "count")}
-            new = {
-                "mean": jnp.where(examples > 0, mean / examples, old["mean"]),
-                "var": jnp.where(freedom > 0, var / freedom, old["var"]),
-                "count": old["count"] + (freedom > 0),
-            }
-            batch_stats |= {f"{path}/{name}": value for name, value in new.items()}
-        batch_stats = traverse_util.unflatten_dict(batch_stats, sep="/")
+            counted = freedom > 0
+            stats[f"{path}/mean"] = jnp.where(examples > 0, mean / examples, stats[f"{path}/mean"])
+            stats[f"{path}/var"] = jnp.where(counted, var / freedom, stats[f"{path}/var"])
+            stats[f"{path}/count"] = stats[f"{path}/count"] + counted
+        batch_stats = traverse_util.unflatten_dict(stats, sep="/")
 
         state, metrics = update(state, grads, means, batch_stats, hyper, self.batch_size)
         return state, jax.tree.map(lambda m: m[None], metrics)
+
+
+def _like(tree: Any, device: jax.Device, rows: int | None = None) -> Any:
+    """Shapes and types of a tree of arrays on one device, whose first axis has `rows` if given."""
+    here = SingleDeviceSharding(device)
+
+    def like(x: Any) -> jax.ShapeDtypeStruct:
+        shape = x.shape if rows is None else (rows, *x.shape[1:])
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=here)
+
+    return jax.tree.map(like, tree)
