@@ -1,8 +1,8 @@
-"""Weights of other implementations as a run: `python -m bn_jax.import_weights --from=FILE ...`.
+"""Makes a run from other weights: `python -m bn_jax.import_weights --from=FILE ...`.
 
-FILE is .safetensors, .npz or .msgpack; docs/weights.md says how to make one. What is written is a
-workdir with a config and a checkpoint at step 0, which evaluate, predict and export take as they
-take a trained one. Nothing is unpickled, and nothing is written unless every tensor fits.
+FILE is .safetensors, .npz or .msgpack; docs/weights.md says how to make one. The command writes a
+workdir with a config and a checkpoint at step 0, which evaluate, predict and export use like a
+trained one. Nothing is unpickled, and nothing is written unless every tensor fits.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     prefix = common_prefix(file.tensors)
     if prefix:
-        print(f"every name in the file began with {prefix!r}, which was taken off")
+        print(f"every name in the file began with {prefix!r}, which was removed")
     print(f"next: python -m bn_jax.predict --workdir={args.workdir} --statistics=running IMAGE...")
 
 
@@ -90,7 +90,9 @@ def _names(path: pathlib.Path | None, classes: int) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read --classes={path}: {error}") from None
     if len(names) != classes:
-        raise ConfigError(f"--classes={path} has {len(names)} lines, the network {classes} classes")
+        raise ConfigError(
+            f"--classes={path} has {len(names)} lines, but the network has {classes} classes"
+        )
     return names
 
 

@@ -42,7 +42,7 @@ def main() -> None:
 
     config = configs.read(args.config, [word.removeprefix("--config.") for word in rest])
     if configs.smoke():
-        print("BN_JAX_SMOKE=1: a shortened run, its results mean nothing", flush=True)
+        print("BN_JAX_SMOKE=1: this run is shortened, and its results mean nothing", flush=True)
     workdir = pathlib.Path(args.workdir or f"runs/{configs.run_name(config)}")
     if args.dry_run:
         print(f"{config}\nworkdir: {workdir}")

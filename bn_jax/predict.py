@@ -1,11 +1,11 @@
-"""Classes of pictures: `python -m bn_jax.predict --workdir=DIR IMAGE...`.
+"""Classifies pictures: `python -m bn_jax.predict --workdir=DIR IMAGE...`.
 
-Prints the five most probable classes of each picture with names and probabilities. The data set
-need not be there: run.json has its classes, and population statistics lie beside the checkpoint
-once bn_jax.evaluate has run (or take `--statistics=running`).
+Prints the five most probable classes of each picture with names and probabilities. The data set is
+not needed: run.json has its classes, and population statistics lie beside the checkpoint once
+bn_jax.evaluate has run. Otherwise give `--statistics=running`.
 
-A picture is treated as in evaluation: the centre crop, or the mean over 10 or 144 crops. For
-networks of small grey images (the digits: white on black) its centre square becomes grey.
+A picture is preprocessed as in evaluation: the centre crop, or the mean over 10 or 144 crops. For
+networks of small grey images (the digits: white on black) its centre square is converted to grey.
 """
 
 import json
@@ -99,7 +99,7 @@ def load(run: pathlib.Path, statistics: str, data_dir: str | None = None) -> Mem
         return load_member(run, None, statistics, exp, say=_say)
     except ConfigError as error:  # the data set is needed for the statistics, and is not there
         raise ConfigError(
-            f"{error}; or run bn_jax.evaluate where the data are, once, or --statistics=running"
+            f"{error}; or run bn_jax.evaluate once where the data are, or use --statistics=running"
         ) from None
 
 

@@ -48,17 +48,24 @@ def run(
 ) -> dict[str, Any]:
     """Trains `config` in `workdir`, or resumes an earlier run of it there.
 
-    watch: over the other processes, entered. draw: called with `workdir` at the end, on process 0.
-    Other threads compile: jax's context managers around this call (`jax.enable_x64(True)`, ...) do
-    not reach them; jax.config and the environment do.
+    Programs are compiled in other threads. Context managers of jax around this call, such as
+    `jax.enable_x64(True)`, do not reach these threads; jax.config and the environment do.
 
-    Returns the last evaluation's scores. Raises ConfigError before anything is compiled or written,
-    DivergedError, Preempted and the other errors of `bn_jax.errors` as they come.
+    Args:
+      watch: watches the other processes; the caller has entered it. Default: nothing is watched.
+      draw: called with `workdir` at the end, on process 0.
+
+    Returns:
+      The last evaluation's scores.
+
+    Raises:
+      ConfigError: before anything is compiled or written.
+      DivergedError, Preempted and the other errors of `bn_jax.errors`.
     """
     exp = build.build(config)
     config = exp.config
     recorded = RecordedActivations(exp)
-    watch = watch or Watchdog()  # one that is not entered does nothing
+    watch = watch or Watchdog()  # does nothing, because it is not entered
 
     info = build.describe(exp)
     if jax.process_index() == 0:
@@ -83,15 +90,17 @@ def run(
     return scores
 
 
-# After so many dispatches `Loop.say_days` tells a CPU's pace; the first one does not count.
+# Dispatches after which `Loop.say_days` reports how fast a CPU is; the first one does not count.
 FIRST_DISPATCHES = 3
 
 
 class Loop:
     """One attempt at a run: from the newest checkpoint, or the start, to the last step.
 
-    dispatch: steps that one call of the device takes (`steps_per_dispatch`). begun: the last step
-    whose dispatch has begun. scores: the last evaluation's, with its `step`.
+    Attributes:
+      dispatch: steps in one call of the device (`steps_per_dispatch`).
+      begun: the last step of the dispatch that has begun last.
+      scores: those of the last evaluation, with its `step`.
     """
 
     def __init__(
@@ -145,7 +154,7 @@ class Loop:
         workdir = self.records.workdir
         if step > total:
             raise ConfigError(
-                f"total_steps={total}, but {workdir} has gone to step {step}: "
+                f"total_steps={total}, but {workdir} is already at step {step}: "
                 "choose at least that, or another --workdir"
             )
 
@@ -154,7 +163,7 @@ class Loop:
         before = read_record(workdir)
         if step == total and before is not None and before["status"] == "done":
             self.records.keep_place()
-            return  # nothing is left to do: the rest of the record stays as it is
+            return  # nothing is left to do, and the rest of the record stays as it is
 
         self.records.begin(step)
         self.records.say(f"resumed from step {step:,}")
@@ -230,7 +239,7 @@ class Loop:
                     wait_for_all("saved")
 
     def due(self, step: int, stopping: bool) -> list[Callable[[int, TrainState], None]]:
-        """What follows `step`, in the order of `events`; all of it after the last one."""
+        """The events that follow `step`, in their order: all of them after the last step."""
         last = step == self.exp.config.total_steps
         due = [event for every, event in self.events if last or step % every == 0]
         if stopping and self.save not in due:

@@ -30,7 +30,7 @@ while (($#)); do
       shift
       break
       ;;
-    *) fail "option '$1' is none of --platform=cpu|gpu, --port=P, --dry-run; training's follow --" ;;
+    *) fail "option '$1' is not one of --platform=cpu|gpu, --port=P, --dry-run; training's follow --" ;;
   esac
   shift
 done

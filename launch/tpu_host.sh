@@ -134,7 +134,7 @@ case $COMMAND in
   mount) mount_bucket "${1:?the name of a bucket}" ;;
   start) start "$@" ;;
   *)
-    echo "tpu_host.sh: command '$COMMAND' is none of install, mount, start" >&2
+    echo "tpu_host.sh: command '$COMMAND' is not one of install, mount, start" >&2
     exit 2
     ;;
 esac

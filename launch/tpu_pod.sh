@@ -28,7 +28,7 @@ fail() {
 
 COMMAND=${1:-}
 [[ $COMMAND =~ ^(create|wait|install|run|status|logs|stop|resume|delete)$ ]] ||
-  fail "command '$COMMAND' is none of create, wait, install, run, status, logs, stop, resume, delete"
+  fail "command '$COMMAND' is not one of create, wait, install, run, status, logs, stop, resume, delete"
 shift
 NAME='' ZONE='' PROJECT='' TYPE='' RUNTIME='' BUCKET='' SPOT=0 DRY_RUN=0
 while (($#)); do

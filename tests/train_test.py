@@ -124,7 +124,7 @@ def test_a_longer_run_goes_on_in_steps_that_fit(tmp_path):
 
 def test_a_run_cannot_end_before_where_it_is(whole):
     before = (whole[0] / "run.json").read_bytes()
-    with pytest.raises(ConfigError, match="total_steps=20, but .* has gone to step 40"):
+    with pytest.raises(ConfigError, match="total_steps=20, but .* is already at step 40"):
         train.run(small(total_steps=20), whole[0])
     assert (whole[0] / "run.json").read_bytes() == before
 

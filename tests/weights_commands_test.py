@@ -180,11 +180,11 @@ def test_refusals_come_before_anything_is_written(here, net):
     refused(f"1 wrong: {first} has values that are not finite", flat | {first: nan})
     refused("bn/var has values .* variances below 0", flat | negative)
     refused("none of the network's .* tensors.*another --variant", {"weight": np.zeros(3)})
-    refused("does not say what network it is of", flat, "--background=drop")
+    refused("does not say which network it is from", flat, "--background=drop")
     refused("there is no config configs/none.py", flat, "--config=configs/none.py")
     refused("--background=keep is for --variant=slim", flat, "--background=keep", *CONFIG)
     (here / "names.txt").write_text("a\nb\n")
-    refused("has 2 lines, the network 10 classes", flat, "--classes=names.txt", *CONFIG)
+    refused("has 2 lines, but the network has 10 classes", flat, "--classes=names.txt", *CONFIG)
 
 
 def test_a_workdir_that_exists_is_left_alone(here):

@@ -1,5 +1,7 @@
-"""Arrays that are kept between runs, in the user's cache directory: what would take minutes to find
-out again about files that have not changed."""
+"""Keeps arrays between runs, in the user's cache directory.
+
+They say what is known of the files of a data set, which would take minutes to find out again.
+"""
 
 import hashlib
 import os
@@ -29,7 +31,7 @@ def path_for(kind: str, state: object) -> pathlib.Path | None:
     """The file that keeps what was found out about files in this state (names, sizes, times)."""
     folder = directory()
     if folder is None:
-        logging.warning("no home directory: the %s index is not kept", kind)
+        logging.warning("there is no home directory, so the %s index is not kept", kind)
         return None
     digest = hashlib.sha256(repr(state).encode("utf-8", "surrogateescape")).hexdigest()
     return folder / f"{kind}-{digest[:32]}.npz"
@@ -48,7 +50,7 @@ def load(path: pathlib.Path | None, is_whole: Callable[[Arrays], bool]) -> Array
     except FileNotFoundError:
         return None
     except Exception as e:  # whatever is wrong with a cache, it is made again
-        logging.warning("%s cannot be read (%s): made again", path, e)
+        logging.warning("%s cannot be read (%s) and is made again", path, e)
     return None
 
 

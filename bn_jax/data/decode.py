@@ -1,9 +1,9 @@
-"""Encoded image -> RGB pixels: JPEG by simplejpeg (libjpeg-turbo), all others by OpenCV.
+"""Decodes images to RGB pixels: JPEG by simplejpeg (libjpeg-turbo), all others by OpenCV.
 
 The header is read first, so that an image whose decoding would need more than MAX_BYTES is refused
-before any of it is unpacked. It is read as a decoder reads it: a JPEG's by libjpeg-turbo itself,
-others' by Pillow, which decodes nothing before it is asked to. A file is decoded wherever Pillow
-and OpenCV agree on it; docs/data.md says what happens to the others.
+before any of it is unpacked. libjpeg-turbo itself reads the header of a JPEG, and Pillow, which
+decodes nothing until it is asked to, those of other files. A file is decoded wherever Pillow and
+OpenCV agree on it; docs/data.md says what happens to the others.
 
 Pixels are as stored: an EXIF orientation is ignored, as tf.io.decode_jpeg and torchvision do. Grey,
 palette, 16-bit, CMYK and transparent images become 8-bit RGB.
@@ -46,7 +46,7 @@ def frame(data: bytes) -> Frame:
     need = found.height * found.width * found.bytes_per_pixel
     if need > MAX_BYTES:
         raise BadImageError(
-            f"{found.height} x {found.width} pixels unpack to {need >> 20} MiB, "
+            f"{found.height} x {found.width} pixels unpack to {need >> 20} MiB, but "
             f"the limit is {MAX_BYTES >> 20} MiB"
         )
     return found

@@ -1,8 +1,8 @@
 """A folder of pictures: DIR/train/CLASS/* and DIR/val/CLASS/*.
 
-What is named like a picture is an example, in folders inside the class folder, too. If it cannot be
-read or decoded it is a bad record: masked in training, an error in evaluation. Hidden files, what
-macOS adds (__MACOSX) and files of other kinds are counted and skipped.
+Every file that is named like a picture is an example, also in folders inside a class folder. A file
+that cannot be read or decoded is a bad record: it is masked in training and an error in evaluation.
+Hidden files, macOS's __MACOSX and files of other kinds are counted and skipped.
 """
 
 import concurrent.futures
@@ -105,7 +105,7 @@ def open_splits(root: pathlib.Path) -> tuple[Files, Files]:
     strange = sorted(set(others) - set(classes))
     if strange:
         raise ConfigError(
-            f"{evaluation} has {len(strange)} classes that {train} does not have, the first is "
+            f"{evaluation} has {len(strange)} classes that {train} does not have; the first is "
             f"{printable(strange[0])!r}: both need the same class folders"
         )
     splits = Files(train, classes, beside_train), Files(evaluation, classes, beside_evaluation)

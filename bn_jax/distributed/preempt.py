@@ -1,9 +1,9 @@
 """Stops a run on SIGTERM or Ctrl-C: after the same step in every process, with the state saved.
 
 With several processes jax agrees on the step (`multihost_utils.reached_preemption_sync_point`). It
-listens to SIGTERM alone, from `jax.distributed.initialize` on, and a handler of Python's would take
-the signal from it. So with several processes only Ctrl-C has a handler here, which passes a SIGTERM
-on to jax. With one process both signals have one.
+listens to SIGTERM alone, from `jax.distributed.initialize` on, and would not get the signal if
+Python had a handler for it. So with several processes only Ctrl-C has a handler here, which sends
+jax a SIGTERM. With one process both signals have a handler here.
 """
 
 import os

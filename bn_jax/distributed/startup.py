@@ -68,15 +68,15 @@ def _named_cluster(env: Mapping[str, str]) -> tuple[str, int, int]:
     process = _whole(env, "JAX_PROCESS_ID", 0)
     if process >= processes:
         raise ConfigError(
-            f"JAX_PROCESS_ID={process}: not below JAX_NUM_PROCESSES={processes}; "
+            f"JAX_PROCESS_ID={process} must be below JAX_NUM_PROCESSES={processes}; "
             "processes are numbered from 0"
         )
 
     address = env["JAX_COORDINATOR_ADDRESS"]
     if not re.fullmatch(r".+:\d+", address):
         raise ConfigError(
-            f"JAX_COORDINATOR_ADDRESS={address}: not HOST:PORT; "
-            "name a free port of the host of process 0"
+            f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT; "
+            "give a free port on the host of process 0"
         )
     return address, processes, process
 
@@ -98,7 +98,7 @@ def _whole(env: Mapping[str, str], name: str, least: int) -> int:
     text = env[name]
     if not text.isascii() or not text.isdecimal() or int(text) < least:
         raise ConfigError(
-            f"{name}={text}: not a whole number from {least}; correct the environment"
+            f"{name}={text} must be a whole number of at least {least}; correct or unset it"
         )
     return int(text)
 
@@ -153,7 +153,10 @@ def use_compilation_cache(*, deterministic: bool = False) -> None:
         try:
             base = expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
         except ConfigError:
-            print("bn_jax: no home directory: compiled programs are not kept", file=sys.stderr)
+            print(
+                "bn_jax: there is no home directory, so compiled programs are not kept",
+                file=sys.stderr,
+            )
             return
         folder = str(base / "bn_jax" / "xla")
     if not folder:

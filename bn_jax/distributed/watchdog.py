@@ -213,7 +213,7 @@ def step_timeout() -> float:
         if 0 < seconds < math.inf:
             return seconds
     raise ConfigError(
-        f"{STEP_TIMEOUT}={text}: not a positive number of seconds; {ALWAYS:.0f} is usual"
+        f"{STEP_TIMEOUT}={text} must be a positive number of seconds; the default is {ALWAYS:.0f}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Trained networks out of workdirs, as members of an ensemble."""
+"""Loads trained networks from workdirs, as members of an ensemble."""
 
 import argparse
 import pathlib
@@ -140,7 +140,7 @@ def add_place(parser: argparse.ArgumentParser, batches: bool = True) -> None:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
@@ -148,7 +148,7 @@ def _has_record(place: pathlib.Path) -> bool:
     try:
         return (place / reader.RUN).is_file()  # imported weights have no metrics
     except OSError:
-        return False  # a long list of workdirs is no path
+        return False  # a long list of workdirs is not a path
 
 
 def workdirs(names: str) -> list[pathlib.Path]:

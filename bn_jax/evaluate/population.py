@@ -3,7 +3,7 @@
 WORKDIR/population/STEP.npz holds the statistics and a sealed header: the digest of the checkpoint's
 manifest, a digest of the config, and one of every array. A file that is damaged, or was made from
 another checkpoint or config, is not used: the statistics are computed again. Nothing in it can run
-code (no pickle), and it can be deleted at will.
+code (no pickle), and it may be deleted at any time.
 """
 
 import io

@@ -162,7 +162,7 @@ def load(path: pathlib.Path) -> Predictions:
         if {*SAME, "description", "image_size", "examples"} - about.keys():
             raise ValueError("its origin is incomplete")
         if len(p) != about["examples"]:
-            raise ValueError(f"{len(p)} rows, {about['examples']} were written")
+            raise ValueError(f"{len(p)} rows, but {about['examples']} were written")
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(f"predictions {path} are damaged ({error}): save them again") from None
     except (zipfile.BadZipFile, zlib.error) as error:

@@ -87,7 +87,7 @@ def _open_again(config: ConfigDict) -> pipeline.Data:
     except ConfigError as error:
         if config.data.name in ("digits", "synthetic"):  # these lie nowhere
             raise
-        raise ConfigError(f"{error}; --data_dir=DIR says where the data lie now") from None
+        raise ConfigError(f"{error}; if the data have moved, give --data_dir=DIR") from None
 
 
 def assemble(config: ConfigDict, devices: Mesh, data: Any) -> Experiment:
@@ -213,7 +213,7 @@ def restore(
     found = checkpoints.restore(abstract_state(exp), at_step)
     if found is None:
         raise CheckpointError(
-            f"no checkpoint in {checkpoints.directory}: train on until the first is saved"
+            f"{checkpoints.directory} has no checkpoint yet: train until the first one is saved"
         )
     return found[0], found[1]
 

@@ -3,8 +3,8 @@
 JAX keeps what XLA has compiled, but finds it by the program's text, which Python must trace first:
 seconds for a network of 70 layers. Here that text (`jax.export`'s StableHLO) is kept beside it, by
 all that it depends on: this package's source, the packages' versions, jax's settings, the config,
-shapes and devices. Kept or not, XLA is given the same text, so on CPU a run has the same bits
-either way.
+shapes and devices. XLA gets the same text whether it was kept or traced, so on CPU a run has the
+same bits.
 """
 
 import functools

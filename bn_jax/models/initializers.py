@@ -1,6 +1,7 @@
 """Initial weights: Gaussian, and drawn for the whole network at once.
 
-XLA compiles the random number generator again for every kernel it fills; with `PooledInit`, once.
+XLA compiles the random number generator again for every kernel that it fills. With `PooledInit` it
+compiles the generator once.
 """
 
 import contextvars

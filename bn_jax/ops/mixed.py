@@ -1,9 +1,10 @@
 """Layers that compute in bfloat16 and leave the gradients of their parameters in float32.
 
-Cast to bfloat16 before a layer, as Flax does it, a kernel gets a bfloat16 gradient: rounded after
-the sum over a device's examples, and added up between devices in bfloat16. Here a layer is given
-the float32 kernel, rounds it for the products with x, and adds up the gradient in float32. Where
-the computation is as wide as the parameters (float32, float64), all is as in Flax, bit for bit.
+Flax casts a kernel to bfloat16 before the layer, so the kernel's gradient is in bfloat16, too: it
+is rounded after the sum over a device's examples, and added up between devices in bfloat16. Here a
+layer gets the float32 kernel, rounds it for the products with x, and adds up the gradient in
+float32. Where the computation is as wide as the parameters (float32, float64), results are Flax's,
+bit for bit.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""ILSVRC2012 -> TFDS' `imagenet2012` as ArrayRecord, without TensorFlow.
+"""Writes ILSVRC2012 as TFDS' set `imagenet2012` in ArrayRecord files, without TensorFlow.
 
 The records are those of TFDS' own builder: features, labels, file names, order (sorted by the MD5
 of split and file name) and shards. Pictures are read where they lie (layouts.py), in the order of
@@ -64,7 +64,7 @@ def build(
         )
     if finished:
         shutil.rmtree(unpacked, ignore_errors=True)
-        print(f"{folder} is complete already")
+        print(f"{folder} is already complete")
         return folder
 
     with reported(folder, "cannot write"):

@@ -85,7 +85,7 @@ def find(source: pathlib.Path, unpacked: pathlib.Path) -> Found:
         twice or in the wrong class.
     """
     if source.is_file() and not (_is_tar(source) or source.suffix == ".parquet"):
-        raise ConfigError(f"{source} is not a tar or a parquet file: unpack it, give the folder")
+        raise ConfigError(f"{source} is not a tar or a parquet file: unpack it and give the folder")
     folder = source.parent if source.is_file() else source
     if not folder.is_dir():
         raise ConfigError(f"no file or folder {source}: --from takes {_FORMS}")
@@ -173,8 +173,8 @@ def named(name: str) -> tuple[str, str, int] | None:
 def _wrong_class(where: str, said: object, name: str, label: int) -> DataError:
     synset = label_files()[0][label]
     return DataError(
-        f"{where}: {name} is of class {label} ({synset}) by its name, and of class {said} here: "
-        "the labels are of another set"
+        f"{where}: {name} is of class {label} ({synset}) by its name, but of class {said} here: "
+        "the labels belong to another set"
     )
 
 

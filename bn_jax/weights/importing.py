@@ -1,4 +1,4 @@
-"""Weights of other implementations as a run of this one."""
+"""Makes a run from the weights of another implementation."""
 
 import json
 import pathlib
@@ -29,7 +29,7 @@ def recorded_config(path: pathlib.Path, file: tensor_files.TensorFile) -> Config
     """The config that `bn_jax.export` writes into a file. Raises ConfigError if there is none."""
     if "config" not in file.metadata:
         raise ConfigError(
-            f"{path} does not say what network it is of: give --config=configs/NAME.py[:SCALE], "
+            f"{path} does not say which network it is from: give --config=configs/NAME.py[:SCALE], "
             "the experiment that made it"
         )
     try:

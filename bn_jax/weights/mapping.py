@@ -1,4 +1,4 @@
-"""Other implementations' tensors to the variables of our network.
+"""Converts the tensors of other implementations to the variables of our network.
 
 * `caffe`: the state dict of `bninception` (Cadene's pretrained-models.pytorch, ported from Caffe).
   Kernels [out, in, h, w], pixels in BGR order, each convolution with a bias before its BN.
@@ -123,7 +123,7 @@ class Source:
             raise ConfigError(
                 f"the file has none of the network's {len(self._missing)} tensors, such as "
                 f"{_named(self._missing)}. It has {len(self.tensors)}: "
-                f"{_named(sorted(self.tensors))}. Is it of another --variant?"
+                f"{_named(sorted(self.tensors))}. Does it need another --variant?"
             )
 
         extra = sorted(n for n in self.tensors if n not in self._used and not ignored(n))

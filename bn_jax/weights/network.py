@@ -1,4 +1,4 @@
-"""The inference network of a run: what evaluation applies, folded, without its data set."""
+"""The inference network of a run: the one that evaluation applies, without the data set."""
 
 import json
 import pathlib

@@ -59,7 +59,9 @@ def read(path: pathlib.Path) -> TensorFile:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; --from=FILE") from None
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}; give --from a file that exists"
+        ) from None
     refuse_pickles(path, data)
     if path.suffix == ".safetensors":
         tensors, metadata = _safetensors(path, data)
@@ -142,7 +144,7 @@ def _msgpack(path: pathlib.Path, data: bytes) -> dict[str, np.ndarray]:
         raise ConfigError(f"{path} is not a tree of flax.serialization: {reason}") from None
     for name, leaf in flat.items():
         if not hasattr(leaf, "dtype"):
-            raise ConfigError(f"{path}: {name} is not an array but {type(leaf).__name__}")
+            raise ConfigError(f"{path}: {name} is of type {type(leaf).__name__}, not an array")
     return {name: np.asarray(leaf) for name, leaf in flat.items()}
 
 

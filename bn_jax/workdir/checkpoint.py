@@ -166,7 +166,9 @@ def check_files(directory: pathlib.Path, body: Mapping[str, Any]) -> None:
         except OSError as error:
             raise DamagedError(f"{name} cannot be read: {error.strerror or error}") from error
         if found["size"] != entry["size"]:
-            raise DamagedError(f"{name} has {found['size']} bytes, {entry['size']} were written")
+            raise DamagedError(
+                f"{name} has {found['size']} bytes, but {entry['size']} were written"
+            )
         if found != entry:
             raise DamagedError(f"{name} has changed: its digest differs")
 
@@ -252,7 +254,7 @@ def require_same_model(
         hold = holds.get(name)
         if want != hold:
             raise CheckpointError(
-                f"{path} is of another model: {name} is {_describe(hold)} in the checkpoint, "
+                f"{path} belongs to another model: {name} is {_describe(hold)} in the checkpoint, "
                 f"{_describe(want)} in this run. Use the config and code that wrote it."
             )
 
@@ -633,8 +635,8 @@ class Checkpoints:
             return None
         raise CheckpointError(
             f"{self.directory}: no usable checkpoint (damaged: "
-            f"{', '.join(map(str, bad)) or 'all that were saved are gone'}). Bring one back, or "
-            "delete this directory to start from step 0."
+            f"{', '.join(map(str, bad)) or 'all that were saved are gone'}). Restore one from a "
+            "backup, or delete this directory to start from step 0."
         )
 
 

@@ -1,5 +1,7 @@
-"""Files that hold either their old or their new contents, lines of JSON that survive a kill, and a
-disk's errors in one line. Nothing here knows about experiments."""
+"""Writes files that are either old or new after a kill, and lines of JSON that survive one.
+
+Errors of the disk become one line. Nothing here knows about experiments.
+"""
 
 import contextlib
 import datetime

@@ -147,8 +147,8 @@ def require_same_threads(workdir: pathlib.Path, platform: str, threads: int) -> 
     if before["platform"] == platform == "cpu" and before["cpu_threads"] != threads:
         raise ConfigError(
             f"{workdir} was trained with {before['cpu_threads']} CPU threads, this process has "
-            f"{threads}: sums would be split differently, and the bits would differ. Set "
-            f"NPROC={before['cpu_threads']}, or {ANY_THREADS}=1 to resume all the same."
+            f"{threads}: sums would be split differently, and the last digits would differ. Set "
+            f"NPROC={before['cpu_threads']}, or {ANY_THREADS}=1 to accept other last digits."
         )
 
 
@@ -268,7 +268,7 @@ class WorkdirLock:
         if not self.held():
             raise LockedError(
                 f"{self.path.parent} was taken over by another run, or its lock was removed, while "
-                "this process gave no sign of life: this one ends, and writes nothing more"
+                "this process gave no sign of life: it ends and writes nothing more"
             )
 
     def release(self) -> None:

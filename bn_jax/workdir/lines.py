@@ -1,7 +1,7 @@
-"""What a run's records hold, field by field: run.json, and the lines of the three .jsonl files.
+"""The fields of a run's records: run.json, and the lines of the three .jsonl files.
 
-The recorder writes these and the reader returns them. A number that is not finite stands as one of
-the strings 'nan', 'inf', '-inf', which `float` reads: strict JSON has no other way.
+The recorder writes these and the reader returns them. Strict JSON has no numbers that are not
+finite, so these are written as the strings 'nan', 'inf' and '-inf', which `float` reads.
 """
 
 from typing import Any, Literal, NotRequired, TypedDict

@@ -1,5 +1,7 @@
-"""What runs have recorded: the one place where run.json, metrics.jsonl and evaluations.jsonl are
-read, and the question of which runs may be compared."""
+"""Reads what runs have recorded, and decides which runs may be compared.
+
+Only this module interprets run.json, metrics.jsonl and evaluations.jsonl.
+"""
 
 import json
 import math

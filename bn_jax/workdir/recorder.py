@@ -3,8 +3,8 @@ Weights & Biases. `lines` has every field of them.
 
 * run.json: config, versions, commit, hardware (also of each attempt), status, results, ledger.
 * metrics.jsonl: one JSON object a line, `step` and `kind` first. It holds nothing that depends on
-  when or how often the run was interrupted: on CPU, and on GPUs with `deterministic`, it is after a
-  resume, byte for byte, the file of the uninterrupted run.
+  when or how often the run was interrupted. After a resume it is byte for byte the file of the
+  uninterrupted run, on CPU, and on GPUs with `deterministic` (not run there).
 * timing.jsonl: wall time and its parts, after each training line; the lines of each attempt have
   its number.
 """

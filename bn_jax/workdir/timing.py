@@ -1,8 +1,7 @@
-"""Where the time of a run went, attempts that were killed included, and the line that shows how far
-it is.
+"""Measures where the time of a run goes, killed attempts included, and shows its progress.
 
-The parts of the time are exclusive: a part inside another one pauses the outer one, so that the
-parts and `other` sum to the wall time. All times are seconds.
+The parts are exclusive: a part that begins inside another one pauses the outer one. So the parts
+and `other` sum to the wall time. All times are in seconds.
 """
 
 import collections

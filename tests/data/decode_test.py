@@ -224,7 +224,7 @@ def test_progressive_images_are_charged_for_their_coefficients():
     progressive = small_sets.encode(PHOTO, quality=95, progressive=True)
     two_scans = large[:-2] + large[large.index(b"\xff\xda") :]
     for costly in (odd_files.patched(progressive, b"\xff\xc2", 5, size), two_scans):
-        with pytest.raises(decode.BadImageError, match="8000 x 8000 pixels unpack to 549 MiB"):
+        with pytest.raises(decode.BadImageError, match="8000 x 8000 pixels unpack to 549 MiB, but"):
             decode.frame(costly)
 
 

@@ -59,7 +59,7 @@ def test_damaged_shards_end_the_run_before_it_begins(tmp_path, file_format):
     with pytest.raises(DataError, match=r"shard .*train.*00001.* missing"):
         tfds.source("little", str(tmp_path))
     shard.write_bytes((written / f"little-train.{file_format}-00000-of-00002").read_bytes())
-    with pytest.raises(DataError, match=r"holds 3 records, dataset_info.json says 4"):
+    with pytest.raises(DataError, match=r"holds 3 records, but dataset_info.json says 4"):
         tfds.source("little", str(tmp_path))
 
 
@@ -169,7 +169,7 @@ def test_mnist_from_idx_files(test_data, tmp_path):
     assert (len(source.train), len(source.evaluation)) == (60_000, 10_000)
     assert np.bincount(source.evaluation.labels).tolist()[:3] == [980, 1135, 1032]
     (tmp_path / "idx").write_bytes(b"\0\0\x08\x01\0\0\0\x05abc")
-    with pytest.raises(DataError, match="holds 3 bytes, its header says 5"):
+    with pytest.raises(DataError, match="holds 3 bytes, but its header says 5"):
         memory.read_idx(tmp_path / "idx")
     assert memory.mnist_idx(tmp_path) is None
     (tmp_path / "downloads").mkdir()  # where TFDS keeps files fetched by hand
@@ -320,8 +320,8 @@ def test_damaged_digits_end_in_one_line_that_names_the_file(tmp_path, monkeypatc
         (whole[:10] + b"\xff" * 100, "cannot be read"),  # zlib's own kind of error
         (bytes(flipped), "cannot be read"),
         (b"", "holds 0 numbers|cannot be read"),
-        (packed(rows[:-100]), "numbers, expected 5000 x 785|cannot be read"),
-        (packed(rows.replace(b"0", b"x", 1)), "numbers, expected 5000 x 785|cannot be read"),
+        (packed(rows[:-100]), "numbers instead of 5000 x 785|cannot be read"),
+        (packed(rows.replace(b"0", b"x", 1)), "numbers instead of 5000 x 785|cannot be read"),
         (packed(rows.replace(b"0", b"300", 1)), "500 images of each digit"),
         (packed(rows.replace(b",9\n", b",8\n", 1)), "500 images of each digit"),
     ):

@@ -157,5 +157,5 @@ def test_a_bad_picture_is_named_and_a_wrong_number_refused():
     records = [load.Record(encode(photo()), 0, "good"), load.Record(b"junk", 1, "bad.jpg")]
     with pytest.raises(DataError, match=r"bad\.jpg: not a JPEG.*leaves nothing out"):
         list(views.batches(data_of(records), 10, 8))
-    with pytest.raises(ConfigError, match="--crops=7 is none of 1, 10, 144"):
+    with pytest.raises(ConfigError, match="--crops=7 is not one of 1, 10, 144"):
         views.check_crops(7)

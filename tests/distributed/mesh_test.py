@@ -42,13 +42,16 @@ def test_a_job_of_several_hosts_is_recognised(env, many):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: not a whole number from 1"),
-        ({"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES=0: not a whole number from 1"),
-        ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID=: not a whole number from 0"),
-        ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1: not a whole number"),
-        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2: not below JAX_NUM_PROCESSES=2"),
-        ({"JAX_COORDINATOR_ADDRESS": "localhost"}, "=localhost: not HOST:PORT"),
-        ({"JAX_COORDINATOR_ADDRESS": "localhost:http"}, "not HOST:PORT"),
+        (
+            {"JAX_NUM_PROCESSES": "two"},
+            "JAX_NUM_PROCESSES=two must be a whole number of at least 1",
+        ),
+        ({"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES=0 must be a whole number of at least 1"),
+        ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID= must be a whole number of at least 0"),
+        ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1 must be a whole number"),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2 must be below JAX_NUM_PROCESSES=2"),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost"}, "=localhost must be HOST:PORT"),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:http"}, "must be HOST:PORT"),
     ],
 )
 def test_a_wrong_cluster_is_one_line(monkeypatch, changes, said):
@@ -63,7 +66,7 @@ def test_a_wrong_cluster_is_one_line(monkeypatch, changes, said):
 
 @pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
 def test_a_launcher_s_variable_that_is_no_number_is_one_line(name):
-    with pytest.raises(ConfigError, match=f"{name}=many: not a whole number"):
+    with pytest.raises(ConfigError, match=f"{name}=many must be a whole number"):
         startup.cluster_has_many_hosts({name: "many", "SLURM_PROCID": "0"})
 
 

@@ -112,7 +112,7 @@ def test_the_first_dispatch_counts_until_there_is_another():
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "inf", "nan"])
 def test_a_time_limit_that_is_none_is_refused(monkeypatch, text):
     monkeypatch.setenv("BN_JAX_STEP_TIMEOUT", text)
-    with pytest.raises(ConfigError, match=f"BN_JAX_STEP_TIMEOUT={text}: not a positive number"):
+    with pytest.raises(ConfigError, match=f"BN_JAX_STEP_TIMEOUT={text} must be a positive number"):
         watchdog.step_timeout()
 
 

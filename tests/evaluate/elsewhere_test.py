@@ -85,7 +85,7 @@ def moved(tmp_path):
 
 def test_the_data_have_moved(moved, monkeypatch, capsys):
     place = f"--data_dir={moved.parent / 'there'}"
-    with pytest.raises(ConfigError, match="here.*--data_dir=DIR says where the data lie now"):
+    with pytest.raises(ConfigError, match="here.*if the data have moved, give --data_dir=DIR"):
         command(monkeypatch, capsys, f"--workdir={moved}")
     with pytest.raises(ConfigError, match="--data_dir=DIR"):
         predict.load(moved, "population")
@@ -174,7 +174,7 @@ def test_a_batch_of_no_images_is_refused(size, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         command(monkeypatch, capsys, f"--workdir={tmp_path}", f"--batch_size={size}")
     assert end.value.code == 2
-    assert "is not a whole number from 1 on" in capsys.readouterr().err
+    assert "is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_which_checkpoint_a_step_is(tmp_path):

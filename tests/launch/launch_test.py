@@ -203,15 +203,15 @@ def test_waiting_for_a_slice(tmp_path, state, code):
     [
         ("launch/local.sh", "N='': the first argument is the number of processes"),
         ("launch/local.sh 0 -- --config=x", "N='0'"),
-        ("launch/local.sh 2 --config=x", "--config=x' is none of"),
+        ("launch/local.sh 2 --config=x", "--config=x' is not one of"),
         ("launch/local.sh 2", "no options for bn_jax.main"),
         ("launch/local.sh 2 --port=x -- --config=x", "--port='x'"),
         ("bash launch/slurm.sbatch", "no options for bn_jax.main"),
-        ("launch/tpu_pod.sh crate", "command 'crate' is none of create"),
+        ("launch/tpu_pod.sh crate", "command 'crate' is not one of create"),
         ("launch/tpu_pod.sh create --name=x --zone=y", "create needs --project"),
         ("launch/tpu_pod.sh create --name=x --zone=y --project=p", "create needs --type"),
         ("launch/tpu_pod.sh run --name=x --zone=y --project=p", "no options for bn_jax.main"),
-        ("bash launch/tpu_host.sh stat", "command 'stat' is none of"),
+        ("bash launch/tpu_host.sh stat", "command 'stat' is not one of"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_code_2(line, said):

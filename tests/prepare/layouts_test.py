@@ -245,7 +245,7 @@ def test_tables_that_contradict_the_names_are_refused(tmp_path):
     rows = pyarrow.parquet.read_table(path).to_pylist()
     rows[0]["label"] += 1
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    with pytest.raises(DataError, match="the labels are of another set"):
+    with pytest.raises(DataError, match="the labels belong to another set"):
         built(hub, tmp_path / "out")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError, match="train-00000-of-00003.parquet cannot be read"):

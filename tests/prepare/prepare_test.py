@@ -140,7 +140,7 @@ def test_a_finished_set_is_left_alone(tmp_path, capsys):
     folder = built(tars, tmp_path / "out")
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     built(tars, tmp_path / "out")
-    assert "complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
     with pytest.raises(ConfigError, match="other pictures"):
         built(small_sets.write_tars(tmp_path / "more", each=7), tmp_path / "out")

@@ -118,7 +118,7 @@ def test_damaged_files_are_refused(tmp_path):
             path.write_bytes(data)
             refused(path, "is no")
     (tmp_path / "leaf.msgpack").write_bytes(serialization.to_bytes({"params": {"x": "text"}}))
-    refused(tmp_path / "leaf.msgpack", "params/x is not an array but str")
+    refused(tmp_path / "leaf.msgpack", "params/x is of type str, not an array")
 
 
 def test_other_kinds_and_absent_files(tmp_path):
