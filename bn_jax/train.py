@@ -60,7 +60,7 @@ def run(
 
     Raises:
       ConfigError: before anything is compiled or written.
-      DivergedError, Preempted and the other errors of `bn_jax.errors`.
+      UserError: one of the other errors in `bn_jax.errors`, such as DivergedError and Preempted.
     """
     exp = build.build(config)
     config = exp.config

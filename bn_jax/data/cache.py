@@ -28,7 +28,7 @@ def directory() -> pathlib.Path | None:
 
 
 def path_for(kind: str, state: object) -> pathlib.Path | None:
-    """The file that keeps what was found out about files in this state (names, sizes, times)."""
+    """The cache file for data files in this state (names, sizes, times)."""
     folder = directory()
     if folder is None:
         logging.warning("there is no home directory, so the %s index is not kept", kind)

@@ -38,7 +38,7 @@ def probabilities(params: Any, batch_stats: Any, images: jax.Array, *, model: nn
 class Networks:
     """Members compiled for batches of `size` views (rounded up to a multiple of the devices).
 
-    Raises ConfigError if the members do not take the same images and tell the same classes apart.
+    Raises ConfigError if the members do not have the same images and classes.
     """
 
     def __init__(self, members: Sequence[Member], size: int):

@@ -34,8 +34,8 @@ class Member(NamedTuple):
 def which_checkpoint(run: pathlib.Path, step: int) -> str:
     """What `step` is among the kept checkpoints: newest, best, newest and best, or kept.
 
-    The best has the highest accuracy of training's own evaluations, the earlier one of equals; that
-    is said only where there are several to choose from.
+    The best has the highest accuracy in the evaluations during training, and is the earlier one of
+    equals. It is named only where there are several checkpoints to choose from.
     """
     metrics = Steps(run / "checkpoints", read_only=True).metrics()
     scored = {s: metric for s, metric in metrics.items() if metric is not None}

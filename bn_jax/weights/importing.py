@@ -39,7 +39,7 @@ def recorded_config(path: pathlib.Path, file: tensor_files.TensorFile) -> Config
 
 
 def published(variant: str, config: ConfigDict) -> ConfigDict:
-    """The config with what the published network of a variant fixes."""
+    """The config, with the fields that the published network of a variant determines."""
     config = config.copy_and_resolve_references().unlock()
     config.name = f"imported_{variant}"
     config.norm = "batch_norm"

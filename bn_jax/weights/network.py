@@ -68,11 +68,14 @@ def load(
     say: Callable[[str], None] = print,
     data_dir: str | None = None,
 ) -> Network:
-    """The network of a workdir's newest checkpoint, or of one step; `say` is told what was found.
+    """The network of a workdir's newest checkpoint, or of one step.
 
-    statistics: population (Algorithm 2: kept beside the checkpoint, or computed, for which the data
-    set must be there), running, or None: population, but of imported weights their own. data_dir:
-    where that data set lies now.
+    Args:
+      statistics: population (Algorithm 2: kept beside the checkpoint, or computed, for which the
+        data set must be there), or running. None: population, except that imported weights use
+        their own.
+      data_dir: where that data set lies now.
+      say: called with a line about what was found.
 
     Raises ConfigError and CheckpointError where there is no run, data set or checkpoint.
     """

@@ -141,7 +141,7 @@ class Recorder:
         }
 
     def keep_place(self) -> None:
-        """Of a run that is done records where its data lie now, and nothing else."""
+        """Records where the data of a finished run lie now, and nothing else."""
         run = reader.read_record(self.workdir) if self._main else None
         place = self._config["data"]["dir"]
         if run is None or run["config"]["data"]["dir"] == place:
@@ -181,7 +181,7 @@ class Recorder:
             writer.write(step, scalars)
 
     def progress(self, step: int, loss: float, examples: int) -> None:
-        """Tells that `examples` more are done, up to `step`; shown now and then."""
+        """Counts `examples` more, up to `step`; shows the progress now and then."""
         self._step = max(self._step, step)
         if not self._main:
             return
