@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from bn_jax import errors
 from bn_jax.distributed.cpus import usable_cpus
 from bn_jax.errors import ConfigError, DivergedError, Preempted, UserError
-from bn_jax.experiment.config import read
+from bn_jax.experiment.config import read, settled
 from bn_jax.experiment.pool import Pool
 from bn_jax.workdir import guard, reader
 
@@ -87,7 +87,8 @@ def status(member: SweepMember) -> str:
     run = reader.read_record(member.workdir)
     if run is None:
         return "new"
-    config = member.config
+    config = guard.as_begun(member.config, member.workdir)
+    config = settled(config, run["info"].get("data", {}).get("train_examples", 0))
     if config.batch_per_device:
         from bn_jax.experiment import build  # takes seconds; only scale `pod` needs it
 

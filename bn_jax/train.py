@@ -35,7 +35,7 @@ from bn_jax.experiment import build, evaluator, programs, reproducible
 from bn_jax.experiment.build import Experiment, abstract_state
 from bn_jax.experiment.evaluator import running_gap
 from bn_jax.step import TrainState, train_step, train_steps
-from bn_jax.workdir import recorder
+from bn_jax.workdir import guard, recorder
 from bn_jax.workdir.checkpoint import Checkpoints
 from bn_jax.workdir.reader import read_record
 
@@ -62,7 +62,7 @@ def run(
       ConfigError: before anything is compiled or written.
       UserError: one of the other errors in `bn_jax.errors`, such as DivergedError and Preempted.
     """
-    exp = build.build(config)
+    exp = build.build(guard.as_begun(config, workdir))
     config = exp.config
     recorded = RecordedActivations(exp)
     watch = watch or Watchdog()  # does nothing, because it is not entered

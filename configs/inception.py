@@ -7,12 +7,10 @@ rate of 0.0015." (4.2.2). Every field of the experiment is here; the other files
     python -m bn_jax.main --config=configs/inception.py:digits    # 2 CPU cores, minutes
 
 Expected: 72.2% top-1 after 31.0e6 steps on ImageNet (Fig. 3; not run here).
-Digits: 92.7%, the mean of 3 seeds (results/digits).
+Digits: 92.7%, the mean of 3 seeds (results/digits, from Glorot weights).
 """
 
 from ml_collections import ConfigDict
-
-N_TRAIN = 1_281_167  # training images of ILSVRC2012
 
 
 def get_config(scale: str = "imagenet") -> ConfigDict:
@@ -28,8 +26,9 @@ def get_config(scale: str = "imagenet") -> ConfigDict:
     config.learning_rate_scaling = "none"  # none | linear | sqrt: by batch_size / bn.group_size
     config.warmup_examples = 0.0  # training examples from the unscaled rate to the scaled; 0: none
     config.momentum = 0.9  # share of the velocity kept; not given: GoogLeNet's (sec. 6)
-    config.decay_rate = 0.96  # factor of the rate every decay_examples (GoogLeNet, sec. 6)
-    config.decay_examples = 8.0 * N_TRAIN  # training examples: 8 epochs of ImageNet, at every scale
+    config.decay_rate = 0.96  # factor of the rate every decay_epochs (GoogLeNet, sec. 6)
+    config.decay_epochs = 8.0  # epochs of the set that is trained on (GoogLeNet, sec. 6)
+    config.decay_examples = 0.0  # the same as training examples, in place of decay_epochs
     config.l2 = 0.001  # coefficient of sum(w^2)/2; the paper gives none, from the project's brief
     config.batch_size = 32  # examples a step, over all devices (4.2)
     config.batch_per_device = 0  # examples; 0: batch_size is used as it stands (see `_pod`)
@@ -50,7 +49,8 @@ def get_config(scale: str = "imagenet") -> ConfigDict:
     config.model.variant = "paper"  # paper | caffe | slim: see models/inception.py (Fig. 5)
     config.model.width = 1.0  # multiplies every number of filters (1: Fig. 5)
     config.model.aux = False  # auxiliary classifiers (GoogLeNet, sec. 5; the paper mentions none)
-    config.model.init_scale = 1.0  # multiplies the Glorot-normal initial weights (4.2.3)
+    config.model.init = "auto"  # initial weights: he | glorot | auto (He for ReLU); not given
+    config.model.init_scale = 1.0  # multiplies the initial weights of the convolutions (4.2.3)
     config.bn = ConfigDict()
     config.bn.group_size = 32  # examples that are normalized together (4.2: a worker's mini-batch)
     config.bn.epsilon = 1e-3  # added to the variance; not given in the paper

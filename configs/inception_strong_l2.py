@@ -3,7 +3,7 @@
     python -m bn_jax.main --config=configs/inception_strong_l2.py:digits    # 2 CPU cores, minutes
 
 Expected: no number in the paper.
-Digits: 52.3%, the mean of 3 seeds (results/digits).
+Digits: 52.3%, the mean of 3 seeds (results/digits, from Glorot weights).
 """
 
 from ml_collections import ConfigDict

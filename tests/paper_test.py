@@ -14,6 +14,7 @@ import pytest
 from flax import traverse_util
 
 from bn_jax import models, optim
+from bn_jax.experiment.config import settled
 from bn_jax.layers import BatchNorm
 from bn_jax.models import inception
 from bn_jax.models.inception import Inception
@@ -41,7 +42,7 @@ def test_the_five_networks(name, scale):
     assert config.batch_size == config.bn.group_size == 32
     assert config.momentum == 0.9
     assert config.decay_rate == 0.96
-    assert config.decay_examples == pytest.approx(8 * 1_281_167 / facts.pop("decay"), rel=1e-12)
+    assert config.decay_epochs == pytest.approx(8 / facts.pop("decay"), rel=1e-12)
     assert config.data.shuffle == facts.pop("shuffle")
     assert {key: config[key] for key in facts} == facts
     assert config.norm == ("none" if name == "inception" else "batch_norm")
@@ -68,7 +69,7 @@ def test_rates_are_the_multiples_that_name_the_networks():
 )
 def test_decay(name, steps, factor):
     """x0.96 every 8 epochs, 6 times faster in the modified networks; check values of the factor."""
-    config = load(name)
+    config = settled(load(name), 1_281_167)
     hyper = optim.Hyper(1.0, config.decay_rate, config.decay_examples, config.l2, config.momentum)
     got = float(optim.decayed_rate(hyper, jnp.int32(steps), config.batch_size))
     # The table has 4 digits; 0.96 is checked at a whole number of steps.

@@ -13,11 +13,13 @@ import pytest
 
 from bn_jax import sweep
 from bn_jax.errors import ConfigError
+from bn_jax.experiment.config import settled
 from bn_jax.experiment.pool import Pool, last_line
 from bn_jax.workdir import reader
 from tests.support import processes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+INFO = {"data": {"train_examples": 3200}}
 WORDS = ("--configs=mnist,mnist_bn", "--scale=digits")
 
 
@@ -98,10 +100,10 @@ def test_a_failed_member_is_named_with_its_log_and_the_others_run(tmp_path, cach
 
 
 def test_dry_run_prints_the_commands_of_the_unfinished(tmp_path, cache):
-    record = {"config": {}, "info": {}, "attempts": [], "status": "done", "results": {}}
+    record = {"config": {}, "info": INFO, "attempts": [], "status": "done", "results": {}}
     found = sweep.members(["mnist"], "digits", 2, tmp_path, ["data.holdout=0.2"])
     found[0].workdir.mkdir(parents=True)
-    record["config"] = found[0].config.to_dict()
+    record["config"] = settled(found[0].config, 3200).to_dict()
     (found[0].workdir / "run.json").write_text(json.dumps(record))
     words = ("--configs=mnist", "--scale=digits", "--seeds=2", "--set=data.holdout=0.2")
     code, text = finish(start(cache, tmp_path, *words, "--dry_run", BN_JAX_SMOKE=""))
@@ -126,7 +128,8 @@ def test_dry_run_prints_the_commands_of_the_unfinished(tmp_path, cache):
 def test_dry_run_lists_what_a_sweep_would_run_again(tmp_path, monkeypatch, capsys, status, listed):
     (found,) = sweep.members(["mnist"], "digits", 1, tmp_path)
     found.workdir.mkdir(parents=True)
-    record = {"config": found.config.to_dict(), "info": {}, "attempts": [], "status": status}
+    config = settled(found.config, 3200).to_dict()
+    record = {"config": config, "info": INFO, "attempts": [], "status": status}
     (found.workdir / "run.json").write_text(json.dumps(record | {"results": {}}))
     words = ["sweep", "--configs=mnist", "--scale=digits", f"--workdir={tmp_path}", "--dry_run"]
     monkeypatch.setattr("sys.argv", words)
@@ -165,7 +168,8 @@ def test_status_of_what_is_there(tmp_path):
     member.workdir.mkdir(parents=True)
 
     def record(status, **changes):
-        run = {"config": member.config.to_dict() | changes, "info": {}, "status": status}
+        config = settled(member.config, 3200).to_dict() | changes
+        run = {"config": config, "info": INFO, "status": status}
         (member.workdir / "run.json").write_text(json.dumps(run))
         return sweep.status(member)
 

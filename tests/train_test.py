@@ -206,7 +206,7 @@ def test_scale_pod_keeps_the_number_of_examples():
     paper = bn_x30.get_config()
     assert config.batch_size == 256
     assert config.total_steps * 256 == paper.total_steps * 32
-    assert config.decay_examples == paper.decay_examples and config.bn.group_size == 32
+    assert config.decay_epochs == paper.decay_epochs and config.bn.group_size == 32
 
 
 def photographs(folder):

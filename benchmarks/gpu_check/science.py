@@ -40,7 +40,7 @@ SEEDS = 3
 RATES = ("0.0075", "0.0015")  # of BN-x5 less BN: BN-x5's own and Inception's
 LEAST_STEPS = 3000
 MOST_STEPS = 12_000  # as the configs' scale `folder` has it
-HE = ("model.init_scale=1.414",)  # sqrt 2 times Glorot's: He's initial weights
+HE = ("model.init=he",)
 RECORDS = ("run.json", "metrics.jsonl", "timing.jsonl")
 SPARE = 0.1  # of the time is left alone: steps are not all alike
 

@@ -16,7 +16,7 @@ from bn_jax.distributed import mesh
 from bn_jax.distributed.mesh import along_batch, put_replicated, replicated
 from bn_jax.errors import CheckpointError, ConfigError
 from bn_jax.experiment import programs
-from bn_jax.experiment.config import check, check_data
+from bn_jax.experiment.config import check, check_data, settled
 from bn_jax.workdir import guard
 from bn_jax.workdir.checkpoint import Checkpoints
 from bn_jax.workdir.reader import require_record
@@ -77,7 +77,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Experiment:
         check_data(config, data)
     else:
         data = _open_again(config)
-    return assemble(config, devices, data)
+    return assemble(settled(config, data.num_train), devices, data)
 
 
 def _open_again(config: ConfigDict) -> pipeline.Data:

@@ -296,6 +296,23 @@ def check(
         _check_devices(config, rules, devices, training)
 
 
+def settled(config: ConfigDict, train_examples: int) -> ConfigDict:
+    """The config without what the command line leaves open, as run.json has it.
+
+    `decay_epochs` of a set of so many training examples become `decay_examples`, and `model.init`
+    the rule that "auto" stands for.
+    """
+    from bn_jax.models import init_rule
+
+    config = ConfigDict(config.to_dict())
+    if config.decay_epochs:
+        config.decay_examples = config.decay_epochs * train_examples
+        config.decay_epochs = 0.0
+    if config.model.name == "inception":
+        config.model.init = init_rule(config)
+    return config.lock()
+
+
 def check_data(config: ConfigDict, data: Any) -> None:
     """Raises ConfigError for a config that does not fit its data set (`data.pipeline.Data`)."""
     data.steps_per_epoch(config.batch_size)  # raises if there is not one full batch
@@ -390,7 +407,11 @@ def _check_optimization(config: ConfigDict, rules: _Rules) -> None:
     rules.number("learning_rate", "the paper's rates are 0.0015 to 0.045", above=0)
     rules.number("momentum", "0.9 is usual, 0 for plain SGD", below=1)
     rules.number("decay_rate", "0.96 in the paper, 1 for none", above=0, at_most=1)
-    rules.number("decay_examples", "8 epochs in the paper", above=0)
+    rules.number("decay_epochs", "8 in GoogLeNet, 0 where decay_examples is given")
+    rules.number("decay_examples", "0 where decay_epochs is given")
+    if bool(config.decay_epochs) == bool(config.decay_examples):
+        limit = f"decay_examples={config.decay_examples:g}, and one of the two must be 0, not both"
+        raise rules.error("decay_epochs", limit, "set decay_epochs=8 and decay_examples=0")
     rules.number("l2", "0.001 or 0.0002, 0 for none")
     rules.whole("total_steps", "train for at least one step")
     rules.whole("seed", "any number from 0 on", at_least=0)
@@ -415,6 +436,7 @@ def _check_network(config: ConfigDict, rules: _Rules) -> None:
     # Imported here because flax takes a second.
     from bn_jax.models import ACTIVATIONS, PRECISIONS
     from bn_jax.models.inception import TABLE, VARIANTS
+    from bn_jax.models.initializers import INITS
 
     rules.choice("activation", tuple(ACTIVATIONS))
     rules.choice("norm", NORMS)
@@ -439,7 +461,8 @@ def _check_network(config: ConfigDict, rules: _Rules) -> None:
     rules.whole("image_size", "224 in the paper, 28 for digits", at_least=16, at_most=4096)
     rules.choice("model.variant", tuple(VARIANTS))
     rules.number("model.width", "1 is the paper's network", above=0, at_most=16)
-    rules.number("model.init_scale", "1 is Glorot's", above=0)
+    rules.choice("model.init", INITS)
+    rules.number("model.init_scale", "1 leaves the weights of model.init as they are", above=0)
     modules = [f"inception_{row.name}" for row in TABLE]
     for name in config.bn.per_activation:
         if name not in modules:

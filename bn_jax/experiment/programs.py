@@ -33,7 +33,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # Any other field, also one that is not thought of yet, makes another program.
 NOT_TRACED = {
     *("name", "scale", "seed", "data", "record", "batch_size", "batch_per_device"),
-    *("learning_rate", "decay_rate", "decay_examples", "l2", "momentum"),
+    *("learning_rate", "decay_rate", "decay_epochs", "decay_examples", "l2", "momentum"),
     *("learning_rate_scaling", "warmup_examples", "total_steps", "steps_per_dispatch"),
     *("eval_every", "eval_batch_size", "statistics_batches", "log_every"),
     *("checkpoint_every", "checkpoint_wait", "keep_last", "keep_best", "deterministic"),

@@ -31,6 +31,7 @@ AT_CHANCE = "reference at chance"  # a level that any network reaches at once is
 PARENTS = {
     "bn_baseline": "inception",
     "inception_best_rate": "inception",
+    "inception_glorot": "inception",
     "inception_x5": "inception",
     "inception_sigmoid": "inception",
     "inception_strong_l2": "inception",

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from bn_jax.layers import BatchNorm
 from bn_jax.models.inception import Inception
-from bn_jax.models.initializers import Gaussian
+from bn_jax.models.initializers import BY_ACTIVATION, Gaussian
 from bn_jax.models.mlp import Mlp
 
 ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid}
@@ -50,9 +50,20 @@ def build(config: ConfigDict, num_classes: int) -> nn.Module:
         lrn=config.lrn,
         aux=config.model.aux,
         per_activation=tuple(config.bn.per_activation),
-        kernel_init=Gaussian(gain=config.model.init_scale),
+        kernel_init=Gaussian(gain=config.model.init_scale, rule=init_rule(config)),
         **shared,
     )
+
+
+def init_rule(config: ConfigDict) -> str:
+    """The rule of an Inception's initial weights, "he" or "glorot": its config's, or by "auto".
+
+    "auto" is He's for ReLU, which halves the variance of what it passes on, and Glorot's for the
+    sigmoid.
+    """
+    if config.model.init == "auto":
+        return BY_ACTIVATION[config.activation]
+    return config.model.init
 
 
 def _norm(config: ConfigDict, dtype: jnp.dtype):

@@ -186,6 +186,7 @@ class AuxiliaryHead(nn.Module):
     conv: Callable[..., Any]
     activation: Callable[[jax.Array], jax.Array]
     width: float
+    kernel_init: Gaussian
     dtype: Any
     precision: Any = None
 
@@ -198,7 +199,7 @@ class AuxiliaryHead(nn.Module):
 
         x = mixed.Dense(
             scaled(1024, self.width),
-            kernel_init=Gaussian(),
+            kernel_init=self.kernel_init,
             dtype=self.dtype,
             precision=self.precision,
             name="dense",
@@ -221,7 +222,7 @@ class Inception(PooledInit):
       aux: two auxiliary heads, after 4a and 4d (GoogLeNet).
       per_activation: names of modules ("inception_5b") whose BN has one scale and offset per
         activation instead of per feature map (4.2.3).
-      kernel_init: of the convolutions.
+      kernel_init: of the convolutions, and of the auxiliary heads' hidden layers without its gain.
       dtype: of the computation; parameters are float32.
       precision: of every product and convolution, as lax takes it.
     """
@@ -235,7 +236,7 @@ class Inception(PooledInit):
     lrn: bool = False
     aux: bool = False
     per_activation: tuple[str, ...] = ()
-    kernel_init: Any = Gaussian()
+    kernel_init: Gaussian = Gaussian(rule="he")
     dtype: Any = jnp.float32
     precision: Any = None
 
@@ -276,6 +277,7 @@ class Inception(PooledInit):
                     conv,
                     self.activation,
                     self.width,
+                    self.kernel_init._replace(gain=1.0),  # not a convolution: not scaled
                     self.dtype,
                     self.precision,
                     name=f"aux_{row.name}",
@@ -349,7 +351,10 @@ def strided_3x3(stride: int, symmetric: bool) -> dict[str, Any]:
 
 
 def classifier(num_classes: int, dtype: Any, precision: Any) -> nn.Module:
-    """The last layer, linear with a bias; called `classifier` in the parameters."""
+    """The last layer, linear with a bias; called `classifier` in the parameters.
+
+    No nonlinearity follows it, so its initial weights are Glorot's.
+    """
     return mixed.Dense(
         num_classes,
         kernel_init=Gaussian(),

@@ -13,31 +13,45 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
+INITS = ("auto", "he", "glorot")  # values of `model.init`
+
+# What "auto" stands for, by the nonlinearity.
+BY_ACTIVATION = {"relu": "he", "sigmoid": "glorot"}
+
 _pooled: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("pooled", default=None)
 
 
 class Gaussian(NamedTuple):
-    """Initializer: normal with mean 0 and standard deviation `std`, or `gain` times Glorot's.
+    """Initializer: normal (not truncated), mean 0, standard deviation `std` or `gain` times a rule.
 
-    Glorot's is sqrt(2 / (fan_in + fan_out)). The paper gives neither for its networks.
+    rule: "glorot", sqrt(2 / (fan_in + fan_out)) (Glorot and Bengio 2010), or "he",
+    sqrt(2 / fan_in), which keeps the variance from ReLU to ReLU (He et al. 2015, arXiv:1502.01852).
+    The paper gives none for its networks.
     """
 
     gain: float = 1.0
     std: float | None = None
+    rule: str = "glorot"
 
     def __call__(
         self, key: Any, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None
     ) -> jax.Array:
         """A kernel [..., inputs, outputs]; `out_sharding` is Flax's and is not used here."""
-        window = math.prod(shape[:-2])
-        glorot = math.sqrt(2 / (window * (shape[-2] + shape[-1])))
-        std = self.gain * glorot if self.std is None else self.std
+        std = self._std(shape) if self.std is None else self.std
 
         sizes = _pooled.get()
         if sizes is not None:
             sizes.append(math.prod(shape))
             return jnp.full(shape, std, dtype)  # see `PooledInit`
         return std * jax.random.normal(key, shape, dtype)
+
+    def _std(self, shape: Any) -> float:
+        """The rule's standard deviation for a kernel [..., inputs, outputs], times `gain`."""
+        window = math.prod(shape[:-2])
+        fan_in = window * shape[-2]
+        fan_out = window * shape[-1]
+        fans = fan_in if self.rule == "he" else fan_in + fan_out
+        return self.gain * math.sqrt(2 / fans)
 
 
 class PooledInit(nn.Module):

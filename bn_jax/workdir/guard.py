@@ -13,10 +13,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from bn_jax.errors import ConfigError, DiskError, LockedError
 from bn_jax.workdir import files
 from bn_jax.workdir.lines import Attempt
-from bn_jax.workdir.reader import completed, flat, read_record
+from bn_jax.workdir.reader import added_since, completed, flat, read_record
 
 # A resumed run may change how long it trains and what it keeps and shows, not what it computes.
 MAY_CHANGE = frozenset(
@@ -86,6 +88,27 @@ def check_workdir(
 
     if is_main:
         refuse_if_held(workdir)
+
+
+def as_begun(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
+    """The config with which the run in `workdir` resumes, if it was begun with an older version.
+
+    `model.init` was Glorot's before there was a choice, and `decay_examples` was given where there
+    is `decay_epochs` now. What the command line asks for by name is not changed: as any other
+    change it is refused by `require_same_config`.
+    """
+    run = read_record(workdir)
+    if run is None:
+        return config
+
+    since = added_since(workdir)
+    found = ConfigDict(config.to_dict())
+    if "model.init" in since and found.model.get("init") == "auto":
+        found.model.init = run["config"]["model"]["init"]
+    if "decay_epochs" in since and not found.get("decay_examples"):
+        found.decay_epochs = 0.0
+        found.decay_examples = run["config"]["decay_examples"]
+    return found.lock()
 
 
 def require_same_config(

@@ -19,6 +19,8 @@ EVALUATIONS = "evaluations.jsonl"
 
 # Fields that older records lack, each with the value that describes what runs did then.
 ADDED = {
+    "model.init": "glorot",
+    "decay_epochs": 0.0,  # decay_examples was given, and the same for every data set
     "reproducible": False,
     "checkpoint_wait": 0.0,
     "learning_rate_scaling": "none",
@@ -73,13 +75,22 @@ def require_record(workdir: pathlib.Path) -> RunRecord:
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded config with the fields that were ADDED since."""
     found = dict(config)
+    mlp = config.get("model", {}).get("name") == "mlp"
     for field, value in ADDED.items():
+        if mlp and field == "model.init":  # Inception's alone
+            continue
         section, _, name = field.rpartition(".")
         if not section:
             found.setdefault(name, value)
         elif name not in found.get(section, {}):
             found[section] = {**found.get(section, {}), name: value}
     return found
+
+
+def added_since(workdir: pathlib.Path) -> set[str]:
+    """The fields of ADDED that are not in WORKDIR/run.json, which exists and is whole."""
+    config = json.loads((workdir / RUN).read_bytes())["config"]
+    return ADDED.keys() - flat(config).keys()
 
 
 class Run(NamedTuple):

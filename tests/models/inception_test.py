@@ -9,9 +9,11 @@ import pytest
 from flax import linen as nn
 
 from bn_jax import models
+from bn_jax.experiment.config import settled
 from bn_jax.layers import BatchNorm, ConvBN
 from bn_jax.models import inception
 from bn_jax.models.inception import Inception
+from bn_jax.models.initializers import Gaussian
 from configs import bn_x30, ensemble_1, ensemble_4
 from configs import inception as plain
 
@@ -221,7 +223,52 @@ def test_init_scale_multiplies_the_convolutions_only():
         np.testing.assert_allclose(b, 1.5 * a, rtol=1e-6)
     np.testing.assert_array_equal(base["classifier"]["kernel"], larger["classifier"]["kernel"])
     kernel = base["inception_5b"]["conv_3x3"]["conv"]["kernel"]
-    want = (2 / (9 * (24 + 40))) ** 0.5  # Glorot's
+    want = (2 / (9 * 24)) ** 0.5  # He's
+    assert abs(float(jnp.std(kernel)) - want) < 5 * want / (2 * kernel.size) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("init", "activation", "rule"),
+    [
+        ("auto", "relu", "he"),
+        ("auto", "sigmoid", "glorot"),
+        ("he", "sigmoid", "he"),
+        ("glorot", "relu", "glorot"),
+    ],
+)
+def test_initial_weights_by_the_nonlinearity(init, activation, rule):
+    config = plain.get_config("digits")
+    config.model.init = init
+    config.activation = activation
+    assert models.build(config, 10).kernel_init.rule == rule
+    assert settled(config, 4000).model.init == rule
+
+
+def test_under_he_a_signal_reaches_the_last_module_and_under_glorot_it_does_not():
+    """Standard deviation of the input of a nonlinearity in 5b, without BN: why the rule matters."""
+
+    def deviation(rule):
+        model = Inception(**SMALL, kernel_init=Gaussian(rule=rule))
+
+        def inputs():
+            x = jax.random.uniform(jax.random.key(1), (8, 28, 28, 3), maxval=255)
+            variables = model.init(KEYS, x, train=False)
+            _, sown = model.apply(variables, x, train=False, mutable=["activations"])
+            return sown["activations"]["inception_5b"]["conv_1x1"]["input"][0]
+
+        return float(jnp.std(jax.jit(inputs)()))
+
+    assert deviation("he") > 0.1 and deviation("glorot") < 0.02
+
+
+def test_auxiliary_heads_follow_the_rule_but_not_the_scale():
+    config = ensemble_1.get_config("digits")
+    config.model.aux = True
+    params = jax.jit(
+        lambda: models.build(config, 10).init(KEYS, images(1, channels=1), train=True)["params"]
+    )()
+    kernel = params["aux_4a"]["dense"]["kernel"]
+    want = (2 / kernel.shape[0]) ** 0.5
     assert abs(float(jnp.std(kernel)) - want) < 5 * want / (2 * kernel.size) ** 0.5
 
 

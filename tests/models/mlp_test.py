@@ -118,5 +118,8 @@ def test_gaussian_alone_and_a_foreign_initializer():
     kernel = Gaussian(gain=2.0)(KEY, (3, 3, 40, 60))
     want = 2 * (2 / (9 * 100)) ** 0.5  # Glorot's, doubled
     assert abs(float(jnp.std(kernel)) - want) < 5 * want / (2 * kernel.size) ** 0.5
+    kernel = Gaussian(rule="he")(KEY, (3, 3, 40, 60))
+    want = (2 / (9 * 40)) ** 0.5
+    assert abs(float(jnp.std(kernel)) - want) < 5 * want / (2 * kernel.size) ** 0.5
     with pytest.raises(TypeError, match="not Gaussian"):
         Mlp(kernel_init=jax.nn.initializers.ones).init(KEY, digits(), train=True)

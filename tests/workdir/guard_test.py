@@ -106,6 +106,7 @@ def test_records_from_before_a_field_was_added_can_be_evaluated(tmp_path):
         *section, name = field.split(".")
         part = config[section[0]] if section else config
         part.pop(name, None)
+    config["decay_examples"] = 1e7
     data = {"image_shape": [28, 28, 1], "classes": 10, "class_names": [], "split": "test"}
     info = {"data": data | {"description": "", "eval_examples": 1000}}
     (tmp_path / "run.json").write_text(json.dumps({"config": config, "info": info}))
