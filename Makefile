@@ -34,7 +34,7 @@ fig1: setup  ## the MNIST study (Fig. 1) on the digits, or MNIST=FOLDER with the
 	$(RUN) bn_jax.figures --workdir=runs/fig1_$(SCALE)
 
 table: setup  ## Fig. 2 and the table of Fig. 3 on the digits: five networks, one seed
-	$(RUN) bn_jax.sweep --configs=inception,inception_best_rate,bn_baseline,bn_x5,bn_x30,bn_x5_sigmoid --scale=digits --seeds=1 --workdir=runs/table
+	$(RUN) bn_jax.sweep --configs=inception,inception_best,bn_baseline,bn_x5,bn_x30,bn_x5_sigmoid --scale=digits --seeds=1 --workdir=runs/table
 	$(RUN) bn_jax.figures --workdir=runs/table
 
 two: setup  ## one run as two processes on this machine (launch/local.sh), a minute or two

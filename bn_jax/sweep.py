@@ -3,6 +3,7 @@
 Every member is the plain command, `python -m bn_jax.main`, in its own folder DIR/CONFIG/seed_K with
 its output in member.log. The same sweep again skips members that are done or have diverged, and
 resumes those that were stopped. A grid of values adds a folder: DIR/CONFIG/FIELD=VALUE/seed_K.
+With --halving the best points of a grid are found on held-out examples.
 """
 
 import itertools
@@ -19,7 +20,8 @@ from ml_collections import ConfigDict
 from bn_jax import errors
 from bn_jax.distributed.cpus import usable_cpus
 from bn_jax.errors import ConfigError, DivergedError, Preempted, UserError
-from bn_jax.experiment.config import read, settled
+from bn_jax.experiment import tuning
+from bn_jax.experiment.config import load, read, settled
 from bn_jax.experiment.pool import Pool
 from bn_jax.workdir import guard, reader
 
@@ -53,7 +55,7 @@ def members(
     Args:
       configs: names of experiments.
       scale: for all of them; empty: each one's default.
-      seeds: 0 .. seeds - 1.
+      seeds: 0 .. seeds - 1, which are added to each config's own seed.
       workdir: the sweep's folder.
       settings: FIELD=VALUE for all.
       grid: {field: values}, every combination of which is run.
@@ -65,13 +67,14 @@ def members(
     found = []
     for seed in range(seeds):
         for config in configs:
+            file = f"configs/{config}.py{':' if scale else ''}{scale}"
+            own_seed = load(file).seed  # members of an ensemble differ in it
             for values in itertools.product(*grid.values()):
                 points = [f"{f}={v}" for f, v in zip(grid, values, strict=True)]
                 if any("/" in point for point in points):
                     raise ConfigError(f"--grid: a value with / cannot name a folder: {points}")
                 name = "/".join([config, *points, f"seed_{seed}"])
-                file = f"configs/{config}.py{':' if scale else ''}{scale}"
-                changes = [*settings, *points, f"seed={seed}"]
+                changes = [*settings, *points, f"seed={own_seed + seed}"]
                 arguments = [f"--config={file}", *(f"--config.{change}" for change in changes)]
                 arguments.append(f"--workdir={workdir / name}")
                 found.append(SweepMember(name, workdir / name, arguments, read(file, changes)))
@@ -97,6 +100,53 @@ def status(member: SweepMember) -> str:
     if run["status"] == "done" and run["config"]["total_steps"] < config.total_steps:
         return "preempted"
     return run["status"]
+
+
+def finished_in(folder: pathlib.Path, found: Sequence[SweepMember]) -> list[SweepMember]:
+    """The members, with those that `folder` has complete records of in their places there.
+
+    Complete are run.json of a run of the same config that is done, with at least as many steps, and
+    metrics.jsonl up to its last evaluation; checkpoints are not needed. Raises ConfigError for
+    records of another config.
+    """
+    placed = []
+    for member in found:
+        there = member._replace(workdir=folder / member.name)
+        if reader.is_run(there.workdir) and status(there) == "done":
+            run = reader.read_run(there.workdir)
+            last = run.lines["eval"][-1:]
+            if last and last[0]["step"] == run.config["total_steps"]:
+                member = there
+        placed.append(member)
+    return placed
+
+
+def threads(found: Sequence[SweepMember]) -> int | None:
+    """CPU threads of the members that have run, which the others get, too; None if none has.
+
+    Sums are split by thread, so networks that are compared need the same number. Raises ConfigError
+    if members differ from each other, or from NPROC. BN_JAX_ANY_THREADS=1 allows it.
+    """
+    if os.environ.get(guard.ANY_THREADS) == "1":
+        return None
+
+    seen: dict[int, str] = {}
+    for member in found:
+        run = reader.read_record(member.workdir)
+        hardware = {} if run is None else run.get("hardware", {})
+        if hardware.get("platform") == "cpu":
+            seen.setdefault(hardware["cpu_threads"], member.name)
+    asked = os.environ.get("NPROC")
+    if asked and seen:
+        seen.setdefault(int(asked), "this process (NPROC)")
+
+    if len(seen) > 1:
+        each = ", ".join(f"{count} in {name}" for count, name in seen.items())
+        raise ConfigError(
+            f"the members have different numbers of CPU threads ({each}) and cannot be compared to "
+            f"the last bit: use another --workdir, or set {guard.ANY_THREADS}=1"
+        )
+    return next(iter(seen), None)
 
 
 def environment(member: SweepMember, slot: Mapping[str, str]) -> dict[str, str]:
@@ -137,8 +187,10 @@ def _gpus() -> list[str]:
     return [str(i) for i, _ in enumerate(pathlib.Path("/dev").glob("nvidia[0-9]*"))]
 
 
-def run(found: Sequence[SweepMember], jobs: int | None) -> None:
+def run(found: Sequence[SweepMember], jobs: int | None, beside: Sequence[SweepMember] = ()) -> None:
     """Runs what is not finished and says how all ended.
+
+    beside: more members, which are not run here and have as many threads.
 
     Raises:
       Preempted: a signal, or a member that was stopped by one; the same sweep resumes.
@@ -147,7 +199,11 @@ def run(found: Sequence[SweepMember], jobs: int | None) -> None:
     before = {member.name: status(member) for member in found}
     todo = [member for member in found if before[member.name] not in FINISHED]
     print(f"{len(found)} members: {len(found) - len(todo)} finished before, {len(todo)} to run")
-    pool = Pool(slots(jobs), total=len(found))
+    share = slots(jobs)
+    count = threads([*found, *beside])
+    if count is not None and "NPROC" not in os.environ:
+        share = [{**slot, "NPROC": str(count)} for slot in share]
+    pool = Pool(share, total=len(found))
     codes = pool.run(
         [(m.name, m.command(sys.executable), m.workdir / "member.log", _env(m)) for m in todo]
     )
@@ -185,7 +241,9 @@ def outcome(found: Sequence[SweepMember]) -> str:
         said = record["status"]
         data = record.get("info", {}).get("data", {}).get("description", data)
         if said == "done":
-            said += f"  {100 * record['results']['top1']:.2f}% of {record['results']['examples']:,}"
+            said += f"  {_accuracy(record['results'])}"
+            if "test" in record["results"]:
+                said += f" held out, {_accuracy(record['results']['test'])} of the test split"
         elif said in ("diverged", "failed", "preempted"):
             said += f"  {record['results'].get('error', '').partition(': ')[2][:70]}"
         lines.append(f"  {member.name:40} {said}")
@@ -193,6 +251,73 @@ def outcome(found: Sequence[SweepMember]) -> str:
     if data:
         lines.append(f"data: {data}")
     return "\n".join(lines)
+
+
+def halve(
+    first: Sequence[SweepMember],
+    full: Sequence[SweepMember],
+    keep: int,
+    workdir: pathlib.Path,
+    jobs: int | None,
+) -> None:
+    """Tries all points of a grid in two rounds, and writes the table of them.
+
+    Args:
+      first: the points with the steps of the first round.
+      full: the same points with all steps; those that are kept go on in the same folders.
+      keep: how many points of each experiment have all steps.
+      workdir: the sweep's folder, of the table, too.
+      jobs: as `run`, which also says what is raised.
+    """
+    steps = first[0].config.total_steps, full[0].config.total_steps
+
+    # A point that was kept before may be beyond the first round by now: it is not begun again.
+    run([m for m in first if tuning.accuracy(m.workdir, steps[0]) is None], jobs, full)
+    kept = tuning.best(_points(first, steps), keep)
+    run([m for m in full if m.name in kept], jobs, full)
+
+    points = list(_points(full, steps).values())
+    origin = next(r for m in full if (r := reader.read_record(m.workdir)) is not None)
+    commit = origin["source"].get("commit", "unknown")
+    hardware = origin["hardware"]
+    about = (
+        f"{origin['info']['data']['description']}. Commit {commit}, {hardware['cpu_threads']} CPU "
+        f"threads, {hardware['platform']}."
+    )
+    for path in tuning.write(workdir, points, steps, about):
+        print(path)
+    for experiment, point in tuning.winners(points).items():
+        print(f"best of {experiment}: {point.values}")
+
+
+def _points(found: Sequence[SweepMember], steps: tuple[int, int]) -> dict[str, tuning.Point]:
+    """The members as points of the grid, by their names."""
+    points = {}
+    for member in found:
+        experiment, *values, _ = member.name.split("/")
+        record = reader.read_record(member.workdir)
+        points[member.name] = tuning.Point(
+            experiment=experiment,
+            values=dict(value.split("=", 1) for value in values),
+            first=tuning.accuracy(member.workdir, steps[0]),
+            last=tuning.accuracy(member.workdir, steps[1]),
+            status="new" if record is None else record["status"],
+        )
+    return points
+
+
+def _halving(text: str, seeds: int, grid: Mapping[str, Sequence[str]]) -> tuple[int, int]:
+    """Steps of the first round and how many points are kept. Raises ConfigError."""
+    steps, comma, keep = text.partition(",")
+    if not (comma and steps.isdecimal() and keep.isdecimal() and int(steps) and int(keep)):
+        raise ConfigError(f"--halving={text}: write STEPS,N, two positive numbers such as 1000,3")
+    if seeds != 1 or not grid:
+        raise ConfigError(f"--halving={text}: needs --grid and one seed; leave out --seeds")
+    return int(steps), int(keep)
+
+
+def _accuracy(scores: Mapping[str, Any]) -> str:
+    return f"{100 * scores['top1']:.2f}% of {scores['examples']:,}"
 
 
 def main() -> None:
@@ -206,6 +331,19 @@ def main() -> None:
     add("--jobs", type=int, help="members side by side (default: one a GPU, or for 2 CPU cores)")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="for all; repeatable")
     add("--grid", action="append", default=[], metavar="FIELD=V1,V2,...", help="try all values")
+    add(
+        "--halving",
+        metavar="STEPS,N",
+        help="all points of --grid for so many steps, then the best N of each experiment in full, "
+        "by their accuracy on data.holdout; writes DIR/tuning.md and tuning.csv",
+    )
+    add(
+        "--done",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="folder of records; the members that it holds complete, as DIR/CONFIG/seed_K, count "
+        "as done",
+    )
     add("--dry_run", action="store_true", help="print the unfinished members' commands, and end")
     args = parser.parse_args()
     configs = [name for name in args.configs.split(",") if name]
@@ -221,7 +359,21 @@ def main() -> None:
     if args.jobs is not None and args.jobs < 1:
         raise ConfigError(f"--jobs={args.jobs} must be at least 1")
     grid = {text.partition("=")[0]: text.partition("=")[2].split(",") for text in args.grid}
+    if args.halving is not None:
+        steps, keep = _halving(args.halving, args.seeds, grid)
+        args.set.append("eval_test=False")  # the test split plays no part in a choice
     found = members(configs, args.scale, args.seeds, args.workdir, args.set, grid)
+    if args.done is not None:
+        found = finished_in(args.done, found)
+    if args.halving is not None:
+        for member in found:
+            if not member.config.data.holdout:
+                limit = "data.holdout=0, and the test split must play no part in a choice"
+                raise ConfigError(f"--halving: {limit}; add --set=data.holdout=0.1")
+        shorter = [*args.set, f"total_steps={steps}"]
+        first = members(configs, args.scale, args.seeds, args.workdir, shorter, grid)
+        halve(first, found, keep, args.workdir, args.jobs)
+        return
     if args.dry_run:
         for member in found:
             if status(member) not in FINISHED:

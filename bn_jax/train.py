@@ -132,6 +132,8 @@ class Loop:
             (every.eval_every, self.evaluate),
             (every.checkpoint_every, self.save),
         ]
+        self.early = early_evaluations(every.eval_early, every.eval_every)
+        self.scores_test = every.eval_test and exp.data.test is not None
 
     def start(self) -> tuple[int, TrainState]:
         """The step and state to train from: the newest good checkpoint's, or new ones."""
@@ -188,8 +190,11 @@ class Loop:
             self.train(step, state, signals)
         with self.records.timed("save"):
             self.checkpoints.wait()
-        accuracy = evaluator.sentence(self.exp, self.scores)
-        self.records.say(f"done: {accuracy}; {self.exp.data.description}")
+        data = self.exp.data
+        accuracy = evaluator.sentence(data.split, self.scores)
+        if "test" in self.scores:
+            accuracy = f"{evaluator.sentence(data.test_split, self.scores['test'])}; {accuracy}"
+        self.records.say(f"done: {accuracy}; {data.description}")
         return self.scores
 
     def train(self, start: int, state: TrainState, signals: preempt.Signals) -> None:
@@ -241,7 +246,8 @@ class Loop:
     def due(self, step: int, stopping: bool) -> list[Callable[[int, TrainState], None]]:
         """The events that follow `step`, in their order: all of them after the last step."""
         last = step == self.exp.config.total_steps
-        due = [event for every, event in self.events if last or step % every == 0]
+        early = [self.evaluate] if step in self.early else []
+        due = [e for every, e in self.events if last or step % every == 0 or e in early]
         if stopping and self.save not in due:
             due.append(self.save)
         return due
@@ -304,7 +310,16 @@ class Loop:
             line["running_gap"] = running_gap(state.batch_stats, population, epsilon)
         self.scores = {"step": step, **scores}
         self.records.write("eval", step, **line)
-        self.records.say(f"step {step:,}: {evaluator.sentence(self.exp, scores)}")
+        self.records.say(f"step {step:,}: {evaluator.sentence(self.exp.data.split, scores)}")
+        if step == self.exp.config.total_steps and self.scores_test:
+            self.score_test(step, state, population)
+
+    def score_test(self, step: int, state: TrainState, population: Any) -> None:
+        """Scores the test split, which has played no part until now, once."""
+        with self.records.timed("evaluate"):
+            scores = self.evaluator.scores(state.params, population, self.exp.data.tested())
+        self.scores["test"] = scores
+        self.records.write("test", step, **scores)
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves a checkpoint; where that takes long, the next steps run meanwhile."""
@@ -451,6 +466,20 @@ def feed(exp: Experiment, start: int, dispatch: int) -> Iterator[tuple]:
     for first in range(start, total, dispatch):
         order = [data.train_indices(k, size, seed=seed) for k in range(first, first + dispatch)]
         yield images, labels, put(along_batch(mesh, axis=1), np.stack(order))
+
+
+def early_evaluations(first: int, every: int) -> frozenset[int]:
+    """Steps of the evaluations before those `every` so many steps; none if `first` is 0.
+
+    They begin with step `first` and grow by a tenth, until a tenth is `every` steps, so that the
+    step at which a level is reached is known to a tenth of it.
+    """
+    steps = set()
+    step = first
+    while 0 < step < 10 * every:
+        steps.add(step)
+        step += max(1, step // 10)
+    return frozenset(steps)
 
 
 # A loss or gradient that is not finite: at which step, and where in the network it begins.

@@ -14,5 +14,6 @@ from configs import bn_x30
 def get_config(scale: str = "imagenet") -> ConfigDict:
     config = bn_x30.get_config(scale)
     config.name = "ensemble_1"
+    config.seed = 100  # its own data order and initial weights; a sweep adds its number
     config.model.init_scale = 1.5  # by how much is not given
     return config

@@ -14,5 +14,6 @@ from configs import bn_x30
 def get_config(scale: str = "imagenet") -> ConfigDict:
     config = bn_x30.get_config(scale)
     config.name = "ensemble_2"
+    config.seed = 200  # its own data order and initial weights; a sweep adds its number
     config.dropout = 0.05
     return config

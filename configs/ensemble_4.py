@@ -14,5 +14,6 @@ from configs import bn_x30
 def get_config(scale: str = "imagenet") -> ConfigDict:
     config = bn_x30.get_config(scale)
     config.name = "ensemble_4"
+    config.seed = 400  # its own data order and initial weights; a sweep adds its number
     config.bn.per_activation = ("inception_5b",)  # which layers is not given: the last module
     return config

@@ -14,6 +14,7 @@ from configs import bn_x30
 def get_config(scale: str = "imagenet") -> ConfigDict:
     config = bn_x30.get_config(scale)
     config.name = "ensemble_5"
+    config.seed = 500  # its own data order and initial weights; a sweep adds its number
     config.model.init_scale = 1.5  # by how much is not given
     config.dropout = 0.05
     return config

@@ -69,6 +69,8 @@ def get_config(scale: str = "mnist") -> ConfigDict:
 
     # Evaluation and records
     config.eval_every = 500  # steps
+    config.eval_early = 0  # first step of evaluations 10% apart, up to eval_every apart; 0: none
+    config.eval_test = True  # score the test split once, at the end, where data.holdout is not 0
     config.eval_batch_size = 1000  # examples
     config.statistics_batches = 100  # of bn.group_size examples, for population statistics (Alg. 2)
     config.checkpoint_every = 10_000  # steps

@@ -34,17 +34,23 @@ DELTAS = {
     "bn_x5_unshuffled": ("bn_x5", {"data.shuffle": "none"}),
     "bn_x5_full_distortion": ("bn_x5", {"data.distortion": 1.0}),
     "bn_x30_unshuffled": ("bn_x30", {"data.shuffle": "none"}),
-    "inception_best_rate": ("inception", {"learning_rate": 0.0075}),
+    "bn_x5_without_bn": ("bn_x5", {"norm": "none"}),
+    "bn_best": ("bn_baseline", {}),
+    "inception_best": ("inception", {}),
     "inception_glorot": ("inception", {"model.init": "glorot"}),
     "inception_x5": ("inception", {"learning_rate": 0.0075}),
     "inception_sigmoid": ("inception", {"activation": "sigmoid"}),
+    "inception_sigmoid_best": ("inception_sigmoid", {}),
     "inception_strong_l2": ("inception", {"l2": 0.005}),
-    "ensemble_1": ("bn_x30", {"model.init_scale": 1.5}),
-    "ensemble_2": ("bn_x30", {"dropout": 0.05}),
-    "ensemble_3": ("bn_x30", {"dropout": 0.1}),
-    "ensemble_4": ("bn_x30", ENSEMBLE_BN),
-    "ensemble_5": ("bn_x30", {"model.init_scale": 1.5, "dropout": 0.05}),
-    "ensemble_6": ("bn_x30", {"model.init_scale": 1.5, "dropout": 0.1, **ENSEMBLE_BN}),
+    "ensemble_1": ("bn_x30", {"seed": 100, "model.init_scale": 1.5}),
+    "ensemble_2": ("bn_x30", {"seed": 200, "dropout": 0.05}),
+    "ensemble_3": ("bn_x30", {"seed": 300, "dropout": 0.1}),
+    "ensemble_4": ("bn_x30", {"seed": 400, **ENSEMBLE_BN}),
+    "ensemble_5": ("bn_x30", {"seed": 500, "model.init_scale": 1.5, "dropout": 0.05}),
+    "ensemble_6": (
+        "bn_x30",
+        {"seed": 600, "model.init_scale": 1.5, "dropout": 0.1, **ENSEMBLE_BN},
+    ),
     "mnist_bn": ("mnist", {"norm": "batch_norm"}),
 }
 FOLDER = pathlib.Path(inception.__file__).parent
@@ -78,7 +84,8 @@ def test_table_names_every_config_file():
 @pytest.mark.parametrize(("name", "scale"), CASES)
 def test_delta_changes_exactly_its_keys(name, scale):
     parent, changes = DELTAS[name]
-    expected = {"name": name, **changes}
+    module = importlib.import_module(f"configs.{name}")
+    expected = {"name": name, **changes, **getattr(module, "TUNED", {}).get(scale, {})}
     if name == "bn_x5" and scale in ("imagenet", "pod"):
         expected["total_steps"] = 6_000_000
     before, after = flat(load(parent, scale)), flat(load(name, scale))
@@ -129,7 +136,7 @@ def test_scales_change_data_image_width_and_length_only():
     scaled = ["scale", "image_size", "model.width", "total_steps", "eval_every", "log_every"]
     scaled += ["eval_batch_size", "statistics_batches", "checkpoint_every", "data.name"]
     scaled += ["data.crop", "data.mirror", "data.shift", "record.activation_every"]
-    scaled += ["record.activation_examples"]
+    scaled += ["record.activation_examples", "data.dir", "data.holdout", "eval_early"]
     pod = ["scale", "batch_per_device", "dtype"]
     reference = flat(inception.get_config())
     for scale in inception.SCALES:

@@ -67,7 +67,7 @@ def test_call_2(tmp_path):
     with tarfile.open(tmp_path / "runs.tar.gz") as tar:
         tar.extractall(tmp_path, filter="data")
     folders = {file.parent.parent.name for file in tmp_path.rglob("run.json")}
-    assert {"bn_x5", "bn_x5_less_bn", "bn_baseline", "bn_x30", "inception_best_rate"} < folders
+    assert {"bn_x5", "bn_x5_less_bn", "bn_baseline", "bn_x30", "inception_x5"} < folders
 
     command = [sys.executable, "-m", "bn_jax.figures", f"--workdir={tmp_path / 'runs'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

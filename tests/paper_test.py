@@ -35,7 +35,7 @@ def load(name, *scale):
     return importlib.import_module(f"configs.{name}").get_config(*scale)
 
 
-@pytest.mark.parametrize("scale", ["imagenet", "digits", "folder", "synthetic"])
+@pytest.mark.parametrize("scale", ["imagenet", "digits", "mnist", "tiny40", "folder", "synthetic"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_five_networks(name, scale):
     config, facts = load(name, scale), dict(NETWORKS[name])

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from bn_jax import sweep
+from bn_jax.data import pipeline
 from bn_jax.errors import ConfigError
 from bn_jax.experiment.config import settled
 from bn_jax.experiment.pool import Pool, last_line
@@ -145,6 +146,125 @@ def test_members_of_a_grid_are_what_main_would_train(tmp_path):
     assert found[1].name == "mnist/learning_rate=0.2/batch_size=60/seed_0"
     assert (found[1].config.learning_rate, found[1].config.l2) == (0.2, 0.5)
     assert {m.workdir for m in found} == {tmp_path / m.name for m in found}
+
+
+def test_six_members_of_an_ensemble_see_six_data_orders(tmp_path):
+    """A member's seed is its config's plus the sweep's number."""
+    names = [f"ensemble_{k}" for k in range(1, 7)]
+    found = sweep.members(names, "digits", 2, tmp_path)
+    seeds = [member.config.seed for member in found]
+    assert len(set(seeds)) == 12
+    assert seeds[6:] == [seed + 1 for seed in seeds[:6]]
+    assert (found[0].name, found[6].name) == ("ensemble_1/seed_0", "ensemble_1/seed_1")
+
+    data = pipeline.open_data(found[0].config)
+    orders = {tuple(data.train_indices(0, 32, seed=seed)) for seed in seeds[:6]}
+    assert len(orders) == 6
+
+    # The control: six seeds of BN-x30, with nothing else changed.
+    control = sweep.members(["bn_x30"], "digits", 6, tmp_path)
+    assert [member.config.seed for member in control] == [*range(6)]
+    assert len({tuple(data.train_indices(0, 32, seed=m.config.seed)) for m in control}) == 6
+
+
+def committed(folder, member, status="done", last=None) -> None:
+    """The records of a finished member below `folder`, as they are committed: two files."""
+    config = settled(member.config, 4000).to_dict()
+    place = folder / member.name
+    place.mkdir(parents=True)
+    run = {"config": config, "info": INFO, "status": status, "attempts": [], "results": {}}
+    run |= {"source": {}, "hardware": {"platform": "cpu", "cpu_threads": 2}}
+    run["info"] = {"data": {"train_examples": 4000}}
+    (place / "run.json").write_text(json.dumps(run))
+    line = {"step": last or config["total_steps"], "kind": "eval", "top1": 0.5}
+    (place / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+
+def test_committed_records_count_as_done(tmp_path, monkeypatch, capsys):
+    found = sweep.members(["mnist"], "digits", 4, tmp_path / "runs")
+    committed(tmp_path / "results", found[0])
+    committed(tmp_path / "results", found[1], status="failed")
+    committed(tmp_path / "results", found[2], last=500)  # metrics.jsonl was cut off
+    placed = sweep.finished_in(tmp_path / "results", found)
+    assert placed[0].workdir == tmp_path / "results/mnist/seed_0"
+    assert [m.workdir for m in placed[1:]] == [m.workdir for m in found[1:]]
+    assert [sweep.status(m) for m in placed] == ["done", "new", "new", "new"]
+
+    words = ["sweep", "--configs=mnist", "--scale=digits", f"--workdir={tmp_path / 'runs'}"]
+    monkeypatch.setattr("sys.argv", [*words, f"--done={tmp_path / 'results'}", "--dry_run"])
+    sweep.main()
+    assert capsys.readouterr().out == ""
+
+    other = sweep.members(["mnist"], "digits", 1, tmp_path / "runs", ["learning_rate=0.5"])
+    with pytest.raises(ConfigError, match=r"learning_rate \(0.1 there, 0.5 here\)"):
+        sweep.finished_in(tmp_path / "results", other)
+
+
+def test_all_members_have_the_same_number_of_threads(tmp_path, monkeypatch):
+    monkeypatch.delenv("NPROC", raising=False)
+    found = sweep.members(["mnist"], "digits", 3, tmp_path)
+    assert sweep.threads(found) is None
+    committed(tmp_path, found[0])
+    assert sweep.threads(found) == 2
+
+    monkeypatch.setenv("NPROC", "1")
+    with pytest.raises(ConfigError, match=r"2 in mnist/seed_0, 1 in this process \(NPROC\)"):
+        sweep.threads(found)
+    monkeypatch.delenv("NPROC")
+
+    committed(tmp_path, found[1])
+    path = found[1].workdir / "run.json"
+    path.write_text(path.read_text().replace('"cpu_threads": 2', '"cpu_threads": 1'))
+    with pytest.raises(ConfigError, match=r"2 in mnist/seed_0, 1 in mnist/seed_1"):
+        sweep.threads(found)
+    monkeypatch.setenv("BN_JAX_ANY_THREADS", "1")
+    assert sweep.threads(found) is None
+
+
+def test_halving_trains_all_points_a_little_and_the_best_in_full(tmp_path, cache):
+    words = ("--configs=mnist", "--scale=digits", "--grid=learning_rate=0.001,0.5,3e38")
+    words += ("--set=data.holdout=0.2", "--set=total_steps=40", "--set=steps_per_dispatch=10")
+    words += ("--set=eval_every=20", "--set=record.activations=()", "--halving=20,1")
+    code, text = finish(start(cache, tmp_path, *words, BN_JAX_SMOKE=""))
+    assert code == 0, text
+    assert "best of mnist: {'learning_rate': '0.5'}" in text
+
+    steps, counts = {}, set()
+    for rate in ("0.001", "0.5", "3e38"):
+        run = json.loads((tmp_path / f"mnist/learning_rate={rate}/seed_0/run.json").read_text())
+        steps[rate] = run["config"]["total_steps"]
+        counts.add(run["hardware"]["cpu_threads"])
+        assert "test" not in run["results"]  # it played no part
+    assert steps == {"0.001": 20, "0.5": 40, "3e38": 20} and len(counts) == 1
+    rows = (tmp_path / "tuning.csv").read_text().splitlines()
+    assert len(rows) == 4 and rows[1].startswith("mnist,learning_rate=0.5,done,")
+    assert rows[1].endswith(",1") and rows[3].startswith("mnist,learning_rate=3e38,diverged,,,0")
+    assert "| 0.5 | done | " in (tmp_path / "tuning.md").read_text()
+
+    before = (tmp_path / "tuning.csv").read_bytes()
+    code, text = finish(start(cache, tmp_path, *words, BN_JAX_SMOKE=""))
+    assert code == 0 and "started" not in text
+    assert (tmp_path / "tuning.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--halving=20", "--grid=l2=0,1"], "--halving=20: write STEPS,N"),
+        (["--halving=0,1", "--grid=l2=0,1"], "--halving=0,1: write STEPS,N"),
+        (["--halving=20,1"], "--halving=20,1: needs --grid"),
+        (["--halving=20,1", "--grid=l2=0,1", "--seeds=2"], "one seed"),
+        (["--halving=20,1", "--grid=l2=0,1"], "add --set=data.holdout=0.1"),
+    ],
+)
+def test_a_choice_on_the_test_split_and_other_mistakes_are_refused(
+    tmp_path, monkeypatch, words, said
+):
+    start = ["sweep", "--configs=mnist", "--scale=digits", f"--workdir={tmp_path}"]
+    monkeypatch.setattr("sys.argv", [*start, *words])
+    with pytest.raises(ConfigError, match=said):
+        sweep.main()
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from bn_jax import train
 from bn_jax.distributed import preempt
 from bn_jax.errors import ConfigError, DivergedError, Preempted
 from bn_jax.experiment import build
-from bn_jax.workdir.lines import ActivationLine, EvalLine, TrainLine
+from bn_jax.workdir.lines import ActivationLine, EvalLine, TestLine, TrainLine
 from configs import bn_x30, mnist, mnist_bn
 from tests.support import small_sets
 
@@ -103,6 +103,41 @@ def test_a_checkpoint_has_the_accuracy_of_its_own_step_or_none(whole):
     assert {30, 40} <= kept.keys()
     metrics = {step: json.loads(kept[step].read_text())["body"]["metric"] for step in (30, 40)}
     assert metrics == {30: None, 40: scores["top1"]}
+
+
+def test_early_evaluations_are_a_tenth_apart():
+    assert train.early_evaluations(0, 250) == frozenset()
+    steps = sorted(train.early_evaluations(50, 250))
+    assert steps[:3] == [50, 55, 60] and 2250 < steps[-1] < 2500
+    gaps = np.diff([*steps, 2500])
+    assert np.all(gaps <= 0.1 * np.array(steps)) and np.all(gaps <= 250)
+    assert sorted(train.early_evaluations(1, 2)) == [*range(1, 20)]
+
+
+def test_curves_are_on_held_out_examples_and_the_test_split_is_scored_once(tmp_path):
+    held = {"data.holdout": 0.2, "steps_per_dispatch": 1, "eval_early": 20, "eval_every": 10}
+    scores = train.run(small(**held), tmp_path)
+    evaluations = lines(tmp_path, "eval")
+    assert [line["step"] for line in evaluations] == [10, 20, 22, 24, 26, 28, 30, 33, 36, 39, 40]
+    assert {line["examples"] for line in evaluations} == {800}
+    (test,) = lines(tmp_path, "test")
+    assert test.keys() == TestLine.__annotations__.keys()
+    assert (test["step"], test["examples"]) == (40, 1000)
+
+    # Both are in run.json, the best checkpoint is that of the held-out examples.
+    results = json.loads((tmp_path / "run.json").read_text())["results"]
+    assert results["top1"] == evaluations[-1]["top1"] == scores["top1"]
+    assert results["test"]["top1"] == test["top1"]
+    kept = json.loads((tmp_path / "checkpoints/40/manifest.json").read_text())
+    assert kept["body"]["metric"] == scores["top1"]
+
+    # What is evaluated later is the test split, too.
+    exp = build.from_workdir(tmp_path)
+    assert (exp.data.split, exp.data.num_eval) == ("test", 1000)
+
+    longer = train.run(small(**held, total_steps=50, eval_test=False), tmp_path)
+    assert "test" not in longer and len(lines(tmp_path, "test")) == 1
+    assert build.from_workdir(tmp_path).data.num_eval == 800
 
 
 def test_a_finished_run_is_not_trained_again(whole, monkeypatch):

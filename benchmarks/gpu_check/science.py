@@ -7,7 +7,7 @@ the device: no crops, mirroring or distortion.
 
 Stage 1: BN-x5 and BN-x5 less BN, 3 seeds each. Without BN the initial weights are He's, and seed 0
 tries both RATES; the one with the higher last accuracy (on the same pictures) has the other seeds.
-Stage 2: BN-Baseline, BN-x30, and plain Inception at its best rate with He's initial weights.
+Stage 2: BN-Baseline, BN-x30, and plain Inception at BN-x5's rate with He's initial weights.
 All take the same number of steps, chosen from measured times so that all fit; below LEAST_STEPS the
 networks have hardly begun to learn, and the result says so.
 """
@@ -65,7 +65,7 @@ LESS_BN = {
 OTHERS = (
     Network("bn_baseline", "bn_baseline"),
     Network("bn_x30", "bn_x30"),
-    Network("inception_best_rate", "inception_best_rate", HE),
+    Network("inception_x5", "inception_x5", HE),
 )
 
 

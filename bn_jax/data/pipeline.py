@@ -6,6 +6,7 @@ n is the number of rows of the global batch that this process holds. The batch o
 function of (seed, k), so only the step has to be saved.
 """
 
+import copy
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +72,7 @@ class Data:
       description: a line that states the set's limits.
       split: what the evaluated examples are called.
       held: the evaluated examples.
+      test: the set's own evaluation split, where training examples are evaluated in its place.
       augmentation: what training does to an image.
       masked: whether training batches have a mask.
     """
@@ -85,7 +87,11 @@ class Data:
     ):
         if shuffle not in order.MODES:
             raise ConfigError(f"data.shuffle={shuffle!r} is not one of {', '.join(order.MODES)}")
+        self.test: sources.Split | None = None
         if holdout:
+            self.test = source.evaluation
+            self.test_split = source.split
+            self._whole = source.description
             source = hold_out(source, holdout)
         self._train = source.train
         self._shards = source.shards
@@ -168,6 +174,19 @@ class Data:
         )
 
     # Evaluation.
+
+    def tested(self) -> "Data":
+        """The same, with the set's own evaluation split evaluated, not held-out examples."""
+        if self.test is None:
+            return self
+
+        found = copy.copy(self)
+        found.held = self.test
+        found.num_eval = len(self.test)
+        found.split = self.test_split
+        found.description = self._whole
+        found.test = None
+        return found
 
     def evaluation(self, batch_size: int, rows: slice) -> "Batches":
         """The evaluation split as stored, every example once; the last batch is padded with rows

@@ -57,6 +57,8 @@ def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
     config.batch_size = config.batch_per_device * devices
     for name in ("total_steps", "eval_every", "checkpoint_every", "log_every"):
         config[name] = max(1, round(config[name] / factor))
+    if config.eval_early:
+        config.eval_early = max(1, round(config.eval_early / factor))
     config.record.activation_every = max(1, round(config.record.activation_every / factor))
     config.batch_per_device = 0  # what run.json holds is the run's own batch, on any machine
     return config.lock()
@@ -101,6 +103,9 @@ def from_workdir(workdir: pathlib.Path, data_dir: str | None = None) -> Experime
 
     data_dir: where its data set lies now, if that is not where the run found it.
 
+    What is evaluated is the set's own evaluation split; held-out training examples where the run
+    has not scored that split either (`data.holdout` without `eval_test`).
+
     Raises ConfigError if there is no run or no data set, or if that is another one in `data_dir`.
     """
     config, recorded = _read_run(workdir, data_dir)
@@ -111,6 +116,8 @@ def from_workdir(workdir: pathlib.Path, data_dir: str | None = None) -> Experime
         if "digest" in recorded:
             now["digest"] = exp.data.digest()
         guard.require_same_data(workdir, recorded, now)
+    if config.eval_test:
+        exp = exp._replace(data=exp.data.tested())
     return exp
 
 

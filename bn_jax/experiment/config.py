@@ -47,7 +47,7 @@ def experiments() -> str:
         first = " ".join(doc.partition("\n\n")[0].split())
         lines.append(f"{name:24} {first}")
     scales = """
-Scales: imagenet (default), digits, folder, synthetic, pod;
+Scales: imagenet (default), digits, mnist, tiny40, folder, synthetic, pod;
         of mnist*: mnist (default), digits, synthetic.
 Train one: python -m bn_jax.main --config=configs/bn_x30.py:digits"""
     return "\n".join([*lines, scales])
@@ -493,6 +493,10 @@ def _check_input(config: ConfigDict, rules: _Rules) -> None:
 
 
 def _check_records(config: ConfigDict, rules: _Rules) -> None:
+    rules.whole("eval_early", "the first step of early evaluations, 0 for none", at_least=0)
+    if config.eval_early and config.steps_per_dispatch > 1:
+        limit = f"needs steps_per_dispatch=1, not {config.steps_per_dispatch}"
+        raise rules.error("eval_early", limit, "set one of them to that, or eval_early=0")
     for field in ("eval_every", "checkpoint_every", "log_every", "record.activation_every"):
         rules.whole(field, "a number of steps; total_steps for once, at the end")
     for field in ("eval_batch_size", "statistics_batches", "keep_last"):

@@ -122,8 +122,10 @@ class Evaluator:
             total = self._merge_batch(params, batch_stats, total, fed, seed)
         return total
 
-    def scores(self, params: Any, batch_stats: Any) -> dict[str, Any]:
+    def scores(self, params: Any, batch_stats: Any, data: Any = None) -> dict[str, Any]:
         """Accuracy over the whole evaluation split with the given statistics.
+
+        data: another set than the experiment's, with images of the same shape.
 
         Returns `top1`, `top5` (shares), `cross_entropy` (nats, mean), `examples`. Raises DataError
         if not every example was counted exactly once.
@@ -133,7 +135,7 @@ class Evaluator:
             self.compile()
 
         mesh = self.exp.mesh
-        data = self.exp.data
+        data = self.exp.data if data is None else data
         size = self._eval_size()
         sums = []
         for batch in data.evaluation(size, rows(mesh, size)):
@@ -152,13 +154,13 @@ def mini_batch(config: Mapping[str, Any] | ConfigDict) -> int:
     return config["batch_size"] if group is None else group
 
 
-def sentence(exp: Experiment, scores: dict[str, Any]) -> str:
-    """Accuracy with the count it rests on and its standard error, in words."""
+def sentence(split: str, scores: dict[str, Any]) -> str:
+    """Accuracy on a split with the count it rests on and its standard error, in words."""
     n = scores["examples"]
     top1 = scores["top1"]
     error = 100 * standard_error(top1, n)
     return (
-        f"{exp.data.split} accuracy {100 * top1:.2f}% +- {error:.2f} "
+        f"{split} accuracy {100 * top1:.2f}% +- {error:.2f} "
         f"({round(top1 * n):,} of {n:,} examples), top-5 {100 * scores['top5']:.2f}%"
     )
 

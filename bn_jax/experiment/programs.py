@@ -35,8 +35,9 @@ NOT_TRACED = {
     *("name", "scale", "seed", "data", "record", "batch_size", "batch_per_device"),
     *("learning_rate", "decay_rate", "decay_epochs", "decay_examples", "l2", "momentum"),
     *("learning_rate_scaling", "warmup_examples", "total_steps", "steps_per_dispatch"),
-    *("eval_every", "eval_batch_size", "statistics_batches", "log_every"),
-    *("checkpoint_every", "checkpoint_wait", "keep_last", "keep_best", "deterministic"),
+    *("eval_every", "eval_early", "eval_test", "eval_batch_size", "statistics_batches"),
+    *("log_every", "checkpoint_every", "checkpoint_wait", "keep_last", "keep_best"),
+    "deterministic",
 }
 SETTINGS = (
     *("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion"),

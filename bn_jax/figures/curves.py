@@ -18,7 +18,7 @@ from scipy import special
 from bn_jax.workdir.reader import FREE, Run, standard_error
 
 BASELINE = "inception"
-CONTROL = "inception_best_rate"
+CONTROL = "inception_best"
 LEVELS = ("90%", "95%", "max")
 
 NOT_REACHED = "not reached"
@@ -30,7 +30,10 @@ AT_CHANCE = "reference at chance"  # a level that any network reaches at once is
 # {experiment: the one it changes}; what the change is stands in the recorded configs.
 PARENTS = {
     "bn_baseline": "inception",
-    "inception_best_rate": "inception",
+    "inception_best": "inception",
+    "bn_best": "bn_baseline",
+    "bn_x5_without_bn": "bn_x5",
+    "inception_sigmoid_best": "inception_sigmoid",
     "inception_glorot": "inception",
     "inception_x5": "inception",
     "inception_sigmoid": "inception",

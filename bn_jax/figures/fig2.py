@@ -29,7 +29,7 @@ from bn_jax.workdir.reader import Run
 # Colour and line: a network looks the same in every picture.
 STYLES = {
     "inception": (BLACK, "--"),
-    "inception_best_rate": (GREY, "-"),
+    "inception_best": (GREY, "-"),
     "bn_baseline": (ORANGE, "-"),
     "bn_x5": (GREEN, "-"),
     "bn_x30": (BLUE, "-"),

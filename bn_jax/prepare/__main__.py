@@ -1,4 +1,4 @@
-"""Prepares and checks data: `python -m bn_jax.prepare imagenet|check|sheet --help`."""
+"""Prepares and checks data: `python -m bn_jax.prepare imagenet|tiny40|check|sheet --help`."""
 
 import argparse
 
@@ -30,6 +30,18 @@ def main() -> None:
     imagenet.add_argument("--threads", type=int, default=usable_cpus(), help="shards at a time")
     imagenet.set_defaults(run=run_imagenet)
 
+    tiny40 = commands.add_parser(
+        "tiny40", help="tiny-imagenet-200.zip -> a folder of 40 classes, for runs on a CPU"
+    )
+    tiny40.add_argument(
+        "--from", dest="source", required=True, metavar="ZIP", help="tiny-imagenet-200.zip"
+    )
+    tiny40.add_argument("--out", default="tiny40", help="folder to make (tiny40)")
+    tiny40.add_argument(
+        "--other", action="store_true", help="accept other pictures than the published runs had"
+    )
+    tiny40.set_defaults(run=run_tiny40)
+
     check = commands.add_parser("check", help="reads and decodes a whole data set; a verdict")
     check.add_argument("dir", help="TFDS data_dir or version folder, or a folder of pictures")
     check.add_argument("--name", default="imagenet2012", help="which TFDS set of the data_dir")
@@ -59,6 +71,15 @@ def run_imagenet(options: argparse.Namespace) -> None:
         threads=options.threads,
     )
     print(f"ready: {folder}\ntrain with --config.data.dir={options.data_dir}")
+
+
+def run_tiny40(options: argparse.Namespace) -> None:
+    """Prepares 40 classes of Tiny-ImageNet."""
+    from bn_jax.prepare.tiny40 import build
+
+    folder = errors.expand_path(options.out)
+    build(errors.expand_path(options.source), folder, other=options.other)
+    print(f"train with --config=NAME:tiny40 --config.data.dir={options.out}")
 
 
 def run_check(options: argparse.Namespace) -> None:

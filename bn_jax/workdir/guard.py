@@ -26,6 +26,8 @@ MAY_CHANGE = frozenset(
         "total_steps",
         "log_every",
         "eval_every",
+        "eval_early",
+        "eval_test",
         "checkpoint_every",
         "checkpoint_wait",
         "keep_last",

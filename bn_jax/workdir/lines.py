@@ -39,6 +39,17 @@ class EvalLine(TypedDict):
     running_gap: NotRequired[Number]  # with BN: how far the moving average lags behind
 
 
+class TestLine(TypedDict):
+    """Scores on the test split after the last step, where training examples were held out."""
+
+    step: int
+    kind: Literal["test"]
+    cross_entropy: Number  # nats, mean over the split
+    top1: float  # share
+    top5: float  # share
+    examples: int  # each counted once
+
+
 class ActivationLine(TypedDict):
     """Percentiles of one layer's activations on a fixed batch, a value for each unit."""
 
@@ -55,6 +66,7 @@ class MetricLines(TypedDict):
 
     train: list[TrainLine]
     eval: list[EvalLine]
+    test: list[TestLine]
     activation: list[ActivationLine]
 
 

@@ -20,6 +20,8 @@ EVALUATIONS = "evaluations.jsonl"
 # Fields that older records lack, each with the value that describes what runs did then.
 ADDED = {
     "model.init": "glorot",
+    "eval_early": 0,
+    "eval_test": False,
     "decay_epochs": 0.0,  # decay_examples was given, and the same for every data set
     "reproducible": False,
     "checkpoint_wait": 0.0,
@@ -142,12 +144,13 @@ def _read_metrics(workdir: pathlib.Path) -> MetricLines:
     # A run that is still training, or was killed, may have half a line at the end.
     whole = text[: text.rfind("\n") + 1]
 
-    by_kind: dict[str, list[Any]] = {"train": [], "eval": [], "activation": []}
+    by_kind: dict[str, list[Any]] = {"train": [], "eval": [], "test": [], "activation": []}
     for line in map(json.loads, whole.splitlines()):
         by_kind.setdefault(line["kind"], []).append(line)
     return {
         "train": by_kind["train"],
         "eval": by_kind["eval"],
+        "test": by_kind["test"],
         "activation": by_kind["activation"],
     }
 
@@ -184,6 +187,7 @@ SETTING = (
     "image_size",
     "batch_size",
     "eval_every",
+    "eval_early",
     "model.name",
     "model.variant",
     "model.width",

@@ -157,7 +157,7 @@ class Recorder:
         """Appends a line to metrics.jsonl. Call it for step k before saving checkpoint k.
 
         Args:
-          kind: train, eval or activation.
+          kind: train, eval, test or activation.
           step: 1-based; 0 is the initial state.
           values: numbers, strings, or (nested lists of) arrays of numbers, as `lines` has them for
             the kind. None of them may depend on the clock, or they would differ after a resume.

@@ -22,7 +22,9 @@ ALL = slice(0, 32)
 
 @pytest.fixture(scope="module")
 def digits() -> pipeline.Data:
-    return pipeline.open_data(bn_x5.get_config("digits"))
+    config = bn_x5.get_config("digits")
+    config.data.holdout = 0.0
+    return pipeline.open_data(config)
 
 
 class Pictures(sources.Records):
@@ -168,6 +170,15 @@ def test_holdout_is_part_of_training_only(digits):
     rows = [i.tobytes() for part in parts for i in part]
     assert sorted(rows) == sorted(i.tobytes() for i in digits.resident()[0])
     assert "800 held-out" in held.description
+
+    # The test split is still there, for the end.
+    tested = held.tested()
+    assert (tested.num_train, tested.num_eval, tested.split) == (3200, 1000, "test")
+    for mine, whole in zip(*(d.resident("evaluation") for d in (tested, digits)), strict=True):
+        np.testing.assert_array_equal(mine, whole)
+    assert tested.description == digits.description and held.num_eval == 800
+    assert digits.tested() is digits
+
     config.data.holdout = 1.5
     with pytest.raises(ConfigError, match="holdout"):
         pipeline.open_data(config)

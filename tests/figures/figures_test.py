@@ -162,7 +162,7 @@ def test_a_sweep_becomes_fig2_the_table_and_the_ablations(tmp_path, capsys):
     assert shown["inception_x5"]["final accuracy"] == "diverged"
     assert shown["inception_x5"]["remarks"] == "seed 0 diverged at step 1,234"
     text = (tmp_path / "out" / "fig3.md").read_text()
-    assert "There is no run of `inception_best_rate`" in text and "commit 0123456789" in text
+    assert "There is no run of `inception_best`" in text and "commit 0123456789" in text
     assert "settings differ" in text and text in capsys.readouterr().out
     changed = table(tmp_path / "out" / "ablations.md")["bn_baseline"]
     assert changed["change"] == "norm none -> batch_norm" and changed["seeds"] == "2"
