@@ -99,6 +99,7 @@ def as_begun(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     is `decay_epochs` now. What the command line asks for by name is not changed: as any other
     change it is refused by `require_same_config`.
     """
+    workdir = pathlib.Path(workdir)
     run = read_record(workdir)
     if run is None:
         return config
