@@ -62,7 +62,9 @@ def run(
       ConfigError: before anything is compiled or written.
       UserError: one of the other errors in `bn_jax.errors`, such as DivergedError and Preempted.
     """
-    exp = build.build(guard.as_begun(config, workdir))
+    begun = guard.as_begun(config, workdir)
+    older = begun.to_dict() != config.to_dict()
+    exp = build.build(begun)
     config = exp.config
     recorded = RecordedActivations(exp)
     watch = watch or Watchdog()  # does nothing, because it is not entered
@@ -75,6 +77,11 @@ def run(
     keep = {"keep_last": config.keep_last, "keep_best": config.keep_best}
     saved = Checkpoints(workdir / "checkpoints", **keep)
     with records, saved as checkpoints, watchdog.reporting_lost_processes():
+        if older:
+            records.say(
+                f"{workdir} was begun with an older version: its initial weights and the decay of "
+                "its rate stay as they were"
+            )
         loop = Loop(exp, recorded, records, checkpoints)
         watch.follow(loop.place, loop.abandon)
         step, state = loop.start()

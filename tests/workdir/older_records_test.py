@@ -45,7 +45,7 @@ def test_every_field_added_since_has_its_value_for_older_records(name):
     assert set(flat(config)) - set(FIELDS[name]) <= ADDED.keys()
 
 
-def test_a_workdir_made_then_resumes_with_the_same_bits(tmp_path, monkeypatch):
+def test_a_workdir_made_then_resumes_with_the_same_bits(tmp_path, monkeypatch, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     scores = train.run(small(), whole)
     with monkeypatch.context() as stop:
@@ -62,7 +62,9 @@ def test_a_workdir_made_then_resumes_with_the_same_bits(tmp_path, monkeypatch):
     for field, value in (("precision", "highest"), ("deterministic", True)):
         with pytest.raises(ConfigError, match=f"{field} \\(.* there, {value} here\\)"):
             train.run(small(**{field: value}), cut)
+    capsys.readouterr()
     assert train.run(small(), cut) == scores
+    assert "was begun with an older version" in "".join(capsys.readouterr())
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     config = json.loads(path.read_text())["config"]
     assert config["precision"] == "default"
