@@ -186,7 +186,7 @@ class AuxiliaryHead(nn.Module):
     conv: Callable[..., Any]
     activation: Callable[[jax.Array], jax.Array]
     width: float
-    kernel_init: Gaussian
+    kernel_init: Any
     dtype: Any
     precision: Any = None
 
@@ -236,7 +236,7 @@ class Inception(PooledInit):
     lrn: bool = False
     aux: bool = False
     per_activation: tuple[str, ...] = ()
-    kernel_init: Gaussian = Gaussian(rule="he")
+    kernel_init: Any = Gaussian(rule="he")
     dtype: Any = jnp.float32
     precision: Any = None
 
