@@ -139,7 +139,8 @@ class Loop:
             (every.eval_every, self.evaluate),
             (every.checkpoint_every, self.save),
         ]
-        self.early = early_evaluations(every.eval_early, every.eval_every)
+        dispatch = steps_per_dispatch(exp.config)
+        self.early = early_evaluations(every.eval_early, every.eval_every, dispatch)
         self.scores_test = every.eval_test and exp.data.test is not None
 
     def start(self) -> tuple[int, TrainState]:
@@ -475,16 +476,17 @@ def feed(exp: Experiment, start: int, dispatch: int) -> Iterator[tuple]:
         yield images, labels, put(along_batch(mesh, axis=1), np.stack(order))
 
 
-def early_evaluations(first: int, every: int) -> frozenset[int]:
+def early_evaluations(first: int, every: int, dispatch: int = 1) -> frozenset[int]:
     """Steps of the evaluations before those `every` so many steps; none if `first` is 0.
 
     They begin with step `first` and grow by a tenth, until a tenth is `every` steps, so that the
-    step at which a level is reached is known to a tenth of it.
+    step at which a level is reached is known to a tenth of it. They fall between two programs of
+    `dispatch` steps.
     """
     steps = set()
     step = first
     while 0 < step < 10 * every:
-        steps.add(step)
+        steps.add(math.ceil(step / dispatch) * dispatch)
         step += max(1, step // 10)
     return frozenset(steps)
 

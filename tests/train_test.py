@@ -112,6 +112,7 @@ def test_early_evaluations_are_a_tenth_apart():
     gaps = np.diff([*steps, 2500])
     assert np.all(gaps <= 0.1 * np.array(steps)) and np.all(gaps <= 250)
     assert sorted(train.early_evaluations(1, 2)) == [*range(1, 20)]
+    assert sorted(train.early_evaluations(12, 10, dispatch=5))[:4] == [15, 20, 25, 30]
 
 
 def test_curves_are_on_held_out_examples_and_the_test_split_is_scored_once(tmp_path):

@@ -494,9 +494,6 @@ def _check_input(config: ConfigDict, rules: _Rules) -> None:
 
 def _check_records(config: ConfigDict, rules: _Rules) -> None:
     rules.whole("eval_early", "the first step of early evaluations, 0 for none", at_least=0)
-    if config.eval_early and config.steps_per_dispatch > 1:
-        limit = f"needs steps_per_dispatch=1, not {config.steps_per_dispatch}"
-        raise rules.error("eval_early", limit, "set one of them to that, or eval_early=0")
     for field in ("eval_every", "checkpoint_every", "log_every", "record.activation_every"):
         rules.whole(field, "a number of steps; total_steps for once, at the end")
     for field in ("eval_batch_size", "statistics_batches", "keep_last"):

@@ -87,7 +87,6 @@ WRONG = [
     ("bn_x30:digits", {"data.holdout": 1.0}, "data.holdout=1.0: not in [0, 1)"),
     ("bn_x30:digits", {"eval_every": 0}, "eval_every=0"),
     ("bn_x30:digits", {"eval_early": -1}, "eval_early=-1: not a whole number from 0"),
-    ("mnist:digits", {"eval_early": 50}, "eval_early=50: needs steps_per_dispatch=1, not 250"),
     ("bn_x30:digits", {"checkpoint_every": -5}, "checkpoint_every=-5"),
     ("bn_x30:digits", {"checkpoint_wait": -0.1}, "checkpoint_wait=-0.1: not in [0, inf)"),
     ("bn_x30:digits", {"checkpoint_wait": float("inf")}, "checkpoint_wait=inf: not in [0, inf)"),
