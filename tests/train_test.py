@@ -11,7 +11,7 @@ from bn_jax import train
 from bn_jax.distributed import preempt
 from bn_jax.errors import ConfigError, DivergedError, Preempted
 from bn_jax.experiment import build
-from bn_jax.workdir.lines import ActivationLine, EvalLine, TestLine, TrainLine
+from bn_jax.workdir.lines import ActivationLine, EvalLine, FinalLine, TrainLine
 from configs import bn_x30, mnist, mnist_bn
 from tests.support import small_sets
 
@@ -122,7 +122,7 @@ def test_curves_are_on_held_out_examples_and_the_test_split_is_scored_once(tmp_p
     assert [line["step"] for line in evaluations] == [10, 20, 22, 24, 26, 28, 30, 33, 36, 39, 40]
     assert {line["examples"] for line in evaluations} == {800}
     (test,) = lines(tmp_path, "test")
-    assert test.keys() == TestLine.__annotations__.keys()
+    assert test.keys() == FinalLine.__annotations__.keys()
     assert (test["step"], test["examples"]) == (40, 1000)
 
     # Both are in run.json, the best checkpoint is that of the held-out examples.

@@ -39,7 +39,7 @@ class EvalLine(TypedDict):
     running_gap: NotRequired[Number]  # with BN: how far the moving average lags behind
 
 
-class TestLine(TypedDict):
+class FinalLine(TypedDict):
     """Scores on the test split after the last step, where training examples were held out."""
 
     step: int
@@ -66,7 +66,7 @@ class MetricLines(TypedDict):
 
     train: list[TrainLine]
     eval: list[EvalLine]
-    test: list[TestLine]
+    test: list[FinalLine]
     activation: list[ActivationLine]
 
 
