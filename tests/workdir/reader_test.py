@@ -76,7 +76,12 @@ def test_half_a_line_and_unknown_kinds_are_not_read(tmp_path):
     other = {"step": 1, "kind": "of a later version"}
     text = f"{json.dumps(whole)}\n{json.dumps(other)}\n" + '{"step": 2, "ki'
     (run / "metrics.jsonl").write_text(text)
-    assert reader.read_run(run).lines == {"train": [], "eval": [whole], "activation": []}
+    assert reader.read_run(run).lines == {
+        "train": [],
+        "eval": [whole],
+        "test": [],
+        "activation": [],
+    }
 
 
 def test_a_field_of_a_config_has_one_flat_name():
