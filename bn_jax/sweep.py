@@ -6,6 +6,7 @@ resumes those that were stopped. A grid of values adds a folder: DIR/CONFIG/FIEL
 With --halving the best points of a grid are found on held-out examples.
 """
 
+import argparse
 import itertools
 import os
 import pathlib
@@ -306,14 +307,28 @@ def _points(found: Sequence[SweepMember], steps: tuple[int, int]) -> dict[str, t
     return points
 
 
-def _halving(text: str, seeds: int, grid: Mapping[str, Sequence[str]]) -> tuple[int, int]:
+def _halving(args: argparse.Namespace, grid: Mapping[str, Sequence[str]]) -> tuple[int, int]:
     """Steps of the first round and how many points are kept. Raises ConfigError."""
+    text = args.halving
     steps, comma, keep = text.partition(",")
     if not (comma and steps.isdecimal() and keep.isdecimal() and int(steps) and int(keep)):
         raise ConfigError(f"--halving={text}: write STEPS,N, two positive numbers such as 1000,3")
-    if seeds != 1 or not grid:
+    if args.seeds != 1 or not grid:
         raise ConfigError(f"--halving={text}: needs --grid and one seed; leave out --seeds")
+    if args.done is not None:
+        raise ConfigError(f"--halving={text}: all points are trained here; leave out --done")
     return int(steps), int(keep)
+
+
+def _check_halving(text: str, steps: int, found: Sequence[SweepMember]) -> None:
+    """Raises ConfigError for members on which halving cannot be done."""
+    for member in found:
+        total = member.config.total_steps
+        if steps >= total:
+            raise ConfigError(f"--halving={text}: a whole run has {total:,} steps; choose fewer")
+        if not member.config.data.holdout:
+            limit = "data.holdout=0, and the test split must play no part in a choice"
+            raise ConfigError(f"--halving={text}: {limit}; add --set=data.holdout=0.1")
 
 
 def _accuracy(scores: Mapping[str, Any]) -> str:
@@ -360,26 +375,25 @@ def main() -> None:
         raise ConfigError(f"--jobs={args.jobs} must be at least 1")
     grid = {text.partition("=")[0]: text.partition("=")[2].split(",") for text in args.grid}
     if args.halving is not None:
-        steps, keep = _halving(args.halving, args.seeds, grid)
+        steps, keep = _halving(args, grid)
         args.set.append("eval_test=False")  # the test split plays no part in a choice
     found = members(configs, args.scale, args.seeds, args.workdir, args.set, grid)
+    first = found
     if args.done is not None:
-        found = finished_in(args.done, found)
+        first = found = finished_in(args.done, found)
     if args.halving is not None:
-        for member in found:
-            if not member.config.data.holdout:
-                limit = "data.holdout=0, and the test split must play no part in a choice"
-                raise ConfigError(f"--halving: {limit}; add --set=data.holdout=0.1")
+        _check_halving(args.halving, steps, found)
         shorter = [*args.set, f"total_steps={steps}"]
         first = members(configs, args.scale, args.seeds, args.workdir, shorter, grid)
-        halve(first, found, keep, args.workdir, args.jobs)
-        return
+
     if args.dry_run:
-        for member in found:
+        for member in first:
             if status(member) not in FINISHED:
                 print(shlex.join(member.command()))
-        return
-    run(found, args.jobs)
+    elif args.halving is not None:
+        halve(first, found, keep, args.workdir, args.jobs)
+    else:
+        run(found, args.jobs)
 
 
 if __name__ == "__main__":

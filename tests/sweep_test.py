@@ -247,6 +247,16 @@ def test_halving_trains_all_points_a_little_and_the_best_in_full(tmp_path, cache
     assert (tmp_path / "tuning.csv").read_bytes() == before
 
 
+def test_dry_run_of_halving_lists_the_first_round(tmp_path, monkeypatch, capsys):
+    words = ["sweep", "--configs=inception_best,bn_best", "--scale=tiny40", "--halving=1000,3"]
+    words += ["--grid=learning_rate=0.0015,0.0075", "--grid=dropout=0,0.4", "--dry_run"]
+    monkeypatch.setattr("sys.argv", [*words, f"--workdir={tmp_path}"])
+    sweep.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert all("--config.eval_test=False --config.total_steps=1000" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -255,6 +265,8 @@ def test_halving_trains_all_points_a_little_and_the_best_in_full(tmp_path, cache
         (["--halving=20,1"], "--halving=20,1: needs --grid"),
         (["--halving=20,1", "--grid=l2=0,1", "--seeds=2"], "one seed"),
         (["--halving=20,1", "--grid=l2=0,1"], "add --set=data.holdout=0.1"),
+        (["--halving=50000,1", "--grid=l2=0,1"], "a whole run has 50,000 steps; choose fewer"),
+        (["--halving=20,1", "--grid=l2=0,1", "--done=there"], "leave out --done"),
     ],
 )
 def test_a_choice_on_the_test_split_and_other_mistakes_are_refused(
