@@ -46,7 +46,7 @@ CODES = {
     errors.CheckpointError: (5, "no usable checkpoint"),
     errors.PeerLostError: (6, "process"),
     errors.DiskError: (7, "disk is full or cannot be written"),
-    errors.LockedError: (8, "another run is at work in this workdir"),
+    errors.LockedError: (8, "another run uses this workdir"),
     errors.Preempted: (75, "told to stop"),
 }
 

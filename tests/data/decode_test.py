@@ -137,7 +137,7 @@ def test_cmyk_agrees_with_pillow():
 def test_labels_out_of_range_end_the_run():
     for label in (-1, 3):
         records = [load.Record(JPEG, label, "shard 5")]
-        with pytest.raises(DataError, match=r"shard 5 has label -?\d, the set has 3 classes"):
+        with pytest.raises(DataError, match=r"shard 5 has label -?\d, but the set has 3 classes"):
             load.evaluation_rows(records, [0], size=SIZE, num_classes=3)
         with pytest.raises(DataError, match="3 classes"):
             load.train_rows(

@@ -38,7 +38,7 @@ def test_a_damaged_set(tmp_path, capsys):
     assert re.search(
         r"record 1 of shard little-train\S+-00001-of-00002: .*premature end", out, re.I
     )
-    assert "has label 7, the set has 3 classes" in out
+    assert "has label 7, but the set has 3 classes" in out
     assert "little-test.array_record-00001-of-00002 is missing" in out
     assert "1 readable images, 2 expected" in out
 

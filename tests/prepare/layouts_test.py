@@ -237,7 +237,7 @@ def test_tables_that_contradict_the_names_are_refused(tmp_path):
     right = f"ILSVRC2012_val_00000002,{number} "
     assert right in table.read_text()
     table.write_text(table.read_text().replace(right, "ILSVRC2012_val_00000002,n01440764 "))
-    with pytest.raises(DataError, match=r"ILSVRC2012_val_00000002.JPEG is of class \d+ .* and of"):
+    with pytest.raises(DataError, match=r"ILSVRC2012_val_00000002.JPEG is of class \d+ .* but of"):
         built(kaggle, tmp_path / "out")
 
     hub = as_parquet(flat, tmp_path / "hub")
