@@ -12,11 +12,14 @@ estimates and Algorithm 2.
 
 import functools
 import math
+import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.export import is_symbolic_dim
@@ -88,7 +91,10 @@ def normalize(
     Raises:
       TypeError: x is not floating point, or `stats` to be updated are narrower than float32.
       ValueError: a shape, group or constant that cannot be used, named with its limit.
+
+    Warns, once in a process, if this jaxlib computes some sums on CPUs wrongly.
     """
+    _warn_of_wrong_sums()
     layout = _layout(x, axis, train, group_size, axis_name, relu)
     _check(x, layout, train, scale=scale, offset=offset, mean=stats.mean, var=stats.var)
     _check_numbers(epsilon, momentum)
@@ -278,6 +284,30 @@ def _check_precision(stats: Stats) -> None:
                 f"batch_norm: the running {name} has dtype {value.dtype}, in which updates are "
                 "lost; training needs float32: cast `params` only, and leave `batch_stats` as is"
             )
+
+
+# jaxlib 0.10.2, the last one for Python 3.11, computes some sums over rows wrongly on CPUs, without
+# a word (jax issue 39103). This flag keeps sums from the library that does so.
+SAFE_SUMS = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
+
+
+def sums_may_be_wrong() -> bool:
+    """Whether this jaxlib computes some sums on CPUs wrongly and XLA_FLAGS does not mend it."""
+    release = tuple(map(int, jaxlib.__version__.split(".")[:2]))
+    option = SAFE_SUMS.partition("=")[0]
+    return release < (0, 11) and option not in os.environ.get("XLA_FLAGS", "")
+
+
+@functools.cache  # one warning in a process, whatever the filter of warnings
+def _warn_of_wrong_sums() -> None:
+    """The commands set the flag themselves; whoever uses this module sets it, or is told here."""
+    if sums_may_be_wrong() and jax.default_backend() == "cpu":
+        warnings.warn(
+            f"bn_jax: jaxlib {jaxlib.__version__} computes some sums over rows wrongly on CPUs "
+            f"(jax issue 39103): set XLA_FLAGS={SAFE_SUMS} before jax starts, or use Python >= "
+            "3.12 and jax >= 0.11.2",
+            stacklevel=3,  # where normalize is called
+        )
 
 
 def _check_mask(x, mask, layout: _Layout):

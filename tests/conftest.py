@@ -24,8 +24,10 @@ from absl import flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `configs` is found from any working directory
 
+from bn_jax.distributed import startup
 from tests.support import processes
 
+startup.use_safe_sums()  # as the commands do, before the first device is used
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # The table of faults, a line of JSON a row: what, injected, detected, lost, note. `make faults`

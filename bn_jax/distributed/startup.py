@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jaxlib
 
+from bn_jax.batch_norm import SAFE_SUMS, sums_may_be_wrong
 from bn_jax.errors import ConfigError, expand_path
 
 HEARTBEAT = 15  # seconds without a heartbeat after which jax considers a process lost
@@ -23,11 +23,6 @@ SHUTDOWN = 1800
 
 # Every operation of a GPU adds in a fixed order, and XLA chooses algorithms without timing them.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-
-# jaxlib 0.10.2, the last one for Python 3.11, computes some sums over rows wrongly on CPUs, without
-# a word (jax issue 39103). This flag keeps sums from the library that does so.
-SAFE_SUMS = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
-_SAFE_SUMS_OPTION = SAFE_SUMS.partition("=")[0]
 
 
 def initialize() -> None:
@@ -118,12 +113,6 @@ def gpus_are_deterministic() -> bool:
     return DETERMINISTIC in os.environ.get("XLA_FLAGS", "").split()
 
 
-def sums_may_be_wrong() -> bool:
-    """Whether this jaxlib computes some sums wrongly and XLA_FLAGS does not mend it."""
-    release = tuple(map(int, jaxlib.__version__.split(".")[:2]))
-    return release < (0, 11) and _SAFE_SUMS_OPTION not in os.environ.get("XLA_FLAGS", "")
-
-
 def use_safe_sums(recorded: Mapping[str, Any] | None = None) -> None:
     """Sets SAFE_SUMS for this process where its jaxlib needs it, before jax's backend starts.
 
@@ -134,7 +123,7 @@ def use_safe_sums(recorded: Mapping[str, Any] | None = None) -> None:
         return
     if recorded is not None:
         variables = recorded["hardware"].get("variables", {})
-        if _SAFE_SUMS_OPTION not in variables.get("XLA_FLAGS", ""):
+        if SAFE_SUMS.partition("=")[0] not in variables.get("XLA_FLAGS", ""):
             return
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} {SAFE_SUMS}".strip()
