@@ -6,20 +6,20 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo fig1 table two pod test check lint slow oracle bench cuda faults docs differences lock clean
+.PHONY: help setup demo fig1 table two pod test smoke check lint slow oracle bench cuda faults docs differences lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: $(STAMP)  ## create .venv from the hash-pinned lock, with the newest tested Python or PYTHON=
 
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP) $(VENV)-oldest/.installed $(VENV)-newest/.installed: requirements.lock pyproject.toml
 	@python="$(PYTHON)"; [ -n "$$python" ] || python=$$(launch/find_python.sh) || exit 2; \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bn_jax needs Python >= 3.11")' || exit 2; \
-	echo "installing into $(VENV) from requirements.lock with $$("$$python" -V): some minutes"; \
-	"$$python" -m venv $(VENV)
-	$(RUN) pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	echo "installing into $(@D) from requirements.lock with $$("$$python" -V): some minutes"; \
+	"$$python" -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: setup  ## train BN-x30 on the embedded digits, minutes on 2 cores, and draw it
@@ -46,13 +46,25 @@ pod:  ## print what a job on a TPU slice would do (launch/tpu_pod.sh --dry-run)
 test: setup  ## the tests, in two processes
 	$(RUN) pytest -m "not slow and not faults" -n 2 --dist loadfile
 
+# About a minute: the core, a training that is resumed, checkpoints, and what jaxlib 0.10 needs.
+SMOKE := batch_norm layers nnx train workdir/checkpoint distributed/safe_sums
+smoke: setup  ## these tests on the oldest and on the newest tested Python, if `make` took another
+	@for age in oldest newest; do \
+	  python=$$(launch/find_python.sh $$age 2>&1) || { echo "$$python: its smoke tests are skipped"; continue; }; \
+	  version=$$("$$python" -V); used=$$($(BIN)/python -V); \
+	  [ "$${version%.*}" != "$${used%.*}" ] || continue; \
+	  echo "smoke tests on $$version ($$python)"; \
+	  $(MAKE) --no-print-directory $(VENV)-$$age/.installed PYTHON="$$python" && \
+	  $(VENV)-$$age/bin/python -m pytest -m "not slow and not faults" -n 2 $(SMOKE:%=tests/%_test.py) || exit 1; \
+	done
+
 lint: setup  ## ruff, format, types, bytecode
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	$(RUN) compileall -q bn_jax configs tests benchmarks
 
-check: lint test  ## all that CI runs
+check: lint test smoke  ## all that CI runs
 
 slow: setup  ## the tests that take minutes
 	$(RUN) pytest -m "slow"
@@ -105,4 +117,4 @@ lock:  ## write requirements.lock again (needs uv)
 	  pyproject.toml -o requirements.lock
 
 clean:  ## remove the environments and caches; runs stay
-	rm -rf $(VENV) $(CUDA_VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(CUDA_VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -2,6 +2,10 @@
 # Prints the Python that `make` uses: the newest of the versions that this project is tested on and
 # that works when it is run. It looks on the PATH, in pyenv's folder and among uv's Pythons. Without
 # one it prints Python 3.11, with a line on stderr; without that it ends with code 2.
+#
+#   find_python.sh           what `make` uses
+#   find_python.sh newest    the newest of the tested versions, or code 2
+#   find_python.sh oldest    Python 3.11, or code 2
 set -u
 
 TESTED="3.13 3.12"
@@ -24,10 +28,16 @@ candidates() {
   fi
 }
 
-for version in $TESTED $OLDEST; do
+case "${1:-}" in
+  newest) versions=${TESTED%% *} ;;
+  oldest) versions=$OLDEST ;;
+  *) versions="$TESTED $OLDEST" ;;
+esac
+
+for version in $versions; do
   for python in $(candidates "$version"); do
     if works "$python" "$version"; then
-      if [ "$version" = "$OLDEST" ]; then
+      if [ "$version" = "$OLDEST" ] && [ "$versions" != "$OLDEST" ]; then
         echo "bn_jax: no Python of $TESTED was found; Python $OLDEST stays on jax 0.10" >&2
       fi
       echo "$python"
@@ -36,5 +46,9 @@ for version in $TESTED $OLDEST; do
   done
 done
 
-echo "bn_jax: no Python $TESTED or $OLDEST was found; install one, or set PYTHON=" >&2
+if [ $# = 0 ]; then
+  echo "bn_jax: no Python $TESTED or $OLDEST was found; install one, or set PYTHON=" >&2
+else
+  echo "bn_jax: no Python $versions was found" >&2
+fi
 exit 2
