@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> None:
         f"most {worst:.1e} of the largest (limit {TOLERANCE:g})"
     )
     print(f"{net.preprocessing()}; logits float32 [batch, {net.classes:,}]")
+    if args.format == "stablehlo":
+        print(exporting.stablehlo_label(net))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Exported files give the network's logits, whatever its variant, and bad ones are not kept."""
 
+import datetime
 import functools
 import json
 import re
@@ -82,7 +83,8 @@ def test_a_wrong_graph_is_noticed_and_leaves_no_file(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_stablehlo_takes_any_batch_and_carries_its_preprocessing(tmp_path):
+def test_stablehlo_takes_any_batch_and_says_how_long_it_is_read(tmp_path):
+    """(The file carried the word "logits" alone: nobody could see that it was about to expire.)"""
     pytest.importorskip("flatbuffers")
     net = made("paper")
     out = tmp_path / "net.stablehlo"
@@ -90,6 +92,14 @@ def test_stablehlo_takes_any_batch_and_carries_its_preprocessing(tmp_path):
     found = jax.export.deserialize(bytearray(out.read_bytes()))
     assert set(found.platforms) == {"cpu", "cuda", "rocm", "tpu"}
     assert str(found.in_avals[0]) == "uint8[batch,28,28,1]"
+
+    label = found.fun_name
+    today = datetime.date.today()
+    assert re.match(r"logits of \w+, step 7, exported ", label)
+    written, until = map(datetime.date.fromisoformat, re.findall(r"\d{4}-\d\d-\d\d", label))
+    assert today - datetime.timedelta(days=1) <= written <= today
+    assert datetime.timedelta(days=180) <= until - written <= datetime.timedelta(days=184)
+    assert f"by jax {jax.__version__};" in label and "6 months" in label
 
 
 @pytest.mark.parametrize("name", ["stablehlo", "onnx", "safetensors", "flax"])

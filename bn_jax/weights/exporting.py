@@ -6,6 +6,7 @@ Each `write` takes a network and a batch size (None: any) and returns the bytes 
 
 import argparse
 import contextlib
+import datetime
 import importlib
 import os
 import pathlib
@@ -26,6 +27,7 @@ from bn_jax.weights.network import Network, folded
 from bn_jax.workdir import files
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # what a StableHLO file can be run on
+READABLE = datetime.timedelta(days=181)  # six months, by jax's promise
 
 
 class Format(NamedTuple):
@@ -44,8 +46,23 @@ class Format(NamedTuple):
     packages: tuple[str, ...] = ()
 
 
+def stablehlo_label(network: Network) -> str:
+    """What a StableHLO file says of itself: network, date, jax's version, how long it is read.
+
+    jax promises to read a file of a version that was released at most six months before its own.
+    """
+    today = datetime.date.today()
+    return (
+        f"logits of {network.config.name}, step {network.about.get('step', '?')}, exported {today} "
+        f"by jax {jax.__version__}; read by jax versions released up to 6 months after that one: "
+        f"export again before {today + READABLE}"
+    )
+
+
 def write_stablehlo(network: Network, batch: int | None) -> bytes:
-    """The serialization of `jax.export`, for all PLATFORMS; `jax.export.deserialize` reads it."""
+    """The serialization of `jax.export`, for all PLATFORMS; `jax.export.deserialize` reads it, and
+    its `fun_name` is then `stablehlo_label`."""
+    label = stablehlo_label(network)
     network = folded(network)
 
     size: Any = batch
@@ -53,9 +70,12 @@ def write_stablehlo(network: Network, batch: int | None) -> bytes:
         (size,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((size, *network.image_shape), np.uint8)
 
-    logits = jax.jit(network.logits)
+    def logits(images: Any) -> Any:
+        return network.logits(images)
+
+    logits.__name__ = label  # the only text that the format keeps
     with ops.plain():  # our own forms are for this machine's backend
-        exported = export.export(logits, platforms=PLATFORMS)(images)
+        exported = export.export(jax.jit(logits), platforms=PLATFORMS)(images)
     return bytes(exported.serialize())
 
 
