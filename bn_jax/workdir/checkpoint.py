@@ -17,6 +17,7 @@ receive the restored bytes from process 0, so the directory need not be on a sha
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -29,7 +30,6 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from bn_jax.distributed import mesh
@@ -188,10 +188,13 @@ def check_arrays(arrays: Mapping[str, np.ndarray], body: Mapping[str, Any]) -> N
 # reader of orbax checkpoints understands.
 
 
-# Process 0 works alone, so that no barrier of orbax waits for a process that is gone.
-_ALONE = ocp.options.MultiprocessingOptions(
-    primary_host=0, active_processes={0}, barrier_sync_key_prefix="bn_jax"
-)
+@functools.cache
+def _orbax() -> Any:
+    """orbax.checkpoint. Its import adds a handler to the host program's root logger, so that only
+    opening a run's checkpoints imports it, not importing this module."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
 
 
 def flatten_arrays(tree: Any) -> tuple[list[str], list[Any]]:
@@ -205,9 +208,9 @@ def flatten_arrays(tree: Any) -> tuple[list[str], list[Any]]:
 
 def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes the arrays to the new directory `path`."""
-    with _orbax() as checkpointer:
+    with _checkpointer() as checkpointer:
         nested = traverse_util.unflatten_dict(dict(arrays), sep="/")
-        checkpointer.save(path, args=ocp.args.StandardSave(nested))
+        checkpointer.save(path, args=_orbax().args.StandardSave(nested))
 
 
 def load_arrays(
@@ -220,9 +223,10 @@ def load_arrays(
     """
     like = {name: np.empty(e["shape"], np.dtype(e["dtype"])) for name, e in entries.items()}
     nested = traverse_util.unflatten_dict(like, sep="/")
+    restore = _orbax().args.StandardRestore(nested)
     try:
-        with _orbax() as checkpointer:
-            tree = checkpointer.restore(path, args=ocp.args.StandardRestore(nested))
+        with _checkpointer() as checkpointer:
+            tree = checkpointer.restore(path, args=restore)
     except Exception as error:
         # The files are those that were written, so the writer or the reader is at fault. The step
         # is as unusable as a damaged one.
@@ -279,9 +283,13 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _orbax() -> Iterator[ocp.Checkpointer]:
-    handler = ocp.StandardCheckpointHandler(multiprocessing_options=_ALONE)
-    checkpointer = ocp.Checkpointer(handler, multiprocessing_options=_ALONE)
+def _checkpointer() -> Iterator[Any]:
+    # Process 0 works alone, so that no barrier of orbax waits for a process that is gone.
+    alone = _orbax().options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix="bn_jax"
+    )
+    handler = _orbax().StandardCheckpointHandler(multiprocessing_options=alone)
+    checkpointer = _orbax().Checkpointer(handler, multiprocessing_options=alone)
     try:
         yield checkpointer
     finally:
@@ -434,6 +442,7 @@ class Checkpoints:
         self._worker: concurrent.futures.ThreadPoolExecutor | None = None
         self._metrics: dict[int, float | None] | None = None  # of the steps that are there
         logging.getLogger("absl").addFilter(_quiet)
+        _orbax()  # now, when nothing waits for it yet
 
     def steps(self) -> list[int]:
         """Numbers of the steps on this process's disk, ascending; not yet verified."""
