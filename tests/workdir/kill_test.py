@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.support import processes
 from tests.support.processes import ROOT, arrays
 
 COMMON = {
@@ -79,7 +80,7 @@ class Trainer:
         workdir.parent.mkdir(exist_ok=True)
         env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
         env |= dict(*what[2:])
-        self.server = subprocess.Popen(
+        self.server = processes.start(
             [sys.executable, "-c", patch + SERVER, what[0], json.dumps(what[1]), str(workdir)],
             cwd=ROOT,
             env=env,
@@ -87,7 +88,6 @@ class Trainer:
             stdout=subprocess.PIPE,
             stderr=self.log.open("w"),
             text=True,
-            start_new_session=True,
         )
 
     def __enter__(self) -> "Trainer":

@@ -65,7 +65,7 @@ def test_a_lock_of_another_host_is_watched_for_a_heartbeat(tmp_path: pathlib.Pat
     held.release()
 
     (tmp_path / "lock").write_text(text)
-    beat = subprocess.Popen(["sh", "-c", f"sleep 0.3; touch '{tmp_path}/lock'"])
+    beat = processes.start(["sh", "-c", f"sleep 0.3; touch '{tmp_path}/lock'"])
     with pytest.raises(LockedError, match="host elsewhere, pid 1"):
         guard.WorkdirLock(tmp_path, watch=5)
     beat.wait()
