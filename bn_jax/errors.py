@@ -99,6 +99,10 @@ def run_command(main: Callable[[], None]) -> None:
         fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read the output (`| head`) has enough. Python would fail once more as it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None  # as a shell says of a program that SIGPIPE ended
 
 
 def expand_path(text: str) -> pathlib.Path:
@@ -113,8 +117,10 @@ def expand_path(text: str) -> pathlib.Path:
 
 
 def printable(path: str | pathlib.Path) -> str:
-    """A path for people: bytes that are not UTF-8 are escaped, so that any stream can print it."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A path for people: bytes that are not UTF-8 are escaped, so that any stream can print it, and
+    control characters, so that it stays one line and commands no terminal."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 @contextlib.contextmanager
@@ -134,7 +140,9 @@ def require_paths(argv: Sequence[str]) -> None:
     As a path it would be a new folder `gs:` here, of which a pod's other machines know nothing.
     """
     for word in argv:
-        url = re.search(r"(?:^|[=,])(\w+)://[^,]*", word)
+        url = re.search(r"(?:^|[=,])(\w+)://([^,]*)", word)
+        if url and url[1] == "file":
+            raise ConfigError(f"{word}: write the path alone, {url[2]}")
         if url:
             raise ConfigError(
                 f"{word}: {url[1]}:// is not supported; mount the bucket (gcsfuse) and give the "

@@ -107,3 +107,23 @@ def test_the_wheel_carries_its_configs(tmp_path):
     assert "learning_rate: 0.045" in installed("--config=bn_x30", "--dry_run")
     assert "of 1,000 examples" in installed("--config=mnist_bn:digits", "--workdir=run")
     assert (place / "run" / "run.json").is_file()
+
+
+@pytest.mark.parametrize("words", ["--list", "--config=bn_x5:digits --dry_run"])
+def test_a_reader_that_has_enough_ends_a_command_quietly(words):
+    """`| head -1`. (A traceback with BrokenPipeError.)"""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "bn_jax.main", *words.split()],
+            cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 141 and done.stderr == ""
+    assert "141 (" in (ROOT / "docs" / "operations.md").read_text()
+
+
+def test_a_file_url_is_answered_with_its_path():
+    """(It was to mount a bucket.)"""
+    with pytest.raises(ConfigError, match=r"file:///data/x: write the path alone, /data/x$"):
+        errors.require_paths(["--config.data.dir=file:///data/x"])
