@@ -185,6 +185,9 @@ def _in_tars(tars: list[pathlib.Path], skipped: Counter[str]) -> Found:
     found: Found = {split: [] for split in TARS}
     for path in tars:
         print(f"listing {path}", flush=True)
+        if path.stem in _class_of():  # the outer tar was unpacked
+            found["train"] += _in_tar_of_synset(path, skipped)
+            continue
         with path.open("rb") as file:
             for name, place, size in members(file, str(path)):
                 base = _plain_name(name, skipped)
@@ -195,9 +198,9 @@ def _in_tars(tars: list[pathlib.Path], skipped: Counter[str]) -> Found:
                 if base.endswith(".tar") and synset in _class_of():
                     inner = Slice(file, place, size)
                     found["train"] += _of_synset(inner, synset, path, place, skipped)
-                elif picture and picture[0] == "validation":
-                    image = Image(picture[1], picture[2], path, place, size)
-                    found["validation"].append(image)
+                elif picture:
+                    split, original, label = picture
+                    found[split].append(Image(original, label, path, place, size))
                 elif _TEST_NAME.fullmatch(base):
                     skipped["pictures of the test split, which have no labels"] += 1
                 else:
@@ -208,8 +211,15 @@ def _in_tars(tars: list[pathlib.Path], skipped: Counter[str]) -> Found:
     return found
 
 
+def _in_tar_of_synset(path: pathlib.Path, skipped: Counter[str]) -> list[Image]:
+    """The pictures of a file nXXXXXXXX.tar, as unpacking the tar of the training split leaves
+    it."""
+    with path.open("rb") as file:
+        return list(_of_synset(file, path.stem, path, 0, skipped))
+
+
 def _of_synset(
-    file: "Slice", synset: str, path: pathlib.Path, start: int, skipped: Counter[str]
+    file: "Slice | BinaryIO", synset: str, path: pathlib.Path, start: int, skipped: Counter[str]
 ) -> Iterator[Image]:
     """The pictures in the tar of a synset, which begins at byte `start` of the tar at `path`."""
     tar = f"{path}:{synset}.tar"
@@ -226,12 +236,15 @@ def _of_synset(
 
 
 def _plain_name(name: str, skipped: Counter[str]) -> str:
-    """A member's name without a leading ./, or "" for one that is counted and skipped."""
-    name = name.removeprefix("./")
-    if any(is_hidden(part) for part in name.split("/")) and ".." not in name.split("/"):
+    """A member's name without the folders that it lies in, or "" for one that is counted and
+    skipped. A name with .. comes back as it is, and is refused."""
+    parts = [part for part in name.split("/") if part != "."]
+    if ".." in parts or name.startswith("/"):
+        return name
+    if any(is_hidden(part) for part in parts):
         skipped["hidden files"] += 1
         return ""
-    return name
+    return parts[-1]
 
 
 class Slice:
@@ -314,6 +327,8 @@ def _in_folders(root: pathlib.Path, skipped: Counter[str]) -> Found:
                 )
             elif split == "validation":
                 images += _pictures([entry], split, None, skipped)
+            elif entry.name.endswith(".tar") and entry.name.removesuffix(".tar") in _class_of():
+                images += _in_tar_of_synset(pathlib.Path(entry.path), skipped)
             else:
                 skipped[f"files beside the class folders of {folder}"] += 1
     _compare_with_kaggle(root, found["validation"])
@@ -357,10 +372,19 @@ def _compare_with_kaggle(root: pathlib.Path, images: list[Image]) -> None:
     if table is None:
         return
     # ImageId,PredictionString: the synset and the box of each object, the same synset for all.
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        synsets = {
-            row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)
-        }
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = [
+                (row["ImageId"], row["PredictionString"].split()) for row in csv.DictReader(file)
+            ]
+        synsets = {name: said[0] for name, said in rows}
+    except (UnicodeDecodeError, csv.Error, KeyError, IndexError, AttributeError):
+        synsets = {}
+    if not synsets:
+        raise DataError(
+            f"{table} is not Kaggle's table of ImageId and PredictionString: fetch it again, or "
+            "remove it (the labels follow from the names)"
+        )
     for image in images:
         said = synsets.get(image.name.removesuffix(".JPEG"))
         if said is not None and _class_of().get(said) != image.label:

@@ -321,3 +321,63 @@ def test_labels_of_validation_pictures():
         assert layouts.named(name) is None
     assert layouts.named("n01440764_18.JPEG") == ("train", "n01440764_18.JPEG", 0)
     assert layouts.named("n15075141_9.JPEG")[2] == 999
+
+
+# What is left of the tars after a user has unpacked, renamed or made them again.
+
+
+def found_in(folder: pathlib.Path, tmp_path: pathlib.Path) -> dict[str, list[str]]:
+    found = layouts.find(folder, tmp_path / "unpacked")
+    for images in found.values():
+        assert all(image.read() for image in images)
+    return {split: sorted(image.name for image in images) for split, images in found.items()}
+
+
+@pytest.mark.parametrize("place", ["train", "."])
+def test_the_outer_tar_unpacked_and_not_the_inner_ones(tmp_path, place):
+    """`tar xf ILSVRC2012_img_train.tar`, and no more. (In train/ the 1,000 tars were counted as
+    skipped, and beside the other tar the first of them had an unexpected member.)"""
+    tars = small_sets.write_tars(tmp_path / "tars")
+    want = found_in(tars, tmp_path)
+    with tarfile.open(tars / layouts.TARS["train"]) as tar:
+        tar.extractall(tmp_path / "source" / place, filter="data")
+    if place == "train":
+        with tarfile.open(tars / layouts.TARS["validation"]) as tar:
+            tar.extractall(tmp_path / "source" / "val", filter="data")
+    else:
+        shutil.copy(tars / layouts.TARS["validation"], tmp_path / "source")
+    assert found_in(tmp_path / "source", tmp_path) == want
+
+
+def test_tars_that_were_made_again_from_folders(tmp_path):
+    """`tar cf ILSVRC2012_img_val.tar val`, and the same of the class folders. (Refused: the names
+    had a folder before them.)"""
+    tars = small_sets.write_tars(tmp_path / "tars")
+    want = found_in(tars, tmp_path)
+    for split, folder in (("train", "train/n01440764"), ("validation", "./val")):
+        members = {f"{folder}/{name}": JPEG for name in want[split]}
+        (tars / layouts.TARS[split]).write_bytes(small_sets.tar_bytes(members))
+    assert found_in(tars, tmp_path) == want
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        b"ImageId,PredictionString\nILSVRC2012_val_00000001,\n",
+        b"id,label\nILSVRC2012_val_00000001,n01440764\n",
+        b"ImageId,PredictionString\nILSVRC2012_val_00000001,\xe9 1 2 3 4\n",
+        b"ImageId,PredictionString\nILSVRC2012_val_00000001",
+        b"<!DOCTYPE html><title>Log in</title>\n",
+    ],
+)
+def test_a_damaged_table_of_kaggle_is_refused(tmp_path, table):
+    """(An IndexError, a KeyError and a UnicodeDecodeError with tracebacks; a page in place of the
+    table was taken for a table of no pictures, and nothing was compared.)"""
+    root = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
+    (root / "train" / "n01440764").mkdir(parents=True)
+    (root / "train" / "n01440764" / "n01440764_1.JPEG").write_bytes(JPEG)
+    (root / "val").mkdir()
+    (root / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(JPEG)
+    (tmp_path / "LOC_val_solution.csv").write_bytes(table)
+    with pytest.raises(DataError, match="LOC_val_solution.csv is not Kaggle's table"):
+        layouts.find(tmp_path, tmp_path / "unpacked")
