@@ -20,11 +20,12 @@ import numpy as np
 from bn_jax import errors
 from bn_jax.data import decode, views
 from bn_jax.distributed import startup
-from bn_jax.errors import ConfigError, DataError
+from bn_jax.errors import ConfigError, DataError, printable
 from bn_jax.evaluate import ensemble
 from bn_jax.evaluate.members import Member, add_place, load_member, workdirs
 from bn_jax.experiment import build
 from bn_jax.experiment.build import Experiment
+from bn_jax.workdir import files
 
 TOP = 5
 _AT_ONCE = 64  # pictures that are held in memory
@@ -41,20 +42,26 @@ class Picture(NamedTuple):
 def read(name: str, exp: Experiment, crops: int) -> Picture:
     """A picture file as the network wants it. Raises DataError, with the name, if it is none."""
     size, _, channels = exp.data.image_shape
+    mirror = exp.config.data.mirror
+    warnings: list[str] = []
     try:
         data = pathlib.Path(name).read_bytes()
         if channels == 3:
-            return Picture(name, *views.of_file(data, crops, size, exp.config.data.mirror))
-        return Picture(name, *views.of_array(_grey(data, size), crops, exp.config.data.mirror))
+            found = views.of_file(data, crops, size, mirror, warnings)
+        else:
+            found = views.of_array(_grey(data, size, warnings), crops, mirror)
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror}") from None
     except decode.BadImageError as error:
         raise DataError(f"{name} is not a picture that can be read: {error}") from None
+    if warnings:
+        files.warn(f"{printable(name)}: decoded, but its pixels may be wrong: {warnings[0]}")
+    return Picture(name, *found)
 
 
-def _grey(data: bytes, size: int) -> np.ndarray:
+def _grey(data: bytes, size: int, warnings: list[str]) -> np.ndarray:
     """uint8 [size, size, 1]: the centre square's luminance; a picture of this size is unchanged."""
-    pixels = decode.pixels(data, decode.frame(data))
+    pixels = decode.pixels(data, decode.frame(data), warnings=warnings)
     height, width, _ = pixels.shape
     side = min(height, width)
     top = (height - side) // 2

@@ -9,6 +9,7 @@ Pixels are as stored: an EXIF orientation is ignored, as tf.io.decode_jpeg and t
 palette, 16-bit, CMYK and transparent images become 8-bit RGB.
 """
 
+import contextlib
 import functools
 import io
 import struct
@@ -92,7 +93,7 @@ def _png_frame(data: bytes) -> Frame | None:
 
 
 @functools.cache
-def _formats() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], Any]], ...]:
+def _formats() -> list[tuple[bytes, str, Callable[[io.BytesIO], Any]]]:
     """The first bytes of a file, its kind, and the part of Pillow that reads its header.
 
     Image.open would try all of Pillow's formats, and warn of large images, which are refused here.
@@ -107,25 +108,30 @@ def _formats() -> tuple[tuple[bytes, str, Callable[[io.BytesIO], Any]], ...]:
         WebPImagePlugin,
     )
 
-    return (
+    tiff = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # also those of more than 4 GiB
+    jpeg_2000 = (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
+    formats: list[tuple[bytes, str, Callable[[io.BytesIO], Any]]] = [
         (b"\xff\xd8", "jpeg", JpegImagePlugin.JpegImageFile),
         (b"BM", "bmp", BmpImagePlugin.BmpImageFile),
         (b"RIFF", "webp", WebPImagePlugin.WebPImageFile),
         (b"GIF8", "gif", GifImagePlugin.GifImageFile),
-        (b"II*\0", "tiff", TiffImagePlugin.TiffImageFile),
-        (b"MM\0*", "tiff", TiffImagePlugin.TiffImageFile),
-        (b"P5", "ppm", PpmImagePlugin.PpmImageFile),
-        (b"P6", "ppm", PpmImagePlugin.PpmImageFile),
-        (b"\0\0\0\x0cjP  \r\n\x87\n", "jpeg 2000", Jpeg2KImagePlugin.Jpeg2KImageFile),
-    )
+        *((start, "tiff", TiffImagePlugin.TiffImageFile) for start in tiff),
+        *((b"P%d" % k, "ppm", PpmImagePlugin.PpmImageFile) for k in range(1, 7)),
+        *((start, "jpeg 2000", Jpeg2KImagePlugin.Jpeg2KImageFile) for start in jpeg_2000),
+    ]
+    with contextlib.suppress(ImportError):  # from Pillow 11.3 on
+        from PIL import AvifImagePlugin
+
+        formats.append((b"ftypavif", "avif", AvifImagePlugin.AvifImageFile))  # from byte 4 on
+    return formats
 
 
 def _pillow_frame(data: bytes) -> Frame:
     """The header as Pillow reads it. Raises BadImageError."""
-    known = next((f for f in _formats() if data.startswith(f[0])), None)
+    known = next((f for f in _formats() if data.startswith(f[0]) or data[4:12] == f[0]), None)
     if known is None:
         raise BadImageError(
-            "not a JPEG, PNG, BMP, WebP, GIF, TIFF, PPM or JPEG 2000 image: it starts with "
+            "not a JPEG, PNG, BMP, WebP, GIF, TIFF, PPM, JPEG 2000 or AVIF image: it starts with "
             f"{bytes(data[:4])!r}"
         )
     _, kind, reader = known
@@ -142,7 +148,14 @@ def _pillow_frame(data: bytes) -> Frame:
     return Frame(kind, height, width, bytes_per_pixel=11 if deep else 7)
 
 
-def pixels(data: bytes, found: Frame, *, reduce: int = 1, exact: bool = True) -> np.ndarray:
+def pixels(
+    data: bytes,
+    found: Frame,
+    *,
+    reduce: int = 1,
+    exact: bool = True,
+    warnings: list[str] | None = None,
+) -> np.ndarray:
     """uint8 [height/reduce, width/reduce, 3], rounded up, of the image whose header is `found`.
 
     Args:
@@ -150,6 +163,9 @@ def pixels(data: bytes, found: Frame, *, reduce: int = 1, exact: bool = True) ->
       found: its `frame`.
       reduce: 1, 2, 4 or 8; a JPEG is reduced while it is decoded, which is cheaper and averages.
       exact: the accurate inverse DCT, 5% slower than the fast one (which is off by a level or two).
+      warnings: what libjpeg says of a JPEG that it decodes nevertheless is appended to it. Pixels
+        may then be wrong, as they may be without a warning: JPEG has no checksum, and most flipped
+        bits give another picture that is as valid.
 
     Raises:
       BadImageError: the image is damaged.
@@ -157,20 +173,24 @@ def pixels(data: bytes, found: Frame, *, reduce: int = 1, exact: bool = True) ->
     reason = ""
     if found.kind == "jpeg":
         try:
-            return _by_simplejpeg(data, found, reduce, exact)
+            return _by_simplejpeg(data, found, reduce, exact, warnings)
         except ValueError as e:
             reason = str(e)
         if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):  # the end is before the last scan
             raise BadImageError(f"the JPEG is cut ({reason})")
         # OpenCV uses the library itself, which decodes more than simplejpeg's interface to it.
     image = _by_opencv(data, found, reason)
+    if reason and warnings is not None:
+        warnings.append(reason)
     if reduce > 1:
         size = (-(-found.width // reduce), -(-found.height // reduce))
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     return image
 
 
-def _by_simplejpeg(data: bytes, found: Frame, reduce: int, exact: bool) -> np.ndarray:
+def _by_simplejpeg(
+    data: bytes, found: Frame, reduce: int, exact: bool, warnings: list[str] | None
+) -> np.ndarray:
     """The pixels of a JPEG. Raises ValueError where libjpeg-turbo refuses it, or it is cut."""
     options = {
         "colorspace": "CMYK" if found.components == 4 else "RGB",
@@ -187,6 +207,8 @@ def _by_simplejpeg(data: bytes, found: Frame, reduce: int, exact: bool) -> np.nd
         if "Premature end of JPEG" in str(e):
             raise
         image = simplejpeg.decode_jpeg(data, strict=False, **options)
+        if warnings is not None:
+            warnings.append(str(e))
     return _rgb_from_cmyk(image) if found.components == 4 else image
 
 

@@ -11,6 +11,7 @@ import os
 import pathlib
 import stat
 import time
+import unicodedata
 
 import numpy as np
 
@@ -23,8 +24,8 @@ EVALUATION = ("val", "validation", "test")  # the first that exists is evaluated
 
 # Names of pictures. Those that cannot be decoded are here, too: they are not lost without a word.
 _COMMON = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp")
-_OTHERS = (".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
-_NOT_DECODED = (".avif", ".heic", ".heif", ".jxl", ".svg", ".ico")
+_OTHERS = (".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif")
+_NOT_DECODED = (".heic", ".heif", ".jxl", ".svg", ".ico")
 SUFFIXES = (*_COMMON, *_OTHERS, *_NOT_DECODED)
 
 KEPT = 10_000  # a listing of so many files is kept: a large set on a network disk takes minutes
@@ -104,9 +105,10 @@ def open_splits(root: pathlib.Path) -> tuple[Files, Files]:
     others, beside_evaluation = _classes(evaluation)
     strange = sorted(set(others) - set(classes))
     if strange:
+        hint = _look_alike(strange[0], classes)
         raise ConfigError(
             f"{evaluation} has {len(strange)} classes that {train} does not have; the first is "
-            f"{printable(strange[0])!r}: both need the same class folders"
+            f"{printable(strange[0])!r}: both need the same class folders{hint}"
         )
     splits = Files(train, classes, beside_train), Files(evaluation, classes, beside_evaluation)
     for split in splits:
@@ -117,14 +119,39 @@ def open_splits(root: pathlib.Path) -> tuple[Files, Files]:
     return splits
 
 
+def _look_alike(strange: str, classes: list[str]) -> str:
+    """A hint for names that look the same: macOS writes an accent as a character of its own."""
+    composed = {unicodedata.normalize("NFC", name): name for name in classes}
+    twin = composed.get(unicodedata.normalize("NFC", strange))
+    if twin is None:
+        return ""
+    return (
+        f"; {strange!a} and {twin!a} look the same but are written differently, as "
+        "macOS and others do: rename one of them (convmv -f utf8 -t utf8 --nfc)"
+    )
+
+
 def _split(root: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
     for name in names:
         if (root / name).is_dir():
             return root / name
     raise ConfigError(
         f"no folder {root / names[0]}: give a folder that holds train/CLASS/* and val/CLASS/* as "
-        "--config.data.dir"
+        f"--config.data.dir{_near(root, names)}"
     )
+
+
+def _near(root: pathlib.Path, names: tuple[str, ...]) -> str:
+    """A hint where the split is one folder deeper, as some archives unpack, or is called Train."""
+    if not root.is_dir():
+        return ""
+    inside = [pathlib.Path(entry.path) for entry in _scan(root) if _is_folder(entry)]
+    for folder in inside:
+        if folder.name.lower() in names:
+            return f"; {printable(folder)} is there: rename it"
+        if any((folder / name).is_dir() for name in names):
+            return f"; {printable(folder)} has it"
+    return ""
 
 
 def _classes(split: pathlib.Path) -> tuple[list[str], int]:

@@ -48,6 +48,33 @@ class Readable(Protocol):
         ...
 
 
+class DoubtfulRecords:
+    """Records that were decoded although libjpeg warned of them: a scan that is damaged, stray
+    bytes. They count, as with every other reader, but not without a word. Threads share it."""
+
+    SHOWN = 20  # are logged by name; a set of thousands may come from one odd program
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self._lock = threading.Lock()
+
+    def add(self, name: str, warnings: list[str]) -> None:
+        """Logs a record when it is met for the first time; without warnings it does nothing."""
+        if not warnings:
+            return
+        with self._lock:
+            if name in self.names:
+                return
+            self.names.add(name)
+            count = len(self.names)
+        if count <= self.SHOWN:
+            logging.warning(
+                "record %s: decoded, but its pixels may be wrong: %s", name, warnings[0]
+            )
+        if count == self.SHOWN:
+            logging.warning("more such records are not named: python -m bn_jax.prepare check DIR")
+
+
 class BadRecords:
     """The bad training records met so far; too many of them end the run. Threads share it."""
 
@@ -90,6 +117,7 @@ def train_rows(
     min_area: float,
     num_classes: int,
     bad: BadRecords,
+    doubtful: DoubtfulRecords | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(images uint8 [n, S, S, 3], labels int32 [n], mask bool [n]) with random crops.
 
@@ -98,11 +126,13 @@ def train_rows(
     label out of range and for too many bad records.
     """
     images, labels, mask = _empty(len(draws), size)
+    doubtful = doubtful or DoubtfulRecords()
     for row, index in enumerate(indices):
+        warnings: list[str] = []
         try:
             record = records[int(index)]
             label = checked_label(record, num_classes)
-            _train_crop(record.data, images[row], draws[row], min_area)
+            _train_crop(record.data, images[row], draws[row], min_area, warnings)
         except BadRecordError as e:
             bad.add(e.name, e.reason)
         except decode.BadImageError as e:
@@ -110,10 +140,13 @@ def train_rows(
         else:
             labels[row] = label
             mask[row] = True
+            doubtful.add(record.name, warnings)
     return images, labels, mask
 
 
-def _train_crop(data: bytes, out: np.ndarray, draws: np.ndarray, min_area: float) -> None:
+def _train_crop(
+    data: bytes, out: np.ndarray, draws: np.ndarray, min_area: float, warnings: list[str]
+) -> None:
     """Writes a random crop of an encoded image into `out` [S, S, 3]. Raises BadImageError."""
     found = decode.frame(data)
     if min_area < 1:
@@ -124,12 +157,17 @@ def _train_crop(data: bytes, out: np.ndarray, draws: np.ndarray, min_area: float
 
     reduce = decode.reduction(box, len(out))
     # The fast inverse DCT is good enough here: its errors are far below those of any distortion.
-    image = decode.pixels(data, found, reduce=reduce, exact=False)
+    image = decode.pixels(data, found, reduce=reduce, exact=False, warnings=warnings)
     decode.resized_crop(image, box, reduce, out)
 
 
 def evaluation_rows(
-    records: Readable, indices: Iterable[int], *, size: int, num_classes: int
+    records: Readable,
+    indices: Iterable[int],
+    *,
+    size: int,
+    num_classes: int,
+    doubtful: DoubtfulRecords | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As train_rows, with the centre crop. Indices past the end leave masked rows.
 
@@ -141,36 +179,45 @@ def evaluation_rows(
     for row, index in enumerate(places):
         if index < len(records):
             look = functools.partial(center_crop, out=images[row])
-            _, labels[row] = evaluation_example(records, index, num_classes, look)
+            _, labels[row] = evaluation_example(records, index, num_classes, look, doubtful)
             mask[row] = True
     return images, labels, mask
 
 
 def evaluation_example(
-    records: Readable, index: int, num_classes: int, look: Callable[[bytes], T]
+    records: Readable,
+    index: int,
+    num_classes: int,
+    look: Callable[[bytes, list[str]], T],
+    doubtful: DoubtfulRecords | None = None,
 ) -> tuple[T, int]:
-    """What `look` makes of the encoded image of one record, and its label. Raises DataError, with
+    """What `look` makes of the encoded image of one record, and its label. `look` is also given a
+    list for the decoder's warnings, which are logged with the record's name. Raises DataError, with
     the record's name, if it is bad."""
+    warnings: list[str] = []
     try:
         record = records[int(index)]
     except BadRecordError as e:
         raise DataError(f"{e.name}: {e.reason}; evaluation leaves nothing out") from None
     label = checked_label(record, num_classes)
     try:
-        return look(record.data), label
+        seen = look(record.data, warnings)
     except decode.BadImageError as e:
         raise DataError(f"{record.name}: {e}; evaluation leaves nothing out") from None
+    (doubtful or DoubtfulRecords()).add(record.name, warnings)
+    return seen, label
 
 
-def center_crop(data: bytes, out: np.ndarray) -> None:
+def center_crop(data: bytes, warnings: list[str], out: np.ndarray) -> None:
     """Writes the centre crop of an encoded image into `out` [S, S, 3]. Raises BadImageError."""
     found = decode.frame(data)
     box = crops.center_box(found.height, found.width)
     reduce = decode.reduction(box, len(out))
-    decode.resized_crop(decode.pixels(data, found, reduce=reduce), box, reduce, out)
+    image = decode.pixels(data, found, reduce=reduce, warnings=warnings)
+    decode.resized_crop(image, box, reduce, out)
 
 
-def lazily(data: bytes) -> tuple[int, int, Callable[[int], np.ndarray]]:
+def lazily(data: bytes, warnings: list[str]) -> tuple[int, int, Callable[[int], np.ndarray]]:
     """Height and width of an encoded image, and a function that decodes it reduced by 1, 2, 4 or 8.
 
     Every reduction is decoded once. This and the function raise BadImageError.
@@ -179,7 +226,7 @@ def lazily(data: bytes) -> tuple[int, int, Callable[[int], np.ndarray]]:
 
     @functools.cache
     def decoded(reduce: int) -> np.ndarray:
-        return decode.pixels(data, found, reduce=reduce)
+        return decode.pixels(data, found, reduce=reduce, warnings=warnings)
 
     return found.height, found.width, decoded
 

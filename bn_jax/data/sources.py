@@ -191,11 +191,13 @@ class Records(Split):
     Attributes:
       num_classes: labels are 0 to num_classes - 1.
       bad: the bad records that training has met so far.
+      doubtful: the records that were decoded with a warning so far.
     """
 
     def __init__(self, length: int, num_classes: int):
         self.num_classes = num_classes
         self.bad = BadRecords(length)
+        self.doubtful = load.DoubtfulRecords()
         self._length = length
 
     def __len__(self) -> int:
@@ -211,7 +213,11 @@ class Records(Split):
         size = augmentation.image_size
         if draws is None:
             images, labels, mask = load.evaluation_rows(
-                self, indices, size=size, num_classes=self.num_classes
+                self,
+                indices,
+                size=size,
+                num_classes=self.num_classes,
+                doubtful=self.doubtful,
             )
         else:
             images, labels, mask = load.train_rows(
@@ -222,6 +228,7 @@ class Records(Split):
                 min_area=augmentation.crop,
                 num_classes=self.num_classes,
                 bad=self.bad,
+                doubtful=self.doubtful,
             )
             images = distort.augment(images, draws, augmentation, mask)
         return {"image": images, "label": labels, "mask": mask}
@@ -229,7 +236,11 @@ class Records(Split):
     def example(self, index: int, look: Look[T]) -> tuple[T, int]:
         """What `look` makes of one image, and the label."""
         return load.evaluation_example(
-            self, index, self.num_classes, lambda data: look(*load.lazily(data))
+            self,
+            index,
+            self.num_classes,
+            lambda data, warnings: look(*load.lazily(data, warnings)),
+            self.doubtful,
         )
 
     def subset(self, indices: np.ndarray) -> "Records":
@@ -248,7 +259,11 @@ class Records(Split):
 
         threads = usable_cpus()
         read = functools.partial(
-            load.evaluation_rows, self, size=size, num_classes=self.num_classes
+            load.evaluation_rows,
+            self,
+            size=size,
+            num_classes=self.num_classes,
+            doubtful=self.doubtful,
         )
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             parts = list(pool.map(read, np.array_split(np.arange(len(self)), 8 * threads)))

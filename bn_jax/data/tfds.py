@@ -88,12 +88,25 @@ def _version(name: str) -> tuple[int, ...]:
 
 def default_directory() -> pathlib.Path:
     """Where TFDS keeps its sets: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
-    return expand_path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    named = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    if "://" in named:
+        raise ConfigError(
+            f"TFDS_DATA_DIR={named} is not a local path: mount the bucket (gcsfuse), or give "
+            "--config.data.dir"
+        )
+    return expand_path(named)
 
 
 def absent(name: str, directory: str) -> str:
     """What is missing, how to prepare it, and what runs without it."""
     where = directory or f"{default_directory()} (the default; set data.dir or TFDS_DATA_DIR)"
+    root = expand_path(directory) if directory else default_directory()
+    configs = sorted({p.parent.parent.name for p in root.glob(f"{name}/*/*/dataset_info.json")})
+    if configs:
+        return (
+            f"{root / name} has the configs {', '.join(configs)}: choose one, such as "
+            f"--config.data.name={name}/{configs[0]}"
+        )
     remedy = {
         "imagenet2012": "prepare it with python -m bn_jax.prepare imagenet --from=PATH "
         "--data_dir=OUT, then --config.data.dir=OUT",
@@ -167,13 +180,17 @@ def metadata(directory: pathlib.Path) -> Metadata:
         info = json.loads((directory / "dataset_info.json").read_text())
         image, label = _image_and_label(directory, features, info)
         file_format = info.get("fileFormat", "tfrecord")
-        splits = {
-            split["name"]: [
+        splits = {}
+        for split in info["splits"]:
+            if "shardLengths" not in split:
+                raise DataError(
+                    f"{directory / 'dataset_info.json'} has no shardLengths for split "
+                    f"{split['name']!r}: an older TFDS made it; build the set again with TFDS 4.9"
+                )
+            splits[split["name"]] = [
                 (directory / _file_name(info["name"], split, file_format, k), int(length))
-                for k, length in enumerate(split.get("shardLengths", []))
+                for k, length in enumerate(split["shardLengths"])
             ]
-            for split in info["splits"]
-        }
         return Metadata(
             directory=directory,
             name=info["name"],

@@ -67,16 +67,19 @@ def render(
     return np.stack(found)
 
 
-def of_file(data: bytes, number: int, size: int, mirror: bool) -> tuple[np.ndarray, np.ndarray]:
+def of_file(
+    data: bytes, number: int, size: int, mirror: bool, warnings: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """Views of an encoded image, uint8 [views, size, size, 3], and their weights, float32 [views].
 
-    One crop is the centre crop of evaluation. Raises decode.BadImageError.
+    One crop is the centre crop of evaluation. The decoder's warnings are appended to `warnings`.
+    Raises decode.BadImageError.
     """
     if number == 1:
         image = np.empty((1, size, size, 3), np.uint8)
-        load.center_crop(data, image[0])
+        load.center_crop(data, warnings, image[0])
         return image, np.ones(1, np.float32)
-    height, width, decoded = load.lazily(data)
+    height, width, decoded = load.lazily(data, warnings)
     return _rendered(height, width, decoded, channels=3, number=number, size=size, mirror=mirror)
 
 

@@ -28,6 +28,7 @@ class Report:
     labels: Counter = field(default_factory=Counter)
     kinds: Counter = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    doubtful: list[str] = field(default_factory=list)
     digests: dict[bytes, str] = field(default_factory=dict)
     duplicates: list[str] = field(default_factory=list)
     sides: list[int] = field(default_factory=list)
@@ -61,11 +62,12 @@ class Part:
 def check(directory: pathlib.Path, name: str, *, threads: int) -> None:
     """Prints what is in a set and whether it can be used.
 
-    Duplicates are printed and are not problems; nor is a split without any labels. Raises
-    ConfigError if there is no set, and DataError, with the number of problems, if it is damaged or
-    incomplete.
+    Duplicates are printed and are not problems; nor is a split without any labels. A JPEG that
+    libjpeg decodes with a warning is printed and counted as doubtful. Raises ConfigError if there
+    is no set, and DataError, with the number of problems, if it is damaged or incomplete.
     """
     problems = 0
+    doubtful = 0
     seen: dict[bytes, str] = {}
     with reading(directory):
         parts = list(_parts(directory, name))
@@ -81,10 +83,17 @@ def check(directory: pathlib.Path, name: str, *, threads: int) -> None:
             print(f"  {len(across)} also in another split, such as {across[0]}")
         seen |= report.digests
         problems += len(report.problems)
+        doubtful += len(report.doubtful)
     shown = printable(directory)
     if problems:
         raise DataError(f"verdict: {shown} is NOT sound, {problems} problems (see above)")
-    print(f"verdict: {shown} is sound")
+    if doubtful:
+        print(
+            f"verdict: {shown} is sound but for {doubtful} doubtful pictures (see above): they are "
+            "decoded, and their pixels may be wrong"
+        )
+    else:
+        print(f"verdict: {shown} is sound")
 
 
 def _parts(directory: pathlib.Path, name: str) -> Iterator[Part]:
@@ -168,10 +177,11 @@ def _examine(part: Part, threads: int) -> Report:
 @dataclass
 class Checked:
     """What was found out about one record. An empty `problem` is none; a record that cannot be read
-    has no label, no header and no digest."""
+    has no label, no header and no digest. `warnings` are the decoder's."""
 
     name: str
     problem: str = ""
+    warnings: list[str] = field(default_factory=list)
     label: int | None = None
     header: decode.Frame | None = None
     digest: bytes = b""
@@ -194,7 +204,7 @@ def _check_record(records: Readable, index: int, classes: int) -> Checked:
         if record.label != _UNLABELLED:  # judged when all records are known
             checked_label(record, classes)
         checked.header = decode.frame(record.data)
-        decode.pixels(record.data, checked.header)
+        decode.pixels(record.data, checked.header, warnings=checked.warnings)
     except (DataError, decode.BadImageError) as e:
         checked.problem = str(e)
     return checked
@@ -206,6 +216,8 @@ def _add(report: Report, checked: Checked) -> None:
     if checked.problem:
         said = checked.problem if name in checked.problem else f"{name}: {checked.problem}"
         report.problems.append(said)
+    elif checked.warnings:
+        report.doubtful.append(f"{name}: {checked.warnings[0]}")
     if checked.label is None:
         return
 
@@ -237,6 +249,10 @@ def _print(part: Part, report: Report, seconds: float) -> None:
     print(f"  kinds: {kinds}{sides}")
     if report.duplicates:
         print(f"  {len(report.duplicates)} duplicates, such as {report.duplicates[0]}")
+    for warning in report.doubtful[:_SHOWN]:
+        print(f"  DOUBTFUL: {warning}")
+    if len(report.doubtful) > _SHOWN:
+        print(f"  ... and {len(report.doubtful) - _SHOWN} more that are doubtful")
     for problem in report.problems[:_SHOWN]:
         print(f"  PROBLEM: {problem}")
     if len(report.problems) > _SHOWN:

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import simplejpeg
 
 from bn_jax.data import decode, tfds
-from bn_jax.errors import ConfigError, DataError, DiskError
+from bn_jax.errors import ConfigError, DataError, DiskError, printable
 from bn_jax.prepare import layouts
 from bn_jax.prepare.layouts import Image
-from bn_jax.workdir.files import reported
+from bn_jax.workdir.files import reported, warn
 from bn_jax.workdir.timing import ImageProgress
 
 NAME = "imagenet2012"
@@ -210,7 +210,12 @@ def _finish(folder: pathlib.Path, shards: list[Shard]) -> None:
 
 def record(image: Image) -> bytes:
     """The serialized Example of one image. Raises DataError if its file is cut."""
-    return tfds.serialize({"image": as_jpeg(image.read()), **_other_features(image)})
+    warnings: list[str] = []
+    data = as_jpeg(image.read(), warnings)
+    if warnings:
+        # The new file would hide the damage from every later reader.
+        warn(f"{printable(image.name)}: re-encoded, but its pixels may be wrong: {warnings[0]}")
+    return tfds.serialize({"image": data, **_other_features(image)})
 
 
 def serialized_size(image: Image) -> int:
@@ -222,15 +227,16 @@ def _other_features(image: Image) -> dict[str, tfds.Value]:
     return {"label": image.label, "file_name": image.name.encode()}
 
 
-def as_jpeg(data: bytes) -> bytes:
+def as_jpeg(data: bytes, warnings: list[str]) -> bytes:
     """The image as it is, or as an RGB JPEG if it is a CMYK image or not a JPEG (TFDS does the same
-    since 3.0.0). What cannot be decoded is kept: reading it will say so."""
+    since 3.0.0). What cannot be decoded is kept: reading it will say so. The decoder's warnings of
+    what is re-encoded are appended to `warnings`."""
     try:
         found = decode.frame(data)
         if found.kind == "jpeg" and found.components != 4:
             return data
         return simplejpeg.encode_jpeg(
-            decode.pixels(data, found), quality=100, colorsubsampling="420"
+            decode.pixels(data, found, warnings=warnings), quality=100, colorsubsampling="420"
         )
     except decode.BadImageError:
         return data

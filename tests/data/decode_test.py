@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import re
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 from bn_jax.data import decode, load, order
 from bn_jax.data.distort import DRAWS
 from bn_jax.errors import DataError
+from bn_jax.prepare import check, imagenet, layouts
 from tests.support import odd_files, small_sets
 
 SIZE = 32
@@ -232,7 +234,8 @@ def test_progressive_images_are_charged_for_their_coefficients():
 def test_odd_files_are_decoded_where_pillow_and_opencv_agree(name):
     """(Refused were: an unknown version of JFIF, stray bytes and restarts between segments, a
     comment one byte short, a restart of a wrong number, a scan closed too early, bytes after a PNG,
-    OS/2's BMP, GIF, TIFF, PPM, JPEG 2000. CMYK without Adobe's marker had inverted colours.)"""
+    OS/2's BMP, GIF, TIFF, BigTIFF, PPM, PBM, those in text, JPEG 2000 with and without its box,
+    AVIF. CMYK without Adobe's marker had inverted colours.)"""
     data = odd_files.files()[name]
     pillow = odd_files.by_pillow(data)
     opencv = odd_files.by_opencv(data)
@@ -270,6 +273,11 @@ DIFFER = {
     "png, cut in the checksum": "neither",
     "png, fewer pixels than it says": "neither",
     "ico": "neither",
+    "tiff grey of 16 bits": "OpenCV",
+    "tiff Lab": "OpenCV",
+    "tiff of floating point": "neither",
+    "tga": "neither",
+    "pcx": "neither",
 }
 
 
@@ -299,3 +307,80 @@ def test_garbage_headers(data, start):
     except decode.BadImageError:
         return
     assert found.height > 0 and found.width > 0
+
+
+# A JPEG that is damaged inside its scan: decoded, as by Pillow and OpenCV, but not silently.
+
+SCAN = JPEG.index(b"\xff\xda") + 14
+DAMAGED = {
+    "a block of zeros": JPEG[: SCAN + 900] + bytes(512) + JPEG[SCAN + 1412 :],
+    "the second half lost": JPEG[: len(JPEG) // 2] + b"\xff\xd9",
+    "a piece lost": JPEG[: SCAN + 1000] + JPEG[SCAN + 1700 :],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_scan_is_named_wherever_it_is_read(name, tmp_path, caplog, capsys):
+    """(All of these were decoded with wrong pixels, and nobody was told: not in training, not in
+    evaluation, not by `prepare check`.)"""
+    data = DAMAGED[name]
+    said = []
+    image = decode.pixels(data, decode.frame(data), warnings=said)
+    assert image.shape == PHOTO.shape and len(said) == 1 and "Corrupt JPEG data" in said[0]
+    assert np.abs(image.astype(int) - PHOTO).max() > 30
+
+    records = [load.Record(JPEG, 0, "good"), load.Record(data, 1, "shard 3, record 7")]
+    options = {"size": SIZE, "num_classes": 2}
+    for read in (
+        lambda found: load.train_rows(
+            records,
+            range(2),
+            order.uniforms(0, 0, slice(0, 2), DRAWS),
+            min_area=0.5,
+            bad=load.BadRecords(10),
+            doubtful=found,
+            **options,
+        ),
+        lambda found: load.evaluation_rows(records, range(2), doubtful=found, **options),
+    ):
+        caplog.clear()
+        found = load.DoubtfulRecords()
+        for _ in range(2):  # named once, not in every epoch
+            assert read(found)[2].all()
+        assert found.names == {"shard 3, record 7"}
+        [line] = [r.getMessage() for r in caplog.records]
+        assert re.match("record shard 3, record 7: decoded, but.*wrong: Corrupt JPEG data", line)
+
+
+def test_a_damaged_scan_is_doubtful_in_the_check(tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "cat" / "0.jpg").write_bytes(JPEG)
+    check.check(tmp_path, "x", threads=1)
+    assert capsys.readouterr().out.endswith("is sound\n")
+
+    (tmp_path / "train" / "cat" / "1.jpg").write_bytes(DAMAGED["a block of zeros"])
+    check.check(tmp_path, "x", threads=1)
+    said = capsys.readouterr().out
+    assert re.search(r"DOUBTFUL: .*train/cat/1\.jpg: Corrupt JPEG data", said)
+    assert "is sound but for 1 doubtful pictures" in said
+
+
+def test_a_damaged_picture_that_is_re_encoded_is_named(tmp_path, capsys):
+    """The new file is whole: without a word the damage would be hidden for ever."""
+    cmyk = small_sets.encode(PHOTO, mode="CMYK", quality=95)
+    scan = cmyk.index(b"\xff\xda") + 900
+    damaged = cmyk[:scan] + bytes(512) + cmyk[scan + 512 :]
+    (tmp_path / "picture").write_bytes(damaged)
+    image = layouts.Image("n01440764_1.JPEG", 0, tmp_path / "picture", 0, len(damaged))
+    record = imagenet.record(image)
+    assert "n01440764_1.JPEG: re-encoded, but its pixels may be wrong" in capsys.readouterr().err
+    assert b"n01440764_1.JPEG" in record
+
+
+def test_doubtful_records_beyond_twenty_are_not_named_one_by_one(caplog):
+    found = load.DoubtfulRecords()
+    for k in range(40):
+        found.add(f"record {k}", ["Corrupt JPEG data"])
+    assert len(found.names) == 40 and len(caplog.records) == found.SHOWN + 1
+    assert "prepare check" in caplog.records[-1].getMessage()

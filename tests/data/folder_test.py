@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -258,3 +259,37 @@ def test_class_folders_at_the_scale_of_imagenet(root):
     assert data.image_shape == (224, 224, 3) and data.class_names == ("cat", "dog")
     batch = data.train_batch(0, 4, slice(0, 4), seed=0)
     assert batch["image"].shape == (4, 224, 224, 3) and batch["mask"].all()
+
+
+def test_names_that_only_look_the_same_are_told_apart(root):
+    """One split unpacked on a Mac, the other on Linux. (The message named a class that, to the eye,
+    both splits had.)"""
+    (root / "train" / "cat").rename(root / "train" / unicodedata.normalize("NFC", "ca\u0301t"))
+    (root / "val" / "cat").rename(root / "val" / unicodedata.normalize("NFD", "c\xe1t"))
+    with pytest.raises(ConfigError, match=r"'ca\\u0301t' and 'c\\xe1t' look the same but"):
+        folder.source(str(root))
+
+
+@pytest.mark.parametrize("place", ["Train", "pictures/train"])
+def test_a_split_nearby_is_named(root, place, tmp_path):
+    """Train with a capital, or an archive that unpacks into a folder of its own. (The message said
+    only that there is no folder train.)"""
+    found = root / place
+    if place == "Train":
+        (root / "train").rename(found)
+        asked = root
+    else:
+        asked = tmp_path
+    with pytest.raises(
+        ConfigError, match=r"no folder \S+/train: .*; \S+/(Train is there|pictures has it)"
+    ):
+        folder.source(str(asked))
+
+
+def test_a_name_with_control_characters_stays_one_line(root, capsys):
+    """(A line break in a name made two lines, and an escape sequence coloured the terminal.)"""
+    (root / "val" / "cat" / "a\n\x1b[31m.jpg").write_bytes(b"bad")
+    with pytest.raises(DataError):
+        check.check(root, "x", threads=1)
+    said = capsys.readouterr().out
+    assert r"cat/a\x0a\x1b[31m.jpg: not a JPEG" in said and "\x1b" not in said

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,7 +16,10 @@ import pytest
 
 from bn_jax.data import distort, folder, load, memory, pipeline, tfds
 from bn_jax.errors import ConfigError, DataError
+from bn_jax.prepare import check
 from tests.support import small_sets
+
+JPEG = small_sets.encode(small_sets.photo())
 
 
 @pytest.fixture(autouse=True)
@@ -352,3 +356,41 @@ def test_a_training_split_is_held_in_memory(tmp_path):
         folder.source(str(tmp_path)).train.decoded(32)
     with pytest.raises(ConfigError, match="the limit is 16; set steps_per_dispatch=1"):
         records.train.decoded(100_000)
+
+
+def test_a_set_of_several_configs_names_them(tmp_path):
+    """As imagenet_resized. (The message said that there is no such set, and to build it.)"""
+    written = small_sets.write_tfds(
+        tmp_path, {"train": [(JPEG, 0)] * 4, "test": [(JPEG, 1)]}, file_format="tfrecord"
+    )
+    for name in ("8x8", "32x32"):
+        shutil.copytree(written, tmp_path / "little" / name / "3.0.1")
+    shutil.rmtree(written)
+    with pytest.raises(ConfigError, match=r"has the configs 32x32, 8x8: .*data.name=little/32x32"):
+        tfds.source("little", str(tmp_path))
+    assert len(tfds.source("little/8x8", str(tmp_path)).train) == 4
+
+
+def test_a_split_without_the_lengths_of_its_shards_is_refused(tmp_path, capsys):
+    """As TFDS wrote them before 2.0. (Its splits were empty, and `prepare check` found the set
+    sound.)"""
+    written = small_sets.write_tfds(
+        tmp_path, {"train": [(JPEG, 0)] * 4, "test": [(JPEG, 1)]}, file_format="tfrecord"
+    )
+    info = json.loads((written / "dataset_info.json").read_text())
+    for split in info["splits"]:
+        split["numShards"] = str(len(split.pop("shardLengths")))
+    (written / "dataset_info.json").write_text(json.dumps(info))
+    for look in (
+        lambda: tfds.source("little", str(tmp_path)),
+        lambda: check.check(tmp_path, "little", threads=1),
+    ):
+        with pytest.raises(DataError, match="no shardLengths for split 'train': an older TFDS"):
+            look()
+
+
+def test_a_bucket_as_tfds_data_dir_is_refused(monkeypatch):
+    """(The message was that there is no set in the local folder gs:/bucket.)"""
+    monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket/sets")
+    with pytest.raises(ConfigError, match="TFDS_DATA_DIR=gs://bucket/sets is not a local path"):
+        tfds.source("imagenet2012", "")

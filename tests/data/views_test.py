@@ -95,13 +95,13 @@ def test_pixels_are_those_of_resizing_the_whole_image(shape):
 
 def test_a_png_of_any_shape_gives_all_views():
     for shape in ((1, 40), (40, 1), (3, 3), (500, 20)):
-        image, weight = views.of_file(encode(photo(*shape), "PNG"), 144, 32, True)
+        image, weight = views.of_file(encode(photo(*shape), "PNG"), 144, 32, True, [])
         assert image.shape[1:] == (32, 32, 3) and weight.sum() == 144
 
 
 def test_one_crop_is_the_crop_of_evaluation():
     data = encode(photo(60, 80))
-    image, weight = views.of_file(data, 1, 32, True)
+    image, weight = views.of_file(data, 1, 32, True, [])
     held = data_of([load.Record(data, 0, "a")], size=32)
     np.testing.assert_array_equal(image, next(held.evaluation(1, slice(0, 1)))["image"])
     assert weight.tolist() == [1]

@@ -160,13 +160,13 @@ def test_cmyk_and_png_become_rgb_jpegs():
         small_sets.encode(photo, mode="CMYK", quality=95),
         small_sets.encode(photo, "PNG"),
     ):
-        fixed = imagenet.as_jpeg(data)
+        fixed = imagenet.as_jpeg(data, [])
         found = decode.frame(fixed)
         assert (found.kind, found.components) == ("jpeg", 3)
         # Quality 100 with halved chroma: measured 0.4 levels in the mean.
         assert np.abs(decode.pixels(fixed, found).astype(int) - photo).mean() < 1
-    assert imagenet.as_jpeg(JPEG) == JPEG
-    assert imagenet.as_jpeg(b"damaged") == b"damaged"
+    assert imagenet.as_jpeg(JPEG, []) == JPEG
+    assert imagenet.as_jpeg(b"damaged", []) == b"damaged"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -367,7 +367,34 @@ def others() -> dict[str, bytes]:
         "gif": encode(GREY, "GIF"),
         "tiff": encode(RGB, "TIFF"),
         "ppm": encode(RGB, "PPM"),
+        "gif animated": encode(
+            RGB, "GIF", save_all=True, append_images=[Image.fromarray(RGB[::-1].copy())]
+        ),
+        "tiff of more than 4 GiB (BigTIFF)": encode(RGB, "TIFF", big_tiff=True),
+        "tiff, LZW": encode(RGB, "TIFF", compression="tiff_lzw"),
+        "tiff CMYK": encode(RGB, "TIFF", mode="CMYK"),
+        "tiff palette": encode(RGB, "TIFF", mode="P"),
+        "tiff of 1 bit": encode(RGB, "TIFF", mode="1"),
+        "tiff with alpha": encode(RGB, "TIFF", mode="RGBA"),
+        "tiff of two pages": encode(
+            RGB, "TIFF", save_all=True, append_images=[Image.fromarray(RGB[::-1].copy())]
+        ),
+        "tiff grey of 16 bits": encode(GREY.astype(np.uint16) * 257, "TIFF"),
+        "tiff Lab": encode(RGB, "TIFF", mode="LAB"),
+        "tiff of floating point": encode(RGB, "TIFF", mode="F"),
+        "ppm in text": b"P3\n56 40\n255\n" + b"".join(b"%d\n" % v for v in RGB.reshape(-1)),
+        "pgm": encode(GREY, "PPM"),
+        "pgm in text": b"P2\n# by hand\n56 40\n255\n"
+        + b"".join(b"%d\n" % v for v in GREY.reshape(-1)),
+        "pbm": encode(RGB, "PPM", mode="1"),
+        "pbm in text": b"P1\n56 40\n"
+        + b"\n".join(b" ".join(b"%d" % (v >> 7) for v in row) for row in GREY),
         "jpeg 2000": encode(RGB, "JPEG2000"),
+        "jpeg 2000 without its box": encode(RGB, "JPEG2000", no_jp2=True),
+        "jpeg 2000 grey": encode(RGB, "JPEG2000", mode="L"),
+        "avif": encode(RGB, "AVIF"),
+        "tga": encode(RGB, "TGA"),
+        "pcx": encode(RGB, "PCX"),
         "ico": encode(RGB, "ICO"),
         "svg": b"<svg xmlns='http://www.w3.org/2000/svg' width='56' height='40'/>",
         "html": b"<!DOCTYPE html><html><body>404 not found</body></html>",
