@@ -51,7 +51,8 @@ SLIM_STEM = {
 }
 
 
-PREFIXES = ("module.", "model.")  # torch's DataParallel and Lightning put these before every name
+# DataParallel, Lightning, torch.compile and a saved checkpoint put these before every name.
+PREFIXES = ("module.", "model.", "_orig_mod.", "state_dict.")
 GOOGLENET = "inception3a.branch1.conv.weight"  # of torchvision and timm: another network
 SHOWN = 5  # names in a message; the rest are counted
 
@@ -104,6 +105,10 @@ class Source:
         found = self.tensors[name]
         if _squeezed(found.shape) != _squeezed(shape):
             self._wrong.append(f"{name} has shape {list(found.shape)}, not {list(shape)}")
+            return np.zeros(shape, np.float32)
+
+        if found.dtype.kind in "iub" and not name.endswith("/count"):
+            self._wrong.append(f"{name} has dtype {found.dtype}: it is quantized or not a weight")
             return np.zeros(shape, np.float32)
 
         found = found.reshape(shape).astype(np.promote_types(found.dtype, np.float32))

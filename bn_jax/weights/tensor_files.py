@@ -62,6 +62,7 @@ def read(path: pathlib.Path) -> TensorFile:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}; give --from a file that exists"
         ) from None
+    refuse_stand_ins(path, data)
     refuse_pickles(path, data)
     if path.suffix == ".safetensors":
         tensors, metadata = _safetensors(path, data)
@@ -77,6 +78,17 @@ def read(path: pathlib.Path) -> TensorFile:
             "docs/weights.md has the lines that write them"
         )
     return TensorFile(tensors, metadata, hashlib.sha256(data).hexdigest())
+
+
+def refuse_stand_ins(path: pathlib.Path, data: bytes) -> None:
+    """Raises ConfigError for what is often found in the place of a large file."""
+    start = data[:200].lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise ConfigError(f"{path} is a pointer of Git LFS, not the file: run git lfs pull")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ConfigError(
+            f"{path} is a web page, perhaps of a login or of an error: fetch the file again"
+        )
 
 
 def refuse_pickles(path: pathlib.Path, data: bytes) -> None:
@@ -144,7 +156,10 @@ def _msgpack(path: pathlib.Path, data: bytes) -> dict[str, np.ndarray]:
         raise ConfigError(f"{path} is not a tree of flax.serialization: {reason}") from None
     for name, leaf in flat.items():
         if not hasattr(leaf, "dtype"):
-            raise ConfigError(f"{path}: {name} is of type {type(leaf).__name__}, not an array")
+            raise ConfigError(
+                f"{path}: {name} is of type {type(leaf).__name__}, not an array: save params and "
+                "batch_stats alone, not a whole train state"
+            )
     return {name: np.asarray(leaf) for name, leaf in flat.items()}
 
 

@@ -65,3 +65,21 @@ def test_another_network_is_refused_with_names_of_both():
 def test_googlenet_is_refused_by_name():
     with pytest.raises(ConfigError, match="GoogLeNet of torchvision or timm"):
         mapping.Source({"inception3a.branch1.conv.weight": np.ones((64, 192, 1, 1))})
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "state_dict.model."])
+def test_prefixes_of_compiled_and_saved_modules_are_taken_off(prefix):
+    """torch.compile, and a checkpoint that was flattened as a whole. (Refused, with the advice to
+    try another --variant.)"""
+    source = mapping.Source({f"{prefix}a": np.ones(2), f"{prefix}b": np.ones(2)})
+    np.testing.assert_array_equal(source.take("a", (2,)), np.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, bool])
+def test_quantized_weights_are_refused(dtype):
+    """(They were taken for the weights themselves: a network of whole numbers, without a word.)"""
+    source = mapping.Source({"a.weight": np.ones((4, 3), dtype), "a.bias": np.ones(4)})
+    source.take("a.weight", (4, 3))
+    source.take("a.bias", (4,))
+    with pytest.raises(ConfigError, match=f"1 wrong: a.weight has dtype {np.dtype(dtype)}: it is"):
+        source.finish(nothing_ignored)

@@ -137,3 +137,23 @@ def test_a_header_of_a_pickles_length_is_no_pickle(tmp_path):
     assert data[:2] == b"\x80\x02"
     (tmp_path / "x.safetensors").write_bytes(data)
     require_equal(tensor_files.read(tmp_path / "x.safetensors").tensors, TENSORS)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.npz", "x.msgpack"])
+def test_stand_ins_for_a_file_are_named(tmp_path, name):
+    """(A header that is too large; pickled data that could be loaded unsafely; extra data.)"""
+    path = tmp_path / name
+    path.write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 45000000\n"
+    )
+    refused(path, "pointer of Git LFS.*git lfs pull")
+    path.write_bytes(b"\n<!DOCTYPE html>\n<html><title>Sign in</title></html>")
+    refused(path, "web page.*fetch the file again")
+
+
+def test_a_whole_train_state_is_refused_with_the_remedy(tmp_path):
+    """(It said only that `step` is an int.)"""
+    state = {"params": {"a": np.ones(2)}, "opt_state": {"trace": np.ones(2)}, "step": 3}
+    path = tmp_path / "x.msgpack"
+    path.write_bytes(serialization.to_bytes(state))
+    refused(path, "step is of type int, not an array: save params and batch_stats alone")
