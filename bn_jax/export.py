@@ -9,7 +9,7 @@ file is run and compared with the network before it is moved into place. Formats
 import pathlib
 
 from bn_jax import errors
-from bn_jax.distributed import startup
+from bn_jax.distributed import cluster, startup
 from bn_jax.errors import ConfigError
 from bn_jax.evaluate import members
 from bn_jax.weights import exporting, network
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     members.add_place(parser, batches=False)
     args = parser.parse_args(argv)
+    cluster.require_one_process("bn_jax.export")
     kind = exporting.formats()[args.format]
     if args.out is not None and args.out.is_dir():
         raise ConfigError(f"--out={args.out} is a folder: name a file, NAME{kind.suffix}")

@@ -12,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from bn_jax import errors
+from bn_jax.distributed import cluster
 from bn_jax.errors import ConfigError
 from bn_jax.experiment.config import check, load
 from bn_jax.weights import tensor_files
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--data_dir", help="config.data.dir of the new run, for evaluate")
     args = parser.parse_args(argv)
+    cluster.require_one_process("bn_jax.import_weights")
     empty = args.workdir.is_dir() and not any(args.workdir.iterdir())
     if args.workdir.exists() and not empty:
         raise ConfigError(f"{args.workdir} exists already: choose another --workdir, or delete it")

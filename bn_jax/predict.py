@@ -19,7 +19,7 @@ import numpy as np
 
 from bn_jax import errors
 from bn_jax.data import decode, views
-from bn_jax.distributed import startup
+from bn_jax.distributed import cluster, startup
 from bn_jax.errors import ConfigError, DataError, printable
 from bn_jax.evaluate import ensemble
 from bn_jax.evaluate.members import Member, add_place, load_member, workdirs
@@ -74,8 +74,10 @@ def _grey(data: bytes, size: int, warnings: list[str]) -> np.ndarray:
 
 def rows(pictures: list[Picture], size: int) -> Iterator[views.Rows]:
     """Batches of `size` views, as `data.views.batches` makes them of a split."""
+    nothing = np.zeros((), np.int32)
     examples = (
-        {"image": p.image, "weight": p.weight, "label": np.zeros((), np.int32)} for p in pictures
+        {"image": p.image, "weight": p.weight, "label": nothing, "example": np.asarray(place)}
+        for place, p in enumerate(pictures)
     )
     return views.in_batches(examples, size)
 
@@ -129,6 +131,7 @@ def main() -> None:
     )
     add_place(parser)
     args = parser.parse_args()
+    cluster.require_one_process("bn_jax.predict")
     views.check_crops(args.crops)
     startup.use_safe_sums()
     startup.use_compilation_cache()

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from bn_jax import errors
+from bn_jax.distributed import cluster
 from bn_jax.distributed.cpus import usable_cpus
 from bn_jax.errors import ConfigError, DivergedError, Preempted, UserError
 from bn_jax.experiment import tuning
@@ -361,6 +362,7 @@ def main() -> None:
     )
     add("--dry_run", action="store_true", help="print the unfinished members' commands, and end")
     args = parser.parse_args()
+    cluster.require_one_process("bn_jax.sweep")
     configs = [name for name in args.configs.split(",") if name]
     for option, text in [("set", t) for t in args.set] + [("grid", t) for t in args.grid]:
         if "=" not in text.strip("="):

@@ -4,6 +4,7 @@
 #   launch/local.sh N [--platform=cpu|gpu] [--port=P] [--dry-run] -- OPTIONS OF bn_jax.main
 #   launch/local.sh 2 -- --config=bn_x30:digits --workdir=runs/two
 #
+# BN_JAX_MODULE=bn_jax.evaluate evaluates instead (options of bn_jax.evaluate).
 # The processes find each other by jax's own variables. On GPUs each process gets one, by number.
 # Exits with the code of the first process that failed, 0 if none did. SIGTERM and Ctrl-C are passed
 # on: the run saves its state and ends with 75. Once one process has failed, the others get
@@ -45,7 +46,7 @@ for ((i = 0; i < N; i++)); do
   else
     variables+=(JAX_PLATFORMS=cpu)
   fi
-  command=(env "${variables[@]}" "${PYTHON:-python}" -m bn_jax.main "$@")
+  command=(env "${variables[@]}" "${PYTHON:-python}" -m "${BN_JAX_MODULE:-bn_jax.main}" "$@")
   if ((DRY_RUN)); then
     printf '%q ' "${command[@]}"
     echo "&"

@@ -9,7 +9,7 @@ function of (seed, k), so only the step has to be saved.
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import cv2
@@ -269,14 +269,16 @@ class Batches(Iterator[Batch]):
       alive: seconds since the first batch was asked for; waited / alive is the share of waiting.
     """
 
-    def __init__(self, steps: range, batch: Callable[[int], Batch], *, size: int, one_thread: bool):
+    def __init__(
+        self, steps: Sequence[int], batch: Callable[[int], Batch], *, size: int, one_thread: bool
+    ):
         import grain  # takes a second to import
 
         ahead = max(2, min(64, PREFETCH_BYTES // size))
         threads = 1 if one_thread else min(usable_cpus(), ahead)
         # Each of our threads makes a batch of its own: OpenCV's threads would only compete.
         cv2.setNumThreads(0)
-        dataset = grain.MapDataset.range(steps.start, steps.stop).map(batch)
+        dataset = grain.MapDataset.source(steps).map(batch)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         self._batches = iter(dataset.to_iter_dataset(options))
         self._count = len(steps)

@@ -109,17 +109,21 @@ def _rendered(
     return render(decoded, looks, size, channels), weights
 
 
-def batches(data: Data, number: int, size: int) -> Iterator[Rows]:
+def batches(
+    data: Data, number: int, size: int, *, process: int = 0, processes: int = 1
+) -> Iterator[Rows]:
     """The evaluation split, every example once, as batches of `size` views of its `number` crops;
     the last batch is padded. Mirrored as in training (`data.mirror`), so digits are not.
+
+    process, processes: each of several processes gets its own share of the examples (`share`).
 
     Raises DataError, with the record's name, for an example that cannot be read.
     """
     if number == 1:
-        yield from _single(data, size)
+        yield from _single(data, size, process, processes)
         return
     examples = Batches(
-        range(data.num_eval),
+        share(data.num_eval, number, size, process, processes).tolist(),
         lambda index: _example(data, index, number),
         size=number * int(np.prod(data.image_shape)),
         one_thread=data.held.in_memory,
@@ -127,14 +131,23 @@ def batches(data: Data, number: int, size: int) -> Iterator[Rows]:
     yield from in_batches(examples, size)
 
 
+def share(examples: int, number: int, size: int, process: int, processes: int) -> np.ndarray:
+    """The places of the examples that `batches` gives to this one of several processes."""
+    place = np.arange(examples)
+    together = size if number == 1 else 1  # so many side by side go to the same process
+    return place[place // together % processes == process]
+
+
 def in_batches(examples: Iterable[dict[str, np.ndarray]], size: int) -> Iterator[Rows]:
-    """Examples (image [views, H, W, C], weight [views], label []) as batches of `size` views."""
+    """Examples (image [views, H, W, C], weight [views], label [], example []: its place) as batches
+    of `size` views."""
     parts: list[Rows] = []
     waiting = 0  # rows in `parts`
-    for index, example in enumerate(examples):
+    for example in examples:
         n = len(example["image"])
         label = np.full(n, example["label"], np.int32)
-        parts.append(Rows(example["image"], np.full(n, index), example["weight"], label))
+        place = np.full(n, example["example"], np.int64)
+        parts.append(Rows(example["image"], place, example["weight"], label))
         waiting += n
 
         if waiting >= size:
@@ -148,10 +161,12 @@ def in_batches(examples: Iterable[dict[str, np.ndarray]], size: int) -> Iterator
         yield _padded(Rows(*map(np.concatenate, zip(*parts, strict=True))), size)
 
 
-def _single(data: Data, size: int) -> Iterator[Rows]:
+def _single(data: Data, size: int, process: int, processes: int) -> Iterator[Rows]:
     """Batches of one centre crop an example, as evaluation while training has them."""
-    for k, batch in enumerate(data.evaluation(size, slice(0, size))):
-        example = np.where(batch["mask"], k * size + np.arange(size), -1)
+    own = slice(process * size, (process + 1) * size)  # of a batch of all processes
+    for k, batch in enumerate(data.evaluation(processes * size, own)):
+        place = k * processes * size + own.start + np.arange(size)
+        example = np.where(batch["mask"], place, -1)
         weight = batch["mask"].astype(np.float32)
         yield Rows(batch["image"], example, weight, batch["label"])
 
@@ -166,7 +181,8 @@ def _example(data: Data, index: int, number: int) -> dict[str, np.ndarray]:
         mirror=data.augmentation.mirror,
     )
     (images, weights), label = data.held.example(index, look)
-    return {"image": images, "weight": weights, "label": np.asarray(label, np.int32)}
+    found = {"image": images, "weight": weights, "label": np.asarray(label, np.int32)}
+    return found | {"example": np.asarray(index, np.int64)}
 
 
 def _padded(rows: Rows, size: int) -> Rows:

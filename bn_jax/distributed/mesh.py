@@ -134,6 +134,21 @@ def wait_for_all(point: str) -> None:
         multihost_utils.sync_global_devices(point)
 
 
+def gather(rows: np.ndarray) -> np.ndarray:
+    """Returns the rows of all processes [rows, ...], those of process 0 first, in every process.
+
+    All processes must call it. Their numbers of rows may differ.
+    """
+    if jax.process_count() == 1:
+        return rows
+
+    counts = np.asarray(multihost_utils.process_allgather(np.array(len(rows), np.int32)))
+    padded = np.zeros((counts.max(), *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    gathered = np.asarray(multihost_utils.process_allgather(padded))
+    return np.concatenate([part[:n] for part, n in zip(gathered, counts.ravel(), strict=True)])
+
+
 def broadcast(data: bytes | None) -> bytes:
     """Returns the `data` of process 0 in every process. All processes must call it.
 

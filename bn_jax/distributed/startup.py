@@ -5,7 +5,6 @@ import contextlib
 import functools
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 
 from bn_jax.batch_norm import SAFE_SUMS, sums_may_be_wrong
+from bn_jax.distributed import cluster
 from bn_jax.errors import ConfigError, expand_path
 
 HEARTBEAT = 15  # seconds without a heartbeat after which jax considers a process lost
@@ -44,58 +44,9 @@ def initialize() -> None:
         shutdown_timeout_seconds=SHUTDOWN,
     )
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        address, processes, process = _named_cluster(os.environ)
-        join(address, processes, process)
-    elif cluster_has_many_hosts(os.environ):
+        join(*cluster.named(os.environ))
+    elif cluster.has_many_hosts(os.environ):
         join()
-
-
-def _named_cluster(env: Mapping[str, str]) -> tuple[str, int, int]:
-    """Returns the coordinator's address, the number of processes and this process's number."""
-    missing = {"JAX_NUM_PROCESSES", "JAX_PROCESS_ID"} - env.keys()
-    if missing:
-        raise ConfigError(
-            f"JAX_COORDINATOR_ADDRESS is set but not {' and '.join(sorted(missing))}: "
-            "set all three, or none for a single process"
-        )
-
-    processes = _whole(env, "JAX_NUM_PROCESSES", 1)
-    process = _whole(env, "JAX_PROCESS_ID", 0)
-    if process >= processes:
-        raise ConfigError(
-            f"JAX_PROCESS_ID={process} must be below JAX_NUM_PROCESSES={processes}; "
-            "processes are numbered from 0"
-        )
-
-    address = env["JAX_COORDINATOR_ADDRESS"]
-    if not re.fullmatch(r".+:\d+", address):
-        raise ConfigError(
-            f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT; "
-            "give a free port on the host of process 0"
-        )
-    return address, processes, process
-
-
-def cluster_has_many_hosts(env: Mapping[str, str]) -> bool:
-    """Whether the environment is that of a multi-process job which jax can detect by itself."""
-    tpu_hosts = env.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    # Without SLURM_PROCID this is a shell of salloc, not a task of srun.
-    in_task = "SLURM_PROCID" in env and "SLURM_NTASKS" in env
-    slurm_tasks = _whole(env, "SLURM_NTASKS", 1) if in_task else 1
-    mpi_size = _whole(env, "OMPI_COMM_WORLD_SIZE", 1) if "OMPI_COMM_WORLD_SIZE" in env else 1
-    multislice = "MEGASCALE_COORDINATOR_ADDRESS" in env
-    asked_for = "BN_JAX_CLUSTER" in env  # a Cloud TPU VM's environment says nothing
-    return len(tpu_hosts) > 1 or slurm_tasks > 1 or mpi_size > 1 or multislice or asked_for
-
-
-def _whole(env: Mapping[str, str], name: str, least: int) -> int:
-    """Returns a variable as a whole number. Raises ConfigError if it is not one from `least`."""
-    text = env[name]
-    if not text.isascii() or not text.isdecimal() or int(text) < least:
-        raise ConfigError(
-            f"{name}={text} must be a whole number of at least {least}; correct or unset it"
-        )
-    return int(text)
 
 
 def make_gpus_deterministic() -> None:

@@ -4,7 +4,8 @@ Every example of the split counts once, for any batch size and number of devices
 are padded and masked, sums are added up, and the number of examples is asserted. Several workdirs
 are an ensemble: the mean of their class probabilities. Each evaluation is recorded in its workdirs
 (evaluations.jsonl), or in the folder --out=DIR; bn_jax.figures makes the table of Fig. 4 from it.
-A run may have been moved to another machine, and its data to --data_dir=DIR.
+A run may have been moved to another machine, and its data to --data_dir=DIR. Started as several
+processes, as training is, it divides the examples among them; process 0 prints and records.
 """
 
 import json
@@ -12,7 +13,8 @@ import pathlib
 
 from bn_jax import errors
 from bn_jax.data import views
-from bn_jax.distributed import startup
+from bn_jax.distributed import cluster, startup
+from bn_jax.distributed.watchdog import Watchdog
 from bn_jax.errors import ConfigError
 from bn_jax.evaluate import members, predictions
 from bn_jax.evaluate.ensemble import evaluate
@@ -58,6 +60,7 @@ def main() -> None:
         with files.reported(args.out, "cannot make"):
             args.out.mkdir(parents=True, exist_ok=True)
     if args.combine is not None:
+        cluster.require_one_process("bn_jax.evaluate --combine")
         parts = [predictions.load(pathlib.Path(name)) for name in args.combine.split(",")]
         line = predictions.show(parts)
         if args.out is not None:
@@ -65,7 +68,12 @@ def main() -> None:
     else:
         startup.use_safe_sums()
         startup.use_compilation_cache()
-        line, parts = evaluate(args)
+        with Watchdog():
+            startup.initialize()
+            found = evaluate(args)
+        if found is None:
+            return
+        line, parts = found
     if args.predictions is not None:
         predictions.save(args.predictions, predictions.mean(parts))
         print(args.predictions)

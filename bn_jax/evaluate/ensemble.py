@@ -67,7 +67,8 @@ class Networks:
         """Each member's probabilities float32 [examples, K], averaged over views, and the labels.
 
         weight: of all views of an example. `progress` is told how many more examples are begun.
-        Raises DataError unless every example came with exactly this weight.
+        Of several processes each has `rows` of its own, and all get the whole. Raises DataError
+        unless every example came with exactly this weight.
         """
         classes = self.members[0].exp.data.num_classes
         sums = [np.zeros((examples, classes), np.float32) for _ in self.members]
@@ -88,6 +89,7 @@ class Networks:
             waiting = batch, outputs
         if waiting is not None:
             _collect(*waiting, sums, seen)
+        sums, labels, seen = _of_all_processes(sums, labels, seen)
         if not np.array_equal(seen, np.full(examples, weight, np.float32)):
             wrong = int(np.sum(seen != weight))
             raise DataError(
@@ -96,6 +98,25 @@ class Networks:
         for total in sums:
             total /= np.float32(weight)
         return sums, labels
+
+
+def _of_all_processes(
+    sums: list[np.ndarray], labels: np.ndarray, seen: np.ndarray
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """`sums`, `labels` and `seen` of all examples, whichever process has evaluated them."""
+    if jax.process_count() == 1:
+        return sums, labels, seen
+
+    own = np.flatnonzero(seen).astype(np.int32)
+    place = mesh.gather(own)
+    whole = []
+    for mine in (*sums, labels):
+        everything = np.zeros_like(mine)
+        everything[place] = mesh.gather(mine[own])
+        whole.append(everything)
+    weights = np.zeros_like(seen)
+    np.add.at(weights, place, mesh.gather(seen[own]))  # an example of two processes is noticed
+    return whole[:-1], whole[-1], weights
 
 
 def _collect(
@@ -131,12 +152,19 @@ def predict(
 ) -> list[Predictions]:
     """Every member's predictions for the evaluation split, each example counted once.
 
-    Raises DataError for an example that cannot be read.
+    Several processes divide the examples. Raises DataError for an example that cannot be read.
     """
     data = networks.members[0].exp.data
     config = networks.members[0].exp.config
+    rows = views.batches(
+        data,
+        crops,
+        networks.size,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
     found, labels = networks.average(
-        views.batches(data, crops, networks.size),
+        rows,
         data.num_eval,
         views.total_weight(crops, config.data.mirror),
         progress,
@@ -147,21 +175,27 @@ def predict(
     ]
 
 
-def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions]]:
-    """Networks scored on the evaluation split: what is recorded, and each one's predictions."""
+def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions]] | None:
+    """Networks scored on the evaluation split: what is recorded, and each one's predictions.
+
+    Of several processes the first one prints and records, and the others return None.
+    """
+    first = jax.process_index() == 0
     runs = workdirs(args.workdir)
     experiments = [
         build.from_workdir(run, args.data_dir) for run in runs
     ]  # refused before any compiling
     members = [
-        load_member(run, args.step, args.statistics, exp)
+        load_member(run, args.step, args.statistics, exp, say=print if first else _silent)
         for run, exp in zip(runs, experiments, strict=True)
     ]
     networks = Networks(members, args.batch_size or members[0].exp.config.eval_batch_size)
     began = time.monotonic()
-    progress = ImageProgress(members[0].exp.data.num_eval)
-    parts = predict(networks, args.crops, progress.add)
+    parts = predict(networks, args.crops, _progress(networks, args.crops) if first else _silent)
     seconds = time.monotonic() - began
+    if not first:
+        return None
+
     line = predictions.show(parts)
     line["images_per_second"] = line["examples"] / seconds
     line["source"] = provenance.source()
@@ -169,3 +203,14 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions
     for folder in runs if args.out is None else [args.out]:
         reader.append_evaluation(folder, line)
     return line, parts
+
+
+def _progress(networks: Networks, crops: int) -> Callable[[int], None]:
+    """Shows how many of this process's examples are begun."""
+    count = networks.members[0].exp.data.num_eval
+    share = views.share(count, crops, networks.size, jax.process_index(), jax.process_count())
+    return ImageProgress(len(share)).add
+
+
+def _silent(_: Any) -> None:
+    """Stands for what only the first process says."""

@@ -49,6 +49,8 @@ def cached(
         except checkpoint.DamagedError as error:
             files.warn(f"{path} is not used ({error}); the statistics are computed again")
     statistics = jax.device_get(compute())
+    if jax.process_index() != 0:  # each process computes the same, and one keeps it
+        return statistics, False
     try:
         _save(path, origin, statistics)
     except DiskError as error:

@@ -70,7 +70,8 @@ def build(config: ConfigDict, *, training: bool = True) -> Experiment:
     training: False to evaluate a trained network only.
     """
     # The devices come first: at scale `pod` they decide the batch, which is then checked once.
-    devices = mesh.make()
+    # Processes that evaluate divide the examples, and each has its own devices.
+    devices = mesh.make(None if training else jax.local_devices())
     config = for_devices(config, devices.size)
     check(config, list(devices.devices.flat), training=training)
 
@@ -140,7 +141,7 @@ def without_data(workdir: pathlib.Path, data_dir: str | None = None) -> Experime
         description=recorded["description"],
         num_eval=recorded["eval_examples"],
     )
-    return assemble(config, mesh.make(), data)
+    return assemble(config, mesh.make(jax.local_devices()), data)
 
 
 def with_data(exp: Experiment, workdir: pathlib.Path) -> Experiment:

@@ -9,6 +9,7 @@ were recorded (bn_jax.evaluate), the table of Fig. 4 is made of them.
 import pathlib
 
 from bn_jax import errors
+from bn_jax.distributed import cluster
 from bn_jax.errors import ConfigError
 from bn_jax.figures.draw import draw
 from bn_jax.workdir import files
@@ -22,6 +23,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=pathlib.Path, help="where pictures go (WORKDIR/figures)")
     args = parser.parse_args()
+    cluster.require_one_process("bn_jax.figures")
     out = args.out or args.workdir / "figures"
     if args.out and not files.existing_parent(out).is_dir():
         raise ConfigError(f"--out={out} is in a file's place; choose another folder")

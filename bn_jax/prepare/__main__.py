@@ -3,6 +3,7 @@
 import argparse
 
 from bn_jax import errors
+from bn_jax.distributed import cluster
 from bn_jax.distributed.cpus import usable_cpus
 
 
@@ -57,6 +58,7 @@ def main() -> None:
     sheet.set_defaults(run=run_sheet)
 
     options = parser.parse_args()
+    cluster.require_one_process("bn_jax.prepare")
     options.run(options)
 
 

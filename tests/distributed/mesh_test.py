@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from bn_jax.distributed import mesh, startup
+from bn_jax.distributed import cluster, mesh, startup
 from bn_jax.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ def test_a_mesh_of_some_devices():
     ],
 )
 def test_a_job_of_several_hosts_is_recognised(env, many):
-    assert startup.cluster_has_many_hosts(env) is many
+    assert cluster.has_many_hosts(env) is many
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_wrong_cluster_is_one_line(monkeypatch, changes, said):
 @pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
 def test_a_launcher_s_variable_that_is_no_number_is_one_line(name):
     with pytest.raises(ConfigError, match=f"{name}=many must be a whole number"):
-        startup.cluster_has_many_hosts({name: "many", "SLURM_PROCID": "0"})
+        cluster.has_many_hosts({name: "many", "SLURM_PROCID": "0"})
 
 
 def test_half_a_coordinator_is_refused(monkeypatch):

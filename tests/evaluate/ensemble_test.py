@@ -93,7 +93,10 @@ def test_where_all_crops_coincide_they_change_nothing(members, number):
 
     def average(crops):
         made = [views.of_array(grey, crops, False) for grey in greys]
-        rows = ({"image": i, "weight": w, "label": np.zeros((), np.int32)} for i, w in made)
+        rows = (
+            {"image": i, "weight": w, "label": np.zeros((), np.int32), "example": np.asarray(k)}
+            for k, (i, w) in enumerate(made)
+        )
         weight = views.total_weight(crops, False)
         return networks.average(views.in_batches(rows, networks.size), 3, weight)[0]
 

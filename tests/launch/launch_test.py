@@ -199,6 +199,15 @@ def test_waiting_for_a_slice(tmp_path, state, code):
 
 
 @pytest.mark.parametrize(
+    "script", ["launch/local.sh 2 --dry-run --", "bash launch/slurm.sbatch --dry-run"]
+)
+def test_evaluation_is_launched_like_training(script):
+    done = run(f"{script} --workdir=x --crops=10", BN_JAX_MODULE="bn_jax.evaluate")
+    assert "-m bn_jax.evaluate --workdir=x --crops=10" in done.stdout
+    assert "bn_jax.main" not in done.stdout
+
+
+@pytest.mark.parametrize(
     ("line", "said"),
     [
         ("launch/local.sh", "N='': the first argument is the number of processes"),
