@@ -91,7 +91,7 @@ def test_folders_without_a_checkpoint_are_one_line(run, digits, tmp_path):
     with pytest.raises(ConfigError, match="is not a run directory"):
         predict.load(tmp_path, "population")
     shutil.copy(run / "run.json", tmp_path / "run.json")
-    with pytest.raises(CheckpointError, match="no checkpoint in .*: train on"):
+    with pytest.raises(CheckpointError, match="has no checkpoint yet: train until"):
         predict.load(tmp_path, "population")
     (tmp_path / "run.json").write_text('{"config": ')
     with pytest.raises(ConfigError, match=r"run\.json cannot be read.*it is damaged"):

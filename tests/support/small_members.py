@@ -19,7 +19,7 @@ def save_member(workdir: pathlib.Path, seed: int, **changes) -> pathlib.Path:
     state = jax.jit(lambda k: step.init_state(exp.model, k, exp.data.image_shape))(seed)
     workdir.mkdir(parents=True)
     info = {
-        "config": config.to_dict(),
+        "config": exp.config.to_dict(),
         "info": build.describe(exp),
         "status": "done",
         "results": {},
