@@ -1,4 +1,5 @@
-# Everything a developer or CI runs. `make demo` and `make test` need only Python >= 3.11 and an index.
+# All that a developer or CI runs. `make demo` and `make test` need only Python >= 3.11 and a package
+# index.
 # PYTHON=/path/to/python3.12 overrides the newest tested one that launch/find_python.sh finds.
 PYTHON ?=
 VENV ?= .venv
@@ -69,7 +70,7 @@ check: lint test smoke  ## all that CI runs
 slow: setup  ## the tests that take minutes
 	$(RUN) pytest -m "slow"
 
-oracle: setup  ## install torch (large) and pretrainedmodels, and hold imported weights to them
+oracle: setup  ## install torch (large) and pretrainedmodels, and compare imported weights with them
 	$(RUN) pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[oracle]'
 	$(RUN) pytest tests/import_weights_test.py
 
@@ -77,8 +78,9 @@ bench: setup  ## benchmarks on this machine, under 20 minutes; PyTorch takes par
 	for name in step mnist startup evaluate batch_norm; do $(RUN) benchmarks.$$name || exit 1; done
 	$(RUN) benchmarks.report
 
-# Not in the lock: jax[cuda13] is larger than all the rest together, and needs Python 3.12. The
-# version is that of the figures in results/bench/cuda.md. CUDA="..." has options of the command.
+# jax[cuda13] is not in the lock, because it is larger than all the rest together and needs Python
+# 3.12. The version is that of the figures in results/bench/cuda.md. CUDA="..." passes options to the
+# command.
 CUDA_VENV := .venv-cuda
 CUDA ?=
 cuda: $(CUDA_VENV)/.installed  ## the training step, compiled for an H100 that need not be there
@@ -93,9 +95,9 @@ $(CUDA_VENV)/.installed: pyproject.toml
 	  'jax[cuda13]==0.11.2' -e '.[digits]' pytest
 	@touch $@
 
-# Each of the two processes begins with one half of the tests, in this order, and the first to be
-# through takes from the other's. What is promised by the clock is held before, alone; the table at
-# the end, of the rows in BN_JAX_FAULTS, is of all.
+# Tests of what is promised in seconds run first, one after another. The other tests then run in two
+# processes, in this order; a process that has finished its half takes tests from the other. The
+# table at the end has the faults of all tests, which add their rows to the file BN_JAX_FAULTS.
 FAULTS := workdir/kill resume divergence workdir/kill_wait refusal workdir/checkpoint workdir/damage workdir/object_store workdir/steps \
   distributed/watchdog experiment/reproducible distributed/processes distributed/preempt data/fingerprint workdir/checkpoint_wait workdir/files workdir/timing workdir/lock safety workdir/guard
 faults: export BN_JAX_FAULTS := $(abspath $(VENV))/.faults

@@ -31,7 +31,7 @@ while (($#)); do
       shift
       break
       ;;
-    *) fail "option '$1' is not one of --platform=cpu|gpu, --port=P, --dry-run; training's follow --" ;;
+    *) fail "option '$1' is not one of --platform=cpu|gpu, --port=P, --dry-run; those of bn_jax.main come after --" ;;
   esac
   shift
 done

@@ -45,7 +45,7 @@ while (($#)); do
       shift
       break
       ;;
-    *) fail "unknown option '$1': see the first lines of this file; training's follow --" ;;
+    *) fail "unknown option '$1': see the first lines of this file; those of bn_jax.main come after --" ;;
   esac
   shift
 done
