@@ -55,8 +55,10 @@ class Signals:
 
         self.reason = name
         self.requested.set()
-        text = f"bn_jax: {name}: stopping after this step; Ctrl-C ends at once, unsaved\n"
-        os.write(2, text.encode())  # print is not safe in a handler
+        text = f"bn_jax: {name}: stopping after this step"
+        if number == signal.SIGINT:
+            text += "; a second Ctrl-C ends at once and saves nothing"
+        os.write(2, f"{text}\n".encode())  # print is not safe in a handler
         if self._several:
             signal.raise_signal(signal.SIGTERM)  # for jax
 

@@ -129,7 +129,7 @@ def test_a_second_ctrl_c_ends_at_once():
     child = start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None and child.stdout.readline() == b"ready\n"
     child.send_signal(signal.SIGINT)
-    assert child.stderr is not None and b"Ctrl-C ends at once" in child.stderr.readline()
+    assert child.stderr is not None and b"a second Ctrl-C ends at once" in child.stderr.readline()
     time.sleep(0.5)
     assert child.poll() is None
     child.send_signal(signal.SIGINT)
