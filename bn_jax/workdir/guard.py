@@ -82,11 +82,15 @@ def check_workdir(
 
     run = read_record(workdir)
     if run is not None:
+        before = run["info"].get("data", {})
+        now = (info or {}).get("data", {})
+        if "imported" in run["info"]:  # its data says where the weights come from
+            now = {}
+        # A set of another size changes the config, too (decay_examples): the set is named first.
+        if before.get("name") == now.get("name"):
+            require_same_data(workdir, before, now)
         require_same_config(workdir, run["config"], config)
-        before = run["info"]
-        imported = "imported" in before  # its data says where the weights come from
-        if info and "data" in info and "data" in before and not imported:
-            require_same_data(workdir, before["data"], info["data"])
+        require_same_data(workdir, before, now)
 
     if is_main:
         refuse_if_held(workdir)
