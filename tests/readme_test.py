@@ -40,7 +40,7 @@ def recipe(target: str) -> list[list[str]]:
     outer = ("MAKE", "MFLAGS", "VENV", "PYTHON", "MNIST")  # of a `make test` around this one
     environment = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
     done = subprocess.run(
-        ["make", "-n", "-o", ".venv/.installed", target],
+        ["make", "-n", "-o", ".venv/.installed", "-o", ".venv/.demo", target],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     lines = [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines()]

@@ -32,7 +32,7 @@ def run(line: str, path: pathlib.Path | None = None, **variables: str):
 
 def make(target: str) -> str:
     """The line that `make TARGET` runs."""
-    plain = "--no-print-directory -o .venv/.installed VENV=.venv MAKEFLAGS= MFLAGS="
+    plain = "--no-print-directory -o .venv/.installed -o .venv/.demo VENV=.venv MAKEFLAGS= MFLAGS="
     return run(f"{tool('make')} -n {plain} {target}").stdout.strip()
 
 
