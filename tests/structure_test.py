@@ -24,7 +24,7 @@ FLOORS = (
     "models",
     "layers nnx",
     "ops",
-    "batch_norm errors",
+    "batch_norm errors uncertainty",
 )
 COMMANDS = FLOORS[0].split()
 

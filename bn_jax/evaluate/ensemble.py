@@ -198,8 +198,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions
 
     line = predictions.show(parts)
     line["images_per_second"] = line["examples"] / seconds
-    line["source"] = provenance.source()
-    line["hardware"] = provenance.hardware()
+    line |= provenance.origin()
     for folder in runs if args.out is None else [args.out]:
         reader.append_evaluation(folder, line)
     return line, parts

@@ -18,8 +18,8 @@ import numpy as np
 
 from bn_jax import step
 from bn_jax.errors import ConfigError, DataError
+from bn_jax.uncertainty import counted, paired_bootstrap
 from bn_jax.workdir import files
-from bn_jax.workdir.reader import standard_error
 
 # What predictions must share to be averaged.
 SAME = ("data", "split", "holdout", "class_names", "crops", "views", "statistics")
@@ -41,7 +41,7 @@ def scores(found: Predictions) -> dict[str, Any]:
     """
     p = found.probabilities
     labels = found.labels
-    rank = np.asarray(step.label_rank(jnp.asarray(p), jnp.asarray(labels)))
+    rank = ranks(found)
     with np.errstate(divide="ignore"):
         losses = -np.log(p[np.arange(len(p)), labels].astype(np.float64))
     return {
@@ -50,6 +50,25 @@ def scores(found: Predictions) -> dict[str, Any]:
         "cross_entropy": float(np.mean(losses)),
         "examples": len(labels),
     }
+
+
+def ranks(found: Predictions) -> np.ndarray:
+    """int32 [N]: how many classes are preferred to the true one; 0 is right."""
+    return np.asarray(step.label_rank(jnp.asarray(found.probabilities), jnp.asarray(found.labels)))
+
+
+def gain(whole: Predictions, parts: Sequence[Predictions]) -> dict[str, Any]:
+    """The accuracy of a mean of networks minus the mean accuracy of its parts.
+
+    Returns `top1` (a share), the ends `low` and `high` of its 95% interval, and how it was made: a
+    bootstrap of the images, paired because all networks see the same ones. It says what other
+    images would give, not what other networks would.
+    """
+    alone = np.mean([ranks(part) < 1 for part in parts], axis=0)
+    gains = (ranks(whole) < 1) - alone
+    draws = 10_000
+    low, high = paired_bootstrap(gains, draws=draws, seed=0)
+    return {"top1": float(np.mean(gains)), "low": low, "high": high, "draws": draws, "seed": 0}
 
 
 def mean(parts: Sequence[Predictions]) -> Predictions:
@@ -186,17 +205,16 @@ def _from_csv(path: pathlib.Path) -> Predictions:
     return Predictions(np.array([row[2:] for row in rows]).astype(np.float32), labels, about)
 
 
-# What an evaluation says: errors with counts and standard errors, and the ensemble's gain.
+# What an evaluation says: errors with counts and intervals, and the ensemble's gain.
 
 
 def errors(scores: dict[str, Any]) -> str:
-    """Errors as in Fig. 4, each with its binomial standard error and count."""
+    """Errors as in Fig. 4, each with the 95% interval of its count, and the count."""
     n = scores["examples"]
     said = []
     for name, share in (("top-1", 1 - scores["top1"]), ("top-5", 1 - scores["top5"])):
-        spread = 100 * standard_error(share, n)
-        said.append(f"{name} error {100 * share:.2f}% +- {spread:.2f} ({round(share * n):,})")
-    return f"{', '.join(said)} of {n:,} examples"
+        said.append(f"{name} error {counted(share, n)}, {round(share * n):,}")
+    return f"{'; '.join(said)} of {n:,} examples"
 
 
 def show(parts: Sequence[Predictions]) -> dict[str, Any]:
@@ -213,12 +231,13 @@ def show(parts: Sequence[Predictions]) -> dict[str, Any]:
         for part, one in zip(parts, scored, strict=True):
             names = ", ".join(checkpoint_name(member) for member in part.about["members"])
             print(f"  {who(part.about)}, {names}: {errors(one)}")
-        alone = [one["top1"] for one in scored]
-        gains = [100 * (result["top1"] - x) for x in (float(np.mean(alone)), max(alone))]
+        gained = gain(whole, parts)
+        on_best = result["top1"] - max(one["top1"] for one in scored)
         print(f"mean of {len(whole.about['members'])} networks: {errors(result)}")
         print(
-            f"gain in top-1: {gains[0]:+.2f} points on the members' mean, {gains[1]:+.2f} on the "
-            "best of them"
+            f"gain in top-1: {100 * gained['top1']:+.2f} points on the members' mean (95%: "
+            f"{100 * gained['low']:+.2f} to {100 * gained['high']:+.2f}, bootstrap of the images), "
+            f"{100 * on_best:+.2f} on the best of them"
         )
     else:
         names = ", ".join(checkpoint_name(member) for member in whole.about["members"])
@@ -226,4 +245,6 @@ def show(parts: Sequence[Predictions]) -> dict[str, Any]:
     print(whole.about["description"])
     line = {"kind": "evaluation", **result, **whole.about}
     del line["class_names"]
-    return line | {"member_scores": scored if len(parts) > 1 else []}
+    if len(parts) > 1:
+        return line | {"member_scores": scored, "gain": gained}
+    return line | {"member_scores": []}

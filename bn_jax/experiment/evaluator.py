@@ -21,7 +21,7 @@ from bn_jax.distributed.mesh import put_batch, put_replicated, replicated, rows
 from bn_jax.errors import DataError
 from bn_jax.experiment import build, programs
 from bn_jax.experiment.build import Experiment
-from bn_jax.workdir.reader import standard_error
+from bn_jax.uncertainty import counted
 
 
 class Evaluator:
@@ -155,13 +155,12 @@ def mini_batch(config: Mapping[str, Any] | ConfigDict) -> int:
 
 
 def sentence(split: str, scores: dict[str, Any]) -> str:
-    """Accuracy on a split with the count it rests on and its standard error, in words."""
+    """Accuracy on a split with the count it rests on and that count's 95% interval, in words."""
     n = scores["examples"]
     top1 = scores["top1"]
-    error = 100 * standard_error(top1, n)
     return (
-        f"{split} accuracy {100 * top1:.2f}% +- {error:.2f} "
-        f"({round(top1 * n):,} of {n:,} examples), top-5 {100 * scores['top5']:.2f}%"
+        f"{split} accuracy {counted(top1, n)}, {round(top1 * n):,} of {n:,} examples; "
+        f"top-5 {100 * scores['top5']:.2f}%"
     )
 
 

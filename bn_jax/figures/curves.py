@@ -1,10 +1,12 @@
 """Section 4.2 as numbers (Fig. 2, Fig. 3, ablations), from recorded curves. Pure computations.
 
-Definitions (docs/results.md has them in words). Steps are steps of 32 examples. An accuracy counts
-at the step at which it was evaluated: the first evaluation that is at least a level reaches it,
-nothing is interpolated. Levels are those of the reference's run *with the same seed*: 90% and 95%
-of its final accuracy, and its maximum; a reference at chance has none. Final is the last evaluation
-of a run that is done.
+Definitions (docs/results.md has them in words). Steps are steps of 32 examples. A level is reached
+between the last evaluation below it and the first that is at least as high; within these two,
+steps are interpolated linearly in accuracy. A level that the first evaluation has already is
+reached at most then; one that a run never has, at least after all its steps. Levels are those of
+the reference's run *with the same seed*: 90%, 95% and 100% of its final accuracy; a reference at
+chance has none. Final is the last evaluation of a run that is done. The maximum of all evaluations
+grows with their number, and is no level.
 """
 
 import math
@@ -13,13 +15,17 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
 
-from bn_jax.workdir.reader import FREE, Run, standard_error
+from bn_jax.uncertainty import Effect, difference, wilson
+from bn_jax.workdir.reader import FREE, Run
 
-BASELINE = "inception"
-CONTROL = "inception_best"
-LEVELS = ("90%", "95%", "max")
+BASELINE = "inception"  # as the paper describes it
+CONTROLS = ("inception_best", "inception_best_rate")  # the best without BN; the first that has run
+LEVELS = {"90%": 0.9, "95%": 0.95, "100%": 1.0}  # of the reference's final accuracy
+RESOLUTION = 0.1  # of a number of steps: finer evaluations do not change a ratio that matters
+
+# The comparisons that the claim rests on: each with the strongest network without BN.
+HEADLINES = (("bn_best", "inception_best"), ("bn_x5", "bn_x5_without_bn"))
 
 NOT_REACHED = "not reached"
 NOT_YET = "not yet"  # the run is not done
@@ -78,8 +84,8 @@ class Curve(NamedTuple):
     """One run: steps [T] (of 32 examples) and accuracies [T] (shares) of its evaluations.
 
     `last` and `total`: the last recorded step and the last one wanted; `stopped_at`: where it
-    diverged, if the record says so. `examples`: in the evaluated split. `classes`: of the
-    data, None in records from before they said so.
+    diverged, if the record says so. `examples`: in the evaluated split, which is called `split`.
+    `classes`: of the data, None in records from before they said so.
     """
 
     seed: int
@@ -91,6 +97,7 @@ class Curve(NamedTuple):
     examples: int
     stopped_at: float | None = None
     classes: int | None = None
+    split: str = "test"
 
     @property
     def final(self) -> float | None:
@@ -104,11 +111,11 @@ class Curve(NamedTuple):
 
     @property
     def at_chance(self) -> bool:
-        """Whether the final accuracy is within two standard errors of guessing, or below it."""
+        """Whether guessing would give the final accuracy: it lies in its 95% interval, or above."""
         if self.final is None or self.classes is None:
             return False
-        chance = 1 / self.classes
-        return self.final <= chance + 2 * standard_error(chance, self.examples)
+        count = round(self.final * self.examples)
+        return wilson(count, self.examples).low <= 1 / self.classes
 
 
 def curve(run: Run) -> Curve:
@@ -128,40 +135,67 @@ def curve(run: Run) -> Curve:
         examples=run.data["eval_examples"],
         stopped_at=scale * int(where[1].replace(",", "")) if where else None,
         classes=run.data.get("classes"),
+        split=run.data["split"],
     )
 
 
 def levels(reference: Curve) -> dict[str, float] | None:
     """The accuracies to be reached, by LEVELS; None unless the reference is done and learnt."""
     final = reference.final
-    maximum = reference.maximum
-    if final is None or maximum is None or reference.at_chance:
+    if final is None or reference.at_chance:
         return None
-    return {"90%": 0.9 * final, "95%": 0.95 * final, "max": maximum}
+    return {name: share * final for name, share in LEVELS.items()}
 
 
-def first_at(curve: Curve, level: float) -> float | str:
-    """Steps of the first evaluation of at least `level`, or the word for why there is none."""
-    reached = np.flatnonzero(curve.top1 >= level - 1e-9)  # 0.9 * 0.8 is a little above 0.72
-    if reached.size:
-        return float(curve.steps[reached[0]])
-    if curve.status == "diverged":
-        return DIVERGED
-    return NOT_REACHED if curve.status == "done" else NOT_YET
+class Reached(NamedTuple):
+    """When a curve reaches a level: after more than `low` steps and at most `high`.
+
+    `steps` is interpolated between the two. low is 0 where the first evaluation has the level
+    already, high is infinite where no evaluation has it; `steps` is then the end that is known.
+    """
+
+    low: float
+    steps: float
+    high: float
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the steps are known to RESOLUTION; evaluations lie at whole steps."""
+        return self.low > 0 and self.high <= self.low * (1 + RESOLUTION) + 1
+
+
+def reach(curve: Curve, level: float) -> Reached | str:
+    """When a curve reaches a level for the first time; NOT_YET if its run is not done."""
+    found = np.flatnonzero(curve.top1 >= level - 1e-9)  # 0.9 * 0.8 is a little above 0.72
+    if not found.size:
+        if curve.status not in ("done", "diverged"):
+            return NOT_YET
+        # One that diverged would not have reached it in the steps that it was meant to take.
+        return Reached(curve.total, curve.total, math.inf)
+
+    first = int(found[0])
+    high = float(curve.steps[first])
+    if first == 0:
+        return Reached(0.0, high, high)
+    low = float(curve.steps[first - 1])
+    below = float(curve.top1[first - 1])
+    share = (level - below) / (float(curve.top1[first]) - below)
+    return Reached(low, low + min(1.0, share) * (high - low), high)
 
 
 class Comparison(NamedTuple):
-    """An experiment against a reference; lists have an entry a seed, a number or a word.
+    """An experiment against a reference; lists have an entry for each seed, a result or a word.
 
-    All by LEVELS. `around`: steps to the level minus and plus its binomial standard error;
-    `speed_up`: the reference's steps over the experiment's.
+    By LEVELS: `steps`, when the experiment reaches the level; `ratios`, the reference's steps over
+    the experiment's as (lowest, estimate, highest). `accuracy`: final accuracy minus the
+    reference's, of the seeds that both have finished.
     """
 
     label: str
     curves: Sequence[Curve]
-    steps: dict[str, list[float | str]]
-    around: dict[str, list[tuple[float | str, float | str]]]
-    speed_up: dict[str, list[float | str]]
+    steps: dict[str, list[Reached | str]]
+    ratios: dict[str, list[tuple[float, float, float] | str]]
+    accuracy: Effect
 
     @property
     def final(self) -> list[float | str]:
@@ -169,63 +203,44 @@ class Comparison(NamedTuple):
         word = {"diverged": DIVERGED}
         return [word.get(c.status, NOT_YET) if c.final is None else c.final for c in self.curves]
 
-    @property
-    def maximum(self) -> list[float | str]:
-        """Highest accuracy of each seed so far (share)."""
-        return [NOT_YET if c.maximum is None else c.maximum for c in self.curves]
+    def speed_up(self, level: str) -> Effect:
+        """How many times fewer steps than the reference's it takes to a level, over seeds."""
+        known = [ratio for ratio in self.ratios[level] if not isinstance(ratio, str)]
+        lows, values, highs = zip(*known, strict=True) if known else ((), (), ())
+        return Effect(lows, values, highs, ratio=True)
 
 
-def row(label: str, curves: Sequence[Curve], reference: Sequence[Curve]) -> Comparison:
+def compare(label: str, curves: Sequence[Curve], reference: Sequence[Curve]) -> Comparison:
     """Compares an experiment's seeds with the reference's runs of the same seeds."""
-    by_seed = {c.seed: (c, levels(c)) for c in reference}
-    steps: dict[str, list[float | str]] = {name: [] for name in LEVELS}
-    speed_up: dict[str, list[float | str]] = {name: [] for name in LEVELS}
-    around: dict[str, list[tuple[float | str, float | str]]] = {name: [] for name in LEVELS}
+    by_seed = {c.seed: c for c in reference}
+    steps: dict[str, list[Reached | str]] = {name: [] for name in LEVELS}
+    ratios: dict[str, list[tuple[float, float, float] | str]] = {name: [] for name in LEVELS}
     for mine in curves:
-        theirs, wanted = by_seed.get(mine.seed, (None, None))
+        theirs = by_seed.get(mine.seed)
+        wanted = None if theirs is None else levels(theirs)
         for name in LEVELS:
             if theirs is None or wanted is None:
                 why = AT_CHANCE if theirs is not None and theirs.at_chance else NO_REFERENCE
                 steps[name].append(why)
-                around[name].append((why, why))
-                speed_up[name].append(why)
+                ratios[name].append(why)
                 continue
-            level = wanted[name]
-            error = standard_error(level, theirs.examples)
-            here = first_at(mine, level)
-            there = first_at(theirs, level)
+            here = reach(mine, wanted[name])
+            there = reach(theirs, wanted[name])
             steps[name].append(here)
-            around[name].append((first_at(mine, level - error), first_at(mine, level + error)))
-            # the reference is done, so that it has reached its own levels
-            both = isinstance(here, float) and isinstance(there, float)
-            speed_up[name].append(there / here if both else here)  # type: ignore[operator]
-    return Comparison(label, curves, steps, around, speed_up)
+            ratios[name].append(_ratio(there, here))
+    accuracy = difference(finals(curves), finals(reference))
+    return Comparison(label, curves, steps, ratios, accuracy)
 
 
-class Difference(NamedTuple):
-    """Mean over n seeds of (experiment - parent) with a 95% interval; None where it is unknown.
-
-    `interval`: half its width. From one seed it is not known; `binomial` is the standard error of
-    the difference that counting on the test split alone would give.
-    """
-
-    n: int
-    mean: float | None
-    interval: float | None
-    binomial: float | None
-
-
-def paired(ours: Mapping[int, float], parents: Mapping[int, float], examples: int) -> Difference:
-    """Difference of accuracies {seed: share}, paired by seed; Student's t with n - 1 degrees."""
-    seeds = sorted(ours.keys() & parents.keys())
-    n = len(seeds)
-    if not n:
-        return Difference(0, None, None, None)
-    differences = np.array([ours[s] - parents[s] for s in seeds])
-    spread = float(np.std(differences, ddof=1)) / math.sqrt(n) if n > 1 else None
-    interval = None if spread is None else float(special.stdtrit(n - 1, 0.975)) * spread
-    counted = [standard_error(x[s], examples) ** 2 for x in (ours, parents) for s in seeds]
-    return Difference(n, float(differences.mean()), interval, math.sqrt(sum(counted)) / n)
+def _ratio(there: Reached | str, here: Reached | str) -> tuple[float, float, float] | str:
+    """The reference's steps over ours: lowest, estimate, highest; or why there is none."""
+    if isinstance(here, str):
+        return here
+    if isinstance(there, str):
+        return there
+    low = 0.0 if here.high == math.inf else there.low / here.high
+    high = math.inf if here.low == 0 else there.high / here.low
+    return low, there.steps / here.steps, high
 
 
 def finals(curves: Sequence[Curve]) -> dict[int, float]:

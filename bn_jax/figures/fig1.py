@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bn_jax.errors import ConfigError
+from bn_jax.figures.origins import made_by
 from bn_jax.figures.plotting import BLUE, GREY, plot_accuracy, save, subplots
-from bn_jax.workdir import reader
+from bn_jax.uncertainty import counted
+from bn_jax.workdir import files, reader
 from bn_jax.workdir.lines import PERCENTILES
 from bn_jax.workdir.reader import Run
 
@@ -35,14 +37,21 @@ def percentiles(run: Run, layer: str) -> Percentiles:
     return Percentiles(layer, steps, values)
 
 
-def drift(curves: Percentiles) -> np.ndarray:
-    """How far each percentile wanders over training, relative to the spread. [3, units].
+def ranges(curves: Percentiles) -> np.ndarray:
+    """How far each percentile wanders over training: its largest minus its smallest value.
 
-    The range (max - min over training) of the percentile, divided by the mean distance between the
-    15th and the 85th. 0 is a distribution that never moves.
+    [3, units], in units of the input. 0 is a distribution that never moves.
+    """
+    return np.ptp(curves.values, axis=0)
+
+
+def drift(curves: Percentiles) -> np.ndarray:
+    """The same relative to the spread: `ranges` by the mean distance from p15 to p85. [3, units].
+
+    A network without BN has wider distributions, by which a wide range looks smaller.
     """
     spread = np.mean(curves.values[:, 2] - curves.values[:, 0], axis=0)
-    return np.ptp(curves.values, axis=0) / np.maximum(spread, np.finfo(np.float32).tiny)
+    return ranges(curves) / np.maximum(spread, np.finfo(np.float32).tiny)
 
 
 def typical_unit(curves: Percentiles) -> int:
@@ -58,46 +67,49 @@ def fig1_numbers(baseline: Run, with_bn: Run, layer: str = "dense_2/input") -> d
     """What Fig. 1 shows, as numbers, for each of the two networks.
 
     `accuracy` (share, last evaluation), `examples`, `unit` (see `typical_unit`), `drift` of the
-    three percentiles for that unit, `layer_drift` their medians over all units of the layer.
+    three percentiles for that unit, `layer_drift` their medians over all units of the layer;
+    `range` and `layer_range` likewise, not divided by the spread.
     """
     numbers = {}
     for name, run in (("without BN", baseline), ("with BN", with_bn)):
         curves = percentiles(run, layer)
         unit = typical_unit(curves)
         drifts = drift(curves)
+        wandered = ranges(curves)
         last = run.lines["eval"][-1]
         numbers[name] = {
             "accuracy": last["top1"],
-            "best_accuracy": max(line["top1"] for line in run.lines["eval"]),
             "examples": last["examples"],
             "steps": last["step"],
             "unit": unit,
-            "drift": dict(
-                zip(map(str, PERCENTILES), drifts[:, unit].round(4).tolist(), strict=True)
-            ),
-            "layer_drift": dict(
-                zip(map(str, PERCENTILES), np.median(drifts, axis=1).round(4).tolist(), strict=True)
-            ),
+            "drift": _by_percentile(drifts[:, unit]),
+            "layer_drift": _by_percentile(np.median(drifts, axis=1)),
+            "range": _by_percentile(wandered[:, unit]),
+            "layer_range": _by_percentile(np.median(wandered, axis=1)),
         }
     return numbers
 
 
+def _by_percentile(values: np.ndarray) -> dict[str, float]:
+    return dict(zip(map(str, PERCENTILES), values.round(4).tolist(), strict=True))
+
+
 def fig1_table(numbers: dict[str, Any]) -> str:
     """The numbers of Fig. 1 as Markdown."""
-    rows = [
-        "| network | steps | test accuracy | drift of p15, p50, p85 | layer's median |",
-        "|---|---|---|---|---|",
-    ]
+    head = ["network", "steps", "test accuracy", "range of p15, p50, p85", "drift"]
+    head += ["layer's median range", "layer's median drift"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, n in numbers.items():
-        unit = ", ".join(f"{v:.2f}" for v in n["drift"].values())
-        layer = ", ".join(f"{v:.2f}" for v in n["layer_drift"].values())
-        rows.append(
-            f"| {name} | {n['steps']:,} | {100 * n['accuracy']:.2f}% of {n['examples']:,} "
-            f"| {unit} (unit {n['unit']}) | {layer} |"
-        )
+        cells = [name, f"{n['steps']:,}"]
+        cells.append(f"{counted(n['accuracy'], n['examples'])} of {n['examples']:,}")
+        for key in ("range", "drift", "layer_range", "layer_drift"):
+            cells.append(", ".join(f"{value:.2f}" for value in n[key].values()))
+        cells[3] += f" (unit {n['unit']})"
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + (
-        "\nDrift: range of the percentile over training / mean distance from p15 to p85."
-        " Typical unit: the one whose p50 drift is the median of its layer."
+        "\n\nIn () after an accuracy: the 95% interval of its count. Range: of the percentile over "
+        "training. Drift: the range / mean distance from p15 to p85. Typical unit: the one whose "
+        "p50 drift is the median of its layer."
     )
 
 
@@ -131,6 +143,9 @@ def draw_fig1(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
         axes.set_title(f"({letter}) {name}: {{15, 50, 85}}th percentiles")
     figure.suptitle(f"MNIST study (section 4.1), {baseline.data['name']}", fontsize=10)
     paths = save(figure, out, "fig1")
-    (out / "fig1.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    print(f"{fig1_table(numbers)}\nData: {baseline.data['description']}.")
-    return [*paths, out / "fig1.json"]
+    files.write_atomic(out / "fig1.json", (json.dumps(numbers, indent=2) + "\n").encode())
+    made = made_by([baseline.origin, with_bn.origin])
+    text = f"{fig1_table(numbers)}\n\nData: {baseline.data['description']}.\n\n{made}\n"
+    files.write_atomic(out / "fig1.md", text.encode())
+    print(text)
+    return [*paths, out / "fig1.json", out / "fig1.md"]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +11,7 @@ from matplotlib import ticker
 
 from bn_jax.errors import ConfigError
 from bn_jax.figures import fig3
-from bn_jax.figures.curves import BASELINE, Curve, curve, levels, mean_curve, row
+from bn_jax.figures.curves import BASELINE, Curve, Reached, compare, curve, levels, mean_curve
 from bn_jax.figures.fig3 import Groups, ordered
 from bn_jax.figures.plotting import (
     BLACK,
@@ -30,6 +31,9 @@ from bn_jax.workdir.reader import Run
 STYLES = {
     "inception": (BLACK, "--"),
     "inception_best": (GREY, "-"),
+    "inception_best_rate": (GREY, "-"),
+    "bn_x5_without_bn": (GREEN, ":"),
+    "bn_best": (BLACK, "-"),
     "bn_baseline": (ORANGE, "-"),
     "bn_x5": (GREEN, "-"),
     "bn_x30": (BLUE, "-"),
@@ -38,16 +42,16 @@ STYLES = {
     "inception_sigmoid": (SKY, ":"),
 }
 OTHERS = [(c, s) for s in ("-", "--", ":", "-.") for c in (BLUE, ORANGE, GREEN, PURPLE, SKY)]
-ZOOM = 12.0  # points below the baseline's maximum at which the right panel begins
+ZOOM = 12.0  # points below the baseline's final accuracy at which the right panel begins
 
 
 def draw_fig2(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pathlib.Path]:
     """Accuracy against steps of 32 examples, on a logarithmic axis; on the right its upper part,
-    where the baseline's maximum leaves room below it.
+    where the baseline's final accuracy leaves room below it.
 
     Lines and bands are mean and range over the seeds that are done; the others are thin lines that
     end in a cross (diverged) or an arrow (partial). A diamond marks where a network reaches the
-    baseline's maximum: mean over seeds, drawn if most of them do.
+    baseline's final accuracy: geometric mean over seeds, drawn if most of them do.
     """
     names = [name for name in fig3.ordered(groups) if name in STYLES]
     curves = {
@@ -58,23 +62,24 @@ def draw_fig2(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pa
     if not curves:
         raise ConfigError("no run has an evaluation yet: let one run to its first")
     baseline = curves.get(BASELINE, [])
-    tops = [goals["max"] for c in baseline if (goals := levels(c)) is not None]
+    tops = [goals["100%"] for c in baseline if (goals := levels(c)) is not None]
     level = 100 * float(np.mean(tops)) if tops else None
     zoomed = level is not None and level > ZOOM
     # A page shows 8 inches about 700 pixels wide: text of 10 points is then 12 pixels high.
     figure, panels = subplots(1, 2 if zoomed else 1, figsize=(8, 6), squeeze=False)
     for axes in panels[0]:
         if level is not None:
-            text = f"inception's maximum, {level:.1f}%"
+            text = f"inception's final accuracy, {level:.1f}%"
             axes.axhline(level, color=BLACK, linewidth=0.8, linestyle=":", zorder=1, label=text)
         styles = iter(OTHERS * (1 + len(curves) // len(OTHERS)))
         for name, found in curves.items():
             style = STYLES[name] if name in STYLES else next(styles)
             _plot(axes, name, found, style)
-            at = [s for s in row(name, found, baseline).steps["max"] if type(s) is float]
+            steps = compare(name, found, baseline).steps["100%"]
+            at = [s.steps for s in steps if isinstance(s, Reached) and s.high < math.inf]
             if level is not None and 2 * len(at) > len(found):
                 diamond = {"markersize": 8, "markeredgecolor": "white", "zorder": 5}
-                axes.plot([np.mean(at)], [level], "D", color=style[0], **diamond)
+                axes.plot([np.exp(np.mean(np.log(at)))], [level], "D", color=style[0], **diamond)
         _log_steps(axes)
         axes.grid(which="major", alpha=0.25)
     if level is not None and zoomed:
@@ -87,7 +92,7 @@ def draw_fig2(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pa
     figure.suptitle(
         f"{run.config['scale']}: {run.data['eval_examples']:,} {run.data['split']} examples, mean "
         "and range over seeds"
-        + ("" if level is None else "\ndiamond: reaches inception's maximum"),
+        + ("" if level is None else "\ndiamond: reaches inception's final accuracy"),
         fontsize=10,
     )
     return save(figure, out, "fig2")

@@ -109,9 +109,11 @@ class EvaluationLine(Scores):
     holdout: float
     image_size: int
     kind: NotRequired[Literal["evaluation"]]
+    gain: NotRequired[dict[str, Any]]  # of several networks: see evaluate/predictions.gain
     images_per_second: NotRequired[float]
     source: NotRequired[dict[str, Any]]
     hardware: NotRequired[dict[str, Any]]
+    versions: NotRequired[dict[str, str]]
 
 
 # run.json

@@ -72,6 +72,7 @@ def hardware() -> dict[str, Any]:
         "device_kind": device.device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
+        "cpu": cpu_model(),
         "cpu_threads": cpu_threads(),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
@@ -93,6 +94,16 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
                 label = "bn_jax" if name == "version" else name
                 found.append(f"{label} {one}, now {other}")
     return "; ".join(found)
+
+
+def cpu_model() -> str:
+    """The name of the processor, on which the bits of a CPU run depend; 'unknown' off Linux."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown"
 
 
 def cpu_threads() -> int:

@@ -4,7 +4,6 @@ Only this module interprets run.json, metrics.jsonl and evaluations.jsonl.
 """
 
 import json
-import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -99,7 +98,7 @@ class Run(NamedTuple):
     """One recorded run: its config, what run.json says of its data, metrics.jsonl by kind.
 
     `status` as in run.json (done, running, preempted, diverged, failed), `error` the line that
-    ended it, `origin` its commit and hardware.
+    ended it, `origin` its commit, versions and hardware.
     """
 
     workdir: pathlib.Path
@@ -129,7 +128,11 @@ def read_run(workdir: pathlib.Path) -> Run:
             lines=lines,
             status=run["status"],
             error=str(run["results"].get("error", "")),
-            origin={"source": run["source"], "hardware": run["hardware"]},
+            origin={
+                "source": run["source"],
+                "versions": run.get("versions", {}),
+                "hardware": run["hardware"],
+            },
         )
     except (ValueError, KeyError, TypeError, AttributeError) as damage:
         raise ConfigError(
@@ -287,11 +290,6 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     from flax import traverse_util
 
     return traverse_util.flatten_dict(dict(tree), sep=".")
-
-
-def standard_error(share: float, examples: int) -> float:
-    """Binomial standard error of a share that was counted on `examples`: sqrt(p (1 - p) / n)."""
-    return math.sqrt(share * (1 - share) / examples)
 
 
 # evaluations.jsonl. It is separate from metrics.jsonl, whose lines come from training alone and are

@@ -14,7 +14,7 @@ def make(seed: int, examples: int = 40, classes: int = 7, **about) -> Prediction
     rng = np.random.default_rng(seed)
     p = rng.dirichlet(np.full(classes, 0.1), examples).astype(np.float32)
     labels = np.arange(examples, dtype=np.int32) % classes
-    member = {"workdir": f"runs/m{seed}", "checkpoint": f"digest{seed}", "name": "m"}
+    member = {"workdir": f"runs/m{seed}", "checkpoint": f"digest{seed}", "name": "m", "step": 9}
     described = {
         "data": "digits",
         "split": "test",
@@ -49,6 +49,27 @@ def test_scores_are_counts_and_ties_go_to_the_lower_class():
     p = np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)
     found = predictions.scores(Predictions(p, np.array([1, 0], np.int32), {}))
     assert found["cross_entropy"] == pytest.approx(-np.log([0.75, 0.5]).mean())
+
+
+def test_the_gain_is_paired_by_image(capsys):
+    """Two networks that each err on one of four images, on another one, and their mean on none."""
+    sure, wrong, right = [0.1, 0.9], [0.6, 0.4], [0.4, 0.6]
+    labels = np.ones(4, np.int32)
+    a = make(0, 4, 2)._replace(
+        probabilities=np.array([wrong, sure, right, right], np.float32), labels=labels
+    )
+    b = make(1, 4, 2)._replace(
+        probabilities=np.array([sure, wrong, right, right], np.float32), labels=labels
+    )
+    line = predictions.show([a, b])
+    assert line["top1"] == 1.0
+    gain = line["gain"]
+    # The gains of the images are 1/2, 1/2, 0, 0: 25 points on the members' mean.
+    assert gain["top1"] == pytest.approx(0.25)
+    assert 0 <= gain["low"] < 0.25 < gain["high"] <= 0.5
+    assert "+25.00 points on the members' mean (95%: +0.00 to +50.00" in capsys.readouterr().out
+    assert predictions.gain(predictions.mean([a, b]), [a, b]) == gain  # seeded
+    assert "gain" not in predictions.show([a])
 
 
 @pytest.mark.parametrize("suffix", ["npz", "csv"])

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from bn_jax import uncertainty
 from bn_jax.errors import ConfigError
 from bn_jax.figures import fig4
 from bn_jax.figures.draw import draw
@@ -56,7 +57,7 @@ def test_the_papers_numbers_are_those_of_fig_4(folder):
     ):
         assert cells(text, start)[1:6] == printed
     assert cells(text, "BN-Inception single crop")[6:] == [
-        "1", "1", "3.00% +- 0.54", "0.00% +- 0.00"
+        "1", "1", "3.00% (2.11 to 4.25)", "0.00% (0.00 to 0.38)"
     ]  # fmt: skip
     assert cells(text, "BN-Inception ensemble")[6:] == ["not yet run"] * 4  # nothing is made up
     assert "digits: a small set" in text and "1,000 examples" in text
@@ -73,16 +74,16 @@ def test_one_evaluation_of_six_fills_single_networks_and_ensemble(folder):
     reader.append_evaluation(folder, line(NAMES[:1], 1, 500, statistics="running"))
     text = fig4.markdown(folder)
     assert cells(text, "BN-Inception single crop")[6:9] == [
-        "1 (mean of 6 networks)", "1", "3.10% (2.60 to 3.60)"
+        "1 (mean of 6 networks)", "1", "3.10% [2.60 to 3.60]"
     ]  # fmt: skip
     multicrop = cells(text, "BN-Inception multicrop")
     # The smaller ensemble's members were scored again, later, at 3.0 and 3.2%: these count.
-    assert multicrop[7:9] == ["72 of 144, not mirrored", "2.83% (2.20 to 3.20)"]
+    assert multicrop[7:9] == ["72 of 144, not mirrored", "2.83% [2.20 to 3.20]"]
     assert cells(text, "BN-Inception ensemble")[6:9] == [
-        "6, averaged", "72 of 144, not mirrored", "1.60% +- 0.40"
+        "6, averaged", "72 of 144, not mirrored", "1.60% (0.99 to 2.58)"
     ]  # fmt: skip
     extra = "ensemble, single crop, not in the paper"
-    assert cells(text, extra)[6:9] == ["6, averaged", "1", "2.00% +- 0.44"]
+    assert cells(text, extra)[6:9] == ["6, averaged", "1", "2.00% (1.30 to 3.07)"]
     table = list(csv.DictReader(io.StringIO(fig4.as_csv(folder))))
     assert len(table) == 2 * 6 + 1 + 3  # members at both crops, bn_x30, three ensembles
     assert [row["top1_error"] for row in table if row["networks"] == "6"] == ["0.02", "0.016"]
@@ -91,7 +92,7 @@ def test_one_evaluation_of_six_fills_single_networks_and_ensemble(folder):
 def test_the_latest_of_equal_evaluations_counts(folder):
     for wrong in (30, 40):
         reader.append_evaluation(folder / NAMES[0], line(NAMES[:1], 1, wrong))
-    assert cells(fig4.markdown(folder), "BN-Inception single crop")[8] == "4.00% +- 0.62"
+    assert cells(fig4.markdown(folder), "BN-Inception single crop")[8] == "4.00% (2.95 to 5.40)"
 
 
 @pytest.mark.parametrize("field", ["data", "split", "image_size", "examples", "holdout"])
@@ -130,9 +131,37 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path, capsys):
     assert "not recorded" in capsys.readouterr().err
 
 
-def test_the_csv_has_standard_errors_as_shares(folder):
+def test_the_csv_has_intervals_as_shares(folder):
     reader.append_evaluation(folder, line(NAMES[:1], 1, 30, top5=0.99))
     (row,) = csv.DictReader(io.StringIO(fig4.as_csv(folder)))
     assert float(row["top1_error"]) == pytest.approx(0.03)
-    assert float(row["top1_se"]) == pytest.approx((0.03 * 0.97 / 1000) ** 0.5)
-    assert float(row["top5_se"]) == pytest.approx((0.01 * 0.99 / 1000) ** 0.5)
+    ends = [float(row[f"top1_{end}"]) for end in ("low", "high")]
+    assert ends == pytest.approx(uncertainty.wilson(30, 1000))
+    ends = [float(row[f"top5_{end}"]) for end in ("low", "high")]
+    assert ends == pytest.approx(uncertainty.wilson(10, 1000))
+    assert row["gain"] == ""
+
+
+def test_the_gain_of_an_ensemble_has_the_interval_that_was_recorded(folder):
+    recorded = {"top1": 0.0115, "low": 0.004, "high": 0.019, "draws": 10_000, "seed": 0}
+    reader.append_evaluation(folder, line(NAMES[:2], 1, 20, [30, 33], gain=recorded))
+    reader.append_evaluation(folder, line(NAMES[:2], 144, 20, [30, 34]))  # by an older version
+    text = fig4.markdown(folder)
+    assert "| 2, averaged | 1 | +1.15 (+0.40 to +1.90) |" in text
+    assert "| 2, averaged | 144 | +1.20 (no interval: evaluate it again) |" in text
+    rows = {
+        (r["networks"], r["crops"]): r for r in csv.DictReader(io.StringIO(fig4.as_csv(folder)))
+    }
+    assert [rows["2", "1"][key] for key in ("gain", "gain_low")] == ["0.0115", "0.004"]
+    assert rows["1", "1"]["gain"] == ""  # a member alone gains nothing
+
+
+def test_evaluations_made_by_different_commits_are_said(folder):
+    origin = {"hardware": {"devices": 1, "device_kind": "cpu", "platform": "cpu"}}
+    for k, commit in enumerate(("a" * 40, "b" * 40)):
+        source = {"source": {"commit": commit}, "versions": {"jax": "0.10.2"}}
+        reader.append_evaluation(folder, line([NAMES[k]], 1, 30, **source, **origin))
+    text = fig4.markdown(folder)
+    assert "All 2 evaluations were made by: python not recorded, jax 0.10.2" in text
+    assert "**The evaluations differ**" in text
+    assert f"commit: {'a' * 10} (1), {'b' * 10} (1)." in text

@@ -42,6 +42,7 @@ def test_drift_is_the_range_over_the_spread(tmp_path):
     values = np.array([[[-1, -2], [0, 0], [1, 2]], [[-1, 0], [0, 2], [1, 4]]], float)
     write_run(tmp_path / "a", values)
     curves = fig1.percentiles(reader.read_run(tmp_path / "a"), "dense_2/input")
+    np.testing.assert_allclose(fig1.ranges(curves), [[0, 2]] * 3)
     np.testing.assert_allclose(fig1.drift(curves), [[0, 0.5]] * 3)
 
 
@@ -62,10 +63,12 @@ def test_fig1_numbers_and_pictures(tmp_path, capsys):
     assert numbers["without BN"]["drift"] == {"15": 1.5, "50": 1.5, "85": 1.5}
     assert numbers["with BN"]["layer_drift"] == {"15": 0.0, "50": 0.0, "85": 0.0}
     assert numbers["with BN"]["accuracy"] == 0.9 and numbers["without BN"]["steps"] == 20
-    assert {p.name for p in paths} == {"fig1.png", "fig1.svg", "fig1.json"}
+    assert numbers["without BN"]["layer_range"] == {"15": 3.0, "50": 3.0, "85": 3.0}
+    assert {p.name for p in paths} == {"fig1.png", "fig1.svg", "fig1.json", "fig1.md"}
     assert (tmp_path / "out" / "fig1.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "| with BN | 20 | 90.00% of 1,000 |" in printed and "Data: hand-made." in printed
+    assert "| with BN | 20 | 90.00% (87.98 to 91.71) of 1,000 |" in printed
+    assert "Data: hand-made." in printed and "All 2 runs were made by" in printed
     file = tmp_path / "mnist" / "run.json"
     for key in ("hand-made", '"name": "mnist"'):  # other data, another seed
         other = {"hand-made": "MNIST", '"name": "mnist"': '"name": "mnist", "seed": 1'}[key]
@@ -135,7 +138,10 @@ def table(path) -> dict[str, dict[str, str]]:
     """The first Markdown table of a file: {name: {column: cell}}."""
     rows = [
         [cell.strip(" `") for cell in line.strip("|").split("|")]
-        for line in path.read_text().split("## Against the control")[0].splitlines()
+        for line in path.read_text()
+        .split("## Against the control")[0]
+        .split("## Against plain")[-1]
+        .splitlines()
         if line.startswith("| ")
     ]
     return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
@@ -154,45 +160,50 @@ def test_a_sweep_becomes_fig2_the_table_and_the_ablations(tmp_path, capsys):
     names |= {f"ablations.{kind}" for kind in ("png", "svg", "md", "csv")}
     assert {path.name for path in paths} == names and all(path.stat().st_size for path in paths)
     shown = table(tmp_path / "out" / "fig3.md")
-    assert shown["bn_baseline"]["steps to max"] == "500"
-    assert shown["bn_baseline"]["speed-up to max"] == "2.00x"
+    # Inception's 80% are reached at step 1,000; by BN-Baseline at 500, evaluated every 250.
+    assert shown["bn_baseline"]["steps to 100%"] == "489 [477 to 500]"
+    assert shown["bn_baseline"]["speed-up to 100%"] == "2.05x (1.50 to 4.00)"
+    assert shown["bn_baseline"]["difference, points"] == "+10.00 (10.00 to 10.00)"
     assert shown["bn_baseline"]["paper: speed-up"] == "2.33"
     assert shown["bn_x5"]["steps to 95%"] == "not yet"
     assert shown["bn_x5"]["remarks"] == "seed 0 partial: step 250 of 5,000"
     assert shown["inception_x5"]["final accuracy"] == "diverged"
+    assert shown["inception_x5"]["steps to 95%"] == "not reached"
     assert shown["inception_x5"]["remarks"] == "seed 0 diverged at step 1,234"
     text = (tmp_path / "out" / "fig3.md").read_text()
     assert "There is no run of `inception_best`" in text and "commit 0123456789" in text
+    assert "| `bn_x5` | `bn_x5_without_bn` | not run: `bn_x5_without_bn` |" in text
     assert "settings differ" in text and text in capsys.readouterr().out
     changed = table(tmp_path / "out" / "ablations.md")["bn_baseline"]
     assert changed["change"] == "norm none -> batch_norm" and changed["seeds"] == "2"
-    assert changed["difference"] == "+10.00"
+    assert changed["difference"] == "+10.00 (10.00 to 10.00)" and changed["says"] == "higher"
     points = list(csv.DictReader((tmp_path / "out" / "fig2.csv").open()))
     assert len(points) == 18 and points[0]["network"] == "inception"
 
 
 def test_each_level_has_its_own_speed_up(tmp_path):
     """Three levels that are reached at three different ratios, in the table and in fig3.csv."""
-    # Levels 72%, 76% and 85%: the baseline reaches them at steps 750, 1,000 and 1,250.
-    write_curve(tmp_path, inception, [0.1, 0.5, 0.72, 0.76, 0.85, 0.8])
-    write_curve(tmp_path, bn_baseline, [0.73, 0.84, 0.84, 0.84, 0.86, 0.86])
+    # Levels 72%, 76% and 80%: the baseline reaches them at steps 750, 1,000 and 1,250.
+    write_curve(tmp_path, inception, [0.1, 0.5, 0.72, 0.76, 0.8, 0.8])
+    write_curve(tmp_path, bn_baseline, [0.5, 0.72, 0.76, 0.76, 0.8, 0.86])
     draw(tmp_path, tmp_path / "out")
 
     shown = table(tmp_path / "out" / "fig3.md")["bn_baseline"]
-    assert (shown["steps to 90%"], shown["steps to 95%"], shown["steps to max"]) == (
-        "250",
+    assert [shown[f"steps to {level}"] for level in ("90%", "95%", "100%")] == [
         "500",
+        "750",
         "1,250",
-    )
-    assert (shown["speed-up to 95%"], shown["speed-up to max"]) == ("2.00x", "1.00x")
+    ]
+    assert shown["speed-up to 95%"] == "1.33x (one seed)"
+    assert shown["speed-up to 100%"] == "1.00x (one seed)"
 
     rows = csv.DictReader((tmp_path / "out" / "fig3.csv").open())
     (row,) = (r for r in rows if (r["network"], r["reference"]) == ("bn_baseline", "inception"))
-    assert [float(row[f"speed_up_{level}"]) for level in ("90", "95", "max")] == [3.0, 2.0, 1.0]
-    # 85% of 1,000 examples is uncertain by 1.1%: 84% is enough for the lower end, and the upper
-    # end, 86.1%, is never reached.
-    assert row["steps_to_max_minus_se"] == "500.0"
-    assert row["steps_to_max_plus_se"] == "not reached"
+    speed_ups = [float(row[f"speed_up_{level}"]) for level in ("90", "95", "100")]
+    assert speed_ups == pytest.approx([750 / 500, 1000 / 750, 1.0])
+    assert (row["steps_to_95_low"], row["steps_to_95_high"]) == ("500.0", "750.0")
+    # Of 750 to 1,000 steps against 500 to 750.
+    assert float(row["speed_up_95_low"]) == 1.0 and float(row["speed_up_95_high"]) == 2.0
 
 
 def test_runs_that_counted_different_numbers_of_examples_are_refused(tmp_path):
@@ -222,8 +233,8 @@ def test_without_a_baseline_the_columns_say_so(tmp_path):
     write_curve(tmp_path, inception, [0.5], status="running")
     draw(tmp_path, tmp_path / "out")
     shown = table(tmp_path / "out" / "fig3.md")
-    assert shown["bn_x5"]["speed-up to max"] == "no reference"
-    assert shown["bn_x5"]["final accuracy"] == "90.0%"
+    assert shown["bn_x5"]["speed-up to 100%"] == "no reference"
+    assert shown["bn_x5"]["final accuracy"] == "90.00% (87.98 to 91.71), counted"
     text = (tmp_path / "out" / "fig3.md").read_text()
     assert "seed 0: none, seed 0 partial: step 250 of 5,000" in text
 

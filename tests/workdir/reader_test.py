@@ -89,11 +89,6 @@ def test_a_field_of_a_config_has_one_flat_name():
     assert reader.flat(tree) == {"a": 1, "data.name": "x", "data.sizes": (1, 2)}
 
 
-def test_the_standard_error_is_that_of_a_count():
-    assert reader.standard_error(0.2, 400) == pytest.approx(0.02)
-    assert reader.standard_error(0.0, 10) == reader.standard_error(1.0, 10) == 0
-
-
 def test_lines_are_as_their_types_say(tmp_path):
     """The recorder's own lines; the trainer's are compared in train_test."""
     assert {"step", "kind"} <= TrainLine.__required_keys__

@@ -1,0 +1,324 @@
+"""How sure a number is: intervals for counts, effects over seeds, and verdicts on a claim.
+
+Every interval is one of 95%. Intervals over seeds are Student's t with n - 1 degrees of freedom of
+values paired by seed. They describe other seeds on the same images, not other images.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import special
+
+TAIL = 0.025  # probability on each side of an interval
+
+# Effects within these are called none. They were fixed before any run was compared.
+MARGIN_POINTS = 0.005  # of accuracy: half a point
+MARGIN_RATIO = 1.1  # of steps: 10%
+
+MOST_SEEDS = 1000  # what is not decided by so many is called undecidable here
+
+
+class Interval(NamedTuple):
+    """The two ends of a 95% interval."""
+
+    low: float
+    high: float
+
+
+# ----------------------------------------------------------------------------------------------
+# Counts
+# ----------------------------------------------------------------------------------------------
+
+
+def wilson(count: int, examples: int) -> Interval:
+    """Wilson's score interval for the share behind a count (E. B. Wilson, JASA 22, 1927).
+
+    Unlike p +- sqrt(p (1 - p) / n), it has a width at 0 of n, too.
+    """
+    z = float(special.ndtri(1 - TAIL))
+    share = count / examples
+    scale = 1 + z**2 / examples
+    middle = (share + z**2 / (2 * examples)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / examples + z**2 / (4 * examples**2))
+    # At 0 of n and n of n one end is exact, up to rounding.
+    low = 0.0 if count == 0 else middle - half
+    high = 1.0 if count == examples else middle + half
+    return Interval(low, high)
+
+
+def counted(share: float, examples: int) -> str:
+    """A share of `examples` in percent with Wilson's interval: '2.10% (1.38 to 3.19)'."""
+    low, high = wilson(round(share * examples), examples)
+    return f"{100 * share:.2f}% ({100 * low:.2f} to {100 * high:.2f})"
+
+
+def counted_difference(ours: float, theirs: float, examples: int) -> Interval:
+    """The interval of ours - theirs, two shares of `examples`, as if they were independent.
+
+    Newcombe's method 10 (Statistics in Medicine 17, 1998): from the Wilson intervals of both. It
+    knows nothing of other seeds.
+    """
+    a = wilson(round(ours * examples), examples)
+    b = wilson(round(theirs * examples), examples)
+    value = ours - theirs
+    low = value - math.hypot(ours - a.low, b.high - theirs)
+    high = value + math.hypot(a.high - ours, theirs - b.low)
+    return Interval(low, high)
+
+
+# ----------------------------------------------------------------------------------------------
+# Effects over seeds
+# ----------------------------------------------------------------------------------------------
+
+
+class Effect(NamedTuple):
+    """A difference or ratio that was measured once for each seed.
+
+    The truth of seed i lies between lows[i] and highs[i]; for accuracies both are values[i]. A
+    ratio of steps is known only as closely as evaluations follow each other, and where a network
+    never reaches a level, only one end is known: the other is 0 or infinite.
+
+    Ratios are averaged on the logarithmic scale: the mean is geometric.
+    """
+
+    lows: tuple[float, ...]
+    values: tuple[float, ...]
+    highs: tuple[float, ...]
+    ratio: bool = False
+
+    @property
+    def n(self) -> int:
+        """The number of seeds."""
+        return len(self.values)
+
+    @property
+    def value(self) -> float:
+        """The mean over seeds; where some seeds give only a bound (see `bound`), the mean bound."""
+        ends = {"at least": self.lows, "at most": self.highs}
+        return _mean(ends.get(self.bound, self.values), self.ratio)
+
+    @property
+    def bound(self) -> str:
+        """'' for a value, 'at least' or 'at most' for a bound, 'unknown' if seeds give bounds on
+        both sides."""
+        below = any(high == math.inf for high in self.highs)
+        above = self.ratio and any(low == 0 for low in self.lows)
+        if below and above:
+            return "unknown"
+        return "at least" if below else "at most" if above else ""
+
+    @property
+    def interval(self) -> Interval | None:
+        """The 95% interval of the mean; None with fewer than two seeds.
+
+        Its ends are those of the lows' and of the highs' own intervals, so that it also covers what
+        is not known of a single seed. An end is 0 or infinite where some seeds have only a bound.
+        """
+        if self.n < 2:
+            return None
+        low = _limit(self.lows, -1, self.ratio)
+        high = _limit(self.highs, +1, self.ratio)
+        return Interval(low, high)
+
+    def p_value(self, threshold: float) -> float | None:
+        """Two-sided p of the hypothesis that the mean is `threshold`; None below two seeds."""
+        if self.n < 2:
+            return None
+        above = _tail(self.lows, threshold, +1, self.ratio)
+        below = _tail(self.highs, threshold, -1, self.ratio)
+        return min(1.0, 2 * min(above, below))
+
+
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Effect:
+    """ours - theirs for each seed that both have; {seed: value}."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    values = tuple(ours[seed] - theirs[seed] for seed in seeds)
+    return Effect(values, values, values)
+
+
+def single(values: Sequence[float]) -> Effect:
+    """A quantity by itself, such as the accuracy of each seed."""
+    return Effect(tuple(values), tuple(values), tuple(values))
+
+
+def _mean(values: Sequence[float], ratio: bool) -> float:
+    if not ratio:
+        return float(np.mean(values))
+    return math.exp(float(np.mean([math.log(v) for v in values])))
+
+
+def _moments(values: Sequence[float], ratio: bool) -> tuple[float, float]:
+    """Mean and standard error of the mean, on the scale on which values are averaged."""
+    scaled = np.log(values) if ratio else np.asarray(values, float)
+    return float(np.mean(scaled)), float(np.std(scaled, ddof=1)) / math.sqrt(len(scaled))
+
+
+def _known(values: Sequence[float], ratio: bool) -> bool:
+    """Whether every seed has this end: 0 and infinity stand for an end that is not known."""
+    return all(v < math.inf and not (ratio and v == 0) for v in values)
+
+
+def _limit(values: Sequence[float], side: int, ratio: bool) -> float:
+    """One end (side -1 or +1) of the t interval of the mean; 0 or infinite if it is not known."""
+    if not _known(values, ratio):
+        return math.inf if side > 0 else 0.0
+    return _end(values, len(values), side, ratio)
+
+
+def _tail(values: Sequence[float], threshold: float, side: int, ratio: bool) -> float:
+    """One-sided p of 'the mean is not above (side +1) or below (side -1) `threshold`'."""
+    if not _known(values, ratio):
+        return 1.0
+    mean, error = _moments(values, ratio)
+    distance = side * (mean - (math.log(threshold) if ratio else threshold))
+    if error == 0:
+        return 0.0 if distance > 0 else 1.0
+    return float(special.stdtr(len(values) - 1, -distance / error))
+
+
+def _quantile(n: int) -> float:
+    """Student's t with n - 1 degrees of freedom, above which 2.5% lie."""
+    return float(special.stdtrit(n - 1, 1 - TAIL))
+
+
+def written(
+    effect: Effect, form: str, *, factor: float = 1, unit: str = "", sign: bool = False
+) -> str:
+    """An effect for a table: '+0.4 (-0.7 to 1.4)', 'at least 5.3x (3.1 or more)'.
+
+    form: of a number, such as '.2f'; factor: 100 for points; sign: whether a plus is written.
+    """
+    if not effect.n:
+        return "not run"
+    if effect.bound == "unknown":
+        return "unknown: bounds on both sides"
+    plus = "+" if sign else ""
+    text = f"{factor * effect.value:{plus}{form}}{unit}"
+    if effect.bound:
+        text = f"{effect.bound} {text}"
+    if effect.interval is None:
+        return f"{text} (one seed)"
+    low, high = (f"{factor * end:{form}}" for end in effect.interval)
+    if effect.bound == "at least":
+        return f"{text} ({low} or more)"
+    if effect.bound == "at most":
+        return f"{text} ({high} or less)"
+    return f"{text} ({low} to {high})"
+
+
+# ----------------------------------------------------------------------------------------------
+# Several comparisons
+# ----------------------------------------------------------------------------------------------
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's adjusted p values (Scand. J. Statist. 6, 1979), in the given order; None stays None.
+
+    A comparison whose adjusted value is below 0.05 holds although so many were made.
+    """
+    places = sorted((p, k) for k, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, k) in enumerate(places):
+        largest = max(largest, min(1.0, (len(places) - rank) * p))
+        adjusted[k] = largest
+    return adjusted
+
+
+# ----------------------------------------------------------------------------------------------
+# An ensemble's gain
+# ----------------------------------------------------------------------------------------------
+
+
+def paired_bootstrap(gains: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> Interval:
+    """Percentile interval of the mean of `gains` [N], one for each image, over other images.
+
+    Both networks see the same images, so the difference of each image is drawn again, not each
+    network's accuracy. Images of equal gain are interchangeable: their numbers are drawn.
+    """
+    values, counts = np.unique(np.asarray(gains, float), return_counts=True)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    drawn = generator.multinomial(len(gains), counts / len(gains), size=draws)
+    means = drawn @ values / len(gains)
+    low, high = np.quantile(means, [TAIL, 1 - TAIL])
+    return Interval(float(low), float(high))
+
+
+# ----------------------------------------------------------------------------------------------
+# Verdicts
+# ----------------------------------------------------------------------------------------------
+
+SUPPORTED = "supported"
+CONTRADICTED = "contradicted"
+NO_EFFECT = "no effect"
+UNDECIDED = "undecided"
+NOT_RUN = "not run"
+NOT_TESTABLE = "not testable here"
+
+
+def margin(ratio: bool) -> Interval:
+    """Within this an effect is called none: 0.5 points, or 10% of the steps."""
+    if ratio:
+        return Interval(1 / MARGIN_RATIO, MARGIN_RATIO)
+    return Interval(-MARGIN_POINTS, MARGIN_POINTS)
+
+
+def verdict(
+    effect: Effect, threshold: float, adjusted_p: float | None, *, harmless: bool = False
+) -> str:
+    """What an effect says of the claim that it is above `threshold`.
+
+    Args:
+      effect: measured, with the sign that the claim gives it.
+      threshold: 0 or 1 for 'more', 2 for 'less than half the steps', ...
+      adjusted_p: of `effect.p_value(threshold)` by `holm`, over all claims.
+      harmless: the claim is that something may be left out: that the effect is not below the
+        margin. An effect within the margin then supports it.
+
+    Returns: one of the words above; 'undecided' with its reason.
+    """
+    if not effect.n:
+        return NOT_RUN
+    interval = effect.interval
+    if interval is None or adjusted_p is None:
+        return f"{UNDECIDED} (one seed has no interval)"
+    none = margin(effect.ratio)
+    if not harmless and none.low <= interval.low and interval.high <= none.high:
+        return NO_EFFECT
+    if interval.low > threshold or interval.high < threshold:
+        if adjusted_p >= 2 * TAIL:
+            return f"{UNDECIDED} (not after the correction for several comparisons)"
+        return SUPPORTED if interval.low > threshold else CONTRADICTED
+    if effect.bound:
+        return f"{UNDECIDED} (some seeds give only a bound)"
+    enough = seeds_to_decide(effect, threshold, harmless=harmless)
+    if enough is None:
+        return f"{UNDECIDED} ({MOST_SEEDS:,} seeds would not decide)"
+    return f"{UNDECIDED} (about {enough} seeds would decide)"
+
+
+def seeds_to_decide(effect: Effect, threshold: float, *, harmless: bool = False) -> int | None:
+    """How many seeds would decide, if mean and spread stayed as they are.
+
+    None for more than MOST_SEEDS, and where it cannot be told: fewer than two seeds, or a bound.
+    The correction for several comparisons is left out.
+    """
+    if effect.n < 2 or effect.bound:
+        return None
+    none = margin(effect.ratio)
+    for n in range(2, MOST_SEEDS + 1):
+        low = _end(effect.lows, n, -1, effect.ratio)
+        high = _end(effect.highs, n, +1, effect.ratio)
+        within = not harmless and none.low <= low and high <= none.high
+        if low > threshold or high < threshold or within:
+            return n
+    return None
+
+
+def _end(values: Sequence[float], n: int, side: int, ratio: bool) -> float:
+    """The end of the interval that n seeds of the same mean and spread would have."""
+    mean, error = _moments(values, ratio)
+    place = mean + side * _quantile(n) * error * math.sqrt(len(values) / n)
+    return math.exp(place) if ratio else place
