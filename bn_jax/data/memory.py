@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bn_jax.data import order
+from bn_jax.data import cache, order
 from bn_jax.data.distort import Augmentation
 from bn_jax.data.sources import Arrays, Batch, Source
 from bn_jax.errors import ConfigError, DataError
@@ -153,6 +153,12 @@ IDX_FILES = {
 }
 # Where people have them: the folder itself, as torchvision keeps them, TFDS' manual_dir.
 IDX_FOLDERS = (".", "MNIST/raw", "raw", "downloads/manual")
+
+
+def mnist_cache() -> pathlib.Path | None:
+    """Where `python -m bn_jax.prepare mnist` puts the files; None for a user without a home."""
+    folder = cache.directory()
+    return None if folder is None else folder / "mnist"
 
 
 def mnist_idx(directory: pathlib.Path) -> Source | None:

@@ -53,11 +53,22 @@ def open_source(name: str, directory: str, image_size: int) -> sources.Source:
     with reading(directory):
         if name == "folder":
             return folder.source(directory)
-        if name == "mnist" and directory:
-            found = memory.mnist_idx(expand_path(directory))
+        if name == "mnist":
+            found = _mnist_files(directory)
             if found is not None:
                 return found
         return tfds.source(name, directory)
+
+
+def _mnist_files(directory: str) -> sources.Source | None:
+    """MNIST from its four files, in `directory`; if that is empty, and TFDS does not have the set,
+    from where bn_jax.prepare puts them. None if they are not there."""
+    if directory:
+        return memory.mnist_idx(expand_path(directory))
+    folder = memory.mnist_cache()
+    if folder is None or tfds.find("mnist", "") is not None:
+        return None
+    return memory.mnist_idx(folder)
 
 
 class Data:

@@ -110,7 +110,8 @@ def absent(name: str, directory: str) -> str:
     remedy = {
         "imagenet2012": "prepare it with python -m bn_jax.prepare imagenet --from=PATH "
         "--data_dir=OUT, then --config.data.dir=OUT",
-        "mnist": "give the folder of the four idx files, or a TFDS data_dir, as --config.data.dir",
+        "mnist": "download it with python -m bn_jax.prepare mnist, or give the folder of the four "
+        "idx files, or a TFDS data_dir, as --config.data.dir",
     }
     prepare = remedy.get(name, f"build it with TFDS (tfds build {name})")
     return (

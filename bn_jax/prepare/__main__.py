@@ -1,4 +1,4 @@
-"""Prepares and checks data: `python -m bn_jax.prepare imagenet|tiny40|check|sheet --help`."""
+"""Prepares and checks data: `python -m bn_jax.prepare COMMAND --help`."""
 
 import argparse
 
@@ -30,6 +30,10 @@ def main() -> None:
     )
     imagenet.add_argument("--threads", type=int, default=usable_cpus(), help="shards at a time")
     imagenet.set_defaults(run=run_imagenet)
+
+    mnist = commands.add_parser("mnist", help="finds or downloads MNIST's four files")
+    mnist.add_argument("--data_dir", help="where they are or go (default: bn_jax's cache)")
+    mnist.set_defaults(run=run_mnist)
 
     tiny40 = commands.add_parser(
         "tiny40", help="tiny-imagenet-200.zip -> a folder of 40 classes, for runs on a CPU"
@@ -73,6 +77,13 @@ def run_imagenet(options: argparse.Namespace) -> None:
         threads=options.threads,
     )
     print(f"ready: {folder}\ntrain with --config.data.dir={options.data_dir}")
+
+
+def run_mnist(options: argparse.Namespace) -> None:
+    """Prints the folder of MNIST, after downloading it where it is not there."""
+    from bn_jax.prepare.mnist import locate
+
+    print(locate(errors.expand_path(options.data_dir) if options.data_dir else None))
 
 
 def run_tiny40(options: argparse.Namespace) -> None:
