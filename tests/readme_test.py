@@ -5,6 +5,7 @@ Training runs are shortened by BN_JAX_SMOKE=1. What needs ImageNet or other hard
 """
 
 import importlib.metadata
+import json
 import os
 import pathlib
 import re
@@ -56,7 +57,15 @@ def place(tmp_path_factory) -> pathlib.Path:
 def type_in(words: list[str], place: pathlib.Path) -> subprocess.CompletedProcess:
     """Runs `python -m ...` as typed, in an empty folder instead of the checkout."""
     assert words[0] == "python", words
-    environment = os.environ | {
+    environment = os.environ | typing_environment(place)
+    return subprocess.run(
+        [sys.executable, *words[1:]], cwd=place, env=environment, capture_output=True, text=True
+    )
+
+
+def typing_environment(place: pathlib.Path) -> dict[str, str]:
+    """Environment variables under which a document's commands are typed."""
+    return {
         "BN_JAX_SMOKE": "1",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",  # one device, as on a user's machine
@@ -66,9 +75,6 @@ def type_in(words: list[str], place: pathlib.Path) -> subprocess.CompletedProces
         "PYTHONPATH": str(ROOT),
         "TFDS_DATA_DIR": str(place / "no_data"),
     }
-    return subprocess.run(
-        [sys.executable, *words[1:]], cwd=place, env=environment, capture_output=True, text=True
-    )
 
 
 def succeed(words: list[str], place: pathlib.Path) -> str:
@@ -95,13 +101,46 @@ def test_demo_and_the_commands_on_its_run(place):
             assert said.get(words[2].removeprefix("bn_jax."), "1,000 examples") in out, words
 
 
-def test_fig1(place):
+def make_fig1(place: pathlib.Path, python: str, *options: str) -> subprocess.CompletedProcess:
+    """`make fig1` in an empty folder, with `python` in place of the environment's."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    outer = ("MAKE", "MFLAGS", "VENV", "PYTHON", "MNIST")  # of a `make test` around this one
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
+    environment |= typing_environment(place) | {"BN_JAX_OFFLINE": "1"}
+    environment["BN_JAX_CACHE"] = str(place / "no_cache")
+    for name in ("requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, place / name)
+    return subprocess.run(
+        ["make", "-f", str(ROOT / "Makefile"), "-o", ".venv/.installed", "fig1",
+         f"RUN={python} -m", *options],
+        cwd=place, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_fig1_without_mnist_is_short_and_says_so(place):
     assert ["make", "fig1"] in commands()
-    runs = recipe("fig1")
-    assert [words[2] for words in runs] == ["bn_jax.main", "bn_jax.main", "bn_jax.figures"]
-    outs = [succeed(words, place) for words in runs]
-    assert "| without BN | 500 |" in outs[-1] and "| with BN | 500 |" in outs[-1]
+    done = make_fig1(place, sys.executable)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "MNIST is not in" in done.stderr
+    assert "embedded digits: 1,500 steps, before they are overfitted" in done.stdout
+    assert "| without BN | 200 |" in done.stdout and "| with BN | 200 |" in done.stdout
     assert (place / "runs/fig1_digits/figures/fig1.png").stat().st_size > 0
+    run = json.loads((place / "runs/fig1_digits/mnist_bn/run.json").read_text())
+    assert run["config"]["record"]["activation_every"] == 100
+
+
+def test_fig1_uses_the_mnist_that_is_given_or_found(tmp_path):
+    """With `echo` as Python: what would run."""
+    given = make_fig1(tmp_path, "echo", "MNIST=my folder").stdout.splitlines()
+    assert given == [
+        f"-m bn_jax.main --config=configs/{name}.py:mnist --config.data.dir=my folder "
+        f"--workdir=runs/fig1_mnist/{name}"
+        for name in ("mnist", "mnist_bn")
+    ] + ["-m bn_jax.figures --workdir=runs/fig1_mnist"]
+    # What `prepare mnist` prints, here by echo, is the folder.
+    found = make_fig1(tmp_path, "echo").stdout.splitlines()
+    assert "--config.data.dir=-m bn_jax.prepare mnist " in found[0]
 
 
 def table(place, *more: str) -> list[str]:
