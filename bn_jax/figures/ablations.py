@@ -61,7 +61,7 @@ def ablations(groups: Groups) -> list[Ablation]:
         counting = None
         if effect.n == 1:
             (seed,) = ours.keys() & parents.keys()
-            counting = counted_difference(ours[seed], parents[seed], mine[0].examples)
+            counting = counted_difference(ours[seed], parents[seed], mine[0].final_examples)
         change = changes(flat(groups[name][0].config), flat(groups[parent][0].config))
         found.append(Ablation(name, parent, change, effect, counting))
     adjusted = holm([row.effect.p_value(0.0) for row in found])

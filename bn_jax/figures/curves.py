@@ -4,9 +4,10 @@ Definitions (docs/results.md has them in words). Steps are steps of 32 examples.
 between the last evaluation below it and the first that is at least as high; within these two,
 steps are interpolated linearly in accuracy. A level that the first evaluation has already is
 reached at most then; one that a run never has, at least after all its steps. Levels are those of
-the reference's run *with the same seed*: 90%, 95% and 100% of its final accuracy; a reference at
-chance has none. Final is the last evaluation of a run that is done. The maximum of all evaluations
-grows with their number, and is no level.
+the reference's run *with the same seed*: 90%, 95% and 100% of its last evaluation; a reference at
+chance has none. Levels are of the evaluated split, which is one of held-out training examples in
+runs that score the test split once, at the end; final accuracy is then that one score, and else the
+last evaluation. The maximum of all evaluations grows with their number, and is no level.
 """
 
 import math
@@ -21,7 +22,7 @@ from bn_jax.workdir.reader import FREE, Run
 
 BASELINE = "inception"  # as the paper describes it
 CONTROLS = ("inception_best", "inception_best_rate")  # the best without BN; the first that has run
-LEVELS = {"90%": 0.9, "95%": 0.95, "100%": 1.0}  # of the reference's final accuracy
+LEVELS = {"90%": 0.9, "95%": 0.95, "100%": 1.0}  # of the reference's last evaluation
 RESOLUTION = 0.1  # of a number of steps: finer evaluations do not change a ratio that matters
 
 # The comparisons that the claim rests on: each with the strongest network without BN.
@@ -85,7 +86,9 @@ class Curve(NamedTuple):
 
     `last` and `total`: the last recorded step and the last one wanted; `stopped_at`: where it
     diverged, if the record says so. `examples`: in the evaluated split, which is called `split`.
-    `classes`: of the data, None in records from before they said so.
+    `classes`: of the data, None in records from before they said so. `test`: accuracy on the test
+    split, scored once at the end, of `test_examples`; None where the test split was the evaluated
+    one.
     """
 
     seed: int
@@ -98,11 +101,23 @@ class Curve(NamedTuple):
     stopped_at: float | None = None
     classes: int | None = None
     split: str = "test"
+    test: float | None = None
+    test_examples: int = 0
+
+    @property
+    def last_evaluation(self) -> float | None:
+        """Accuracy of the last evaluation; None unless the run is done. Levels are shares of it."""
+        return float(self.top1[-1]) if self.status == "done" and self.top1.size else None
 
     @property
     def final(self) -> float | None:
-        """Accuracy of the last evaluation; None unless the run is done."""
-        return float(self.top1[-1]) if self.status == "done" and self.top1.size else None
+        """Accuracy of a run that is done: on the test split, if that was scored at the end."""
+        return self.last_evaluation if self.test is None else self.test
+
+    @property
+    def final_examples(self) -> int:
+        """The number of examples that `final` was counted on."""
+        return self.examples if self.test is None else self.test_examples
 
     @property
     def maximum(self) -> float | None:
@@ -112,9 +127,9 @@ class Curve(NamedTuple):
     @property
     def at_chance(self) -> bool:
         """Whether guessing would give the final accuracy: it lies in its 95% interval, or above."""
-        if self.final is None or self.classes is None:
+        if self.last_evaluation is None or self.classes is None:
             return False
-        count = round(self.final * self.examples)
+        count = round(self.last_evaluation * self.examples)
         return wilson(count, self.examples).low <= 1 / self.classes
 
 
@@ -124,6 +139,7 @@ def curve(run: Run) -> Curve:
     evaluations = run.lines["eval"]
     recorded = (*run.lines["train"], *evaluations, *run.lines["activation"])
     steps = [line["step"] for line in recorded]
+    test = run.lines["test"][-1] if run.lines["test"] and run.status == "done" else None
     where = re.search(r"diverged at step ([\d,]+)", run.error)
     return Curve(
         seed=run.config["seed"],
@@ -136,15 +152,17 @@ def curve(run: Run) -> Curve:
         stopped_at=scale * int(where[1].replace(",", "")) if where else None,
         classes=run.data.get("classes"),
         split=run.data["split"],
+        test=None if test is None else test["top1"],
+        test_examples=0 if test is None else test["examples"],
     )
 
 
 def levels(reference: Curve) -> dict[str, float] | None:
     """The accuracies to be reached, by LEVELS; None unless the reference is done and learnt."""
-    final = reference.final
-    if final is None or reference.at_chance:
+    reached = reference.last_evaluation
+    if reached is None or reference.at_chance:
         return None
-    return {name: share * final for name, share in LEVELS.items()}
+    return {name: share * reached for name, share in LEVELS.items()}
 
 
 class Reached(NamedTuple):

@@ -5,6 +5,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bn_jax.figures.curves import (
     BASELINE,
@@ -61,7 +62,7 @@ def accuracy_cell(row: Comparison) -> str:
     if not known:
         return ", ".join(_all_or_some(words, len(row.final)))
     if len(known) == 1:
-        text = f"{counted(known[0], row.curves[0].examples)}, counted"
+        text = f"{counted(known[0], row.curves[0].final_examples)}, counted"
     else:
         effect = single(known)
         low, high = effect.interval or (0.0, 1.0)
@@ -173,17 +174,17 @@ def _levels(reference: str, curves: Mapping[str, list[Curve]]) -> str:
         found = levels(c)
         if found is None:
             why = notes([c])
-            if c.at_chance and c.final is not None:
-                final = f"{100 * c.final:.1f}%"
-                why = f"at chance ({final} of {c.classes} classes) after all its steps"
+            if c.at_chance and c.last_evaluation is not None:
+                reached = f"{100 * c.last_evaluation:.1f}%"
+                why = f"at chance ({reached} of {c.classes} classes) after all its steps"
             said.append(f"seed {c.seed}: none, {why}")
             continue
         accuracies = (f"{name} {100 * v:.1f}%" for name, v in found.items())
         low, high = wilson(round(found["100%"] * c.examples), c.examples)
         said.append(f"seed {c.seed}: {', '.join(accuracies)} ({100 * low:.1f} to {100 * high:.1f})")
     return (
-        f"Levels of `{reference}` (90%, 95% and 100% of its final accuracy; in () the 95% interval "
-        f"of its count on {curves[reference][0].examples:,} examples): {'; '.join(said)}. "
+        f"Levels of `{reference}` (90%, 95% and 100% of its last evaluation; in () the 95% "
+        f"interval of its count on {curves[reference][0].examples:,} examples): {'; '.join(said)}. "
         f"{_resolution(reference, curves)}"
     )
 
@@ -209,6 +210,10 @@ def _resolution(reference: str, curves: Mapping[str, list[Curve]]) -> str:
 def _setting(groups: Groups) -> str:
     run = next(iter(groups.values()))[0]
     config = run.config
+    tested = run.lines["test"]
+    final = "the last evaluation"
+    if tested:
+        final = f"one score on the {tested[-1]['examples']:,} test examples, at the end"
     width = f", width {config['model']['width']:g}" if "width" in config["model"] else ""
     return (
         "Steps are of 32 examples: geometric mean over seeds, in [] the range. A level is reached "
@@ -218,12 +223,19 @@ def _setting(groups: Groups) -> str:
         "evaluations are far apart. Differences are paired by seed, too. 'At least' and 'at most' "
         "are bounds, where a network reached the level at its first evaluation or never. The "
         f"evaluations are of the {run.data['split']} split with population statistics, every "
-        f"{config['eval_every'] * config['batch_size'] / 32:,.0f} steps.\n\n"
+        f"{config['eval_every'] * config['batch_size'] / 32:,.0f} steps{_early(config)}; final "
+        f"accuracy is {final}.\n\n"
         f"Ours: {run.data['description']}; {config['image_size']} px{width}, batch "
         f"{config['batch_size']}, levels from our own reference. The paper's columns: ImageNet, "
         "224 px, full width, asynchronous training, level 72.2% (Inception's maximum). The "
         "settings differ: compare the order of the networks, not the numbers."
     )
+
+
+def _early(config: Mapping[str, Any]) -> str:
+    if not config.get("eval_early"):
+        return ""
+    return f" (from step {config['eval_early']:,} on a tenth apart until then)"
 
 
 def fig3_csv(groups: Groups) -> str:

@@ -191,6 +191,7 @@ SETTING = (
     "batch_size",
     "eval_every",
     "eval_early",
+    "eval_test",
     "model.name",
     "model.variant",
     "model.width",

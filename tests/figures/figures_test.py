@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from bn_jax import train
+from bn_jax import train, uncertainty
 from bn_jax.errors import ConfigError, DiskError
 from bn_jax.figures import __main__ as command
-from bn_jax.figures import fig1, fig2
+from bn_jax.figures import ablations, fig1, fig2
 from bn_jax.figures.draw import draw
 from bn_jax.workdir import reader
 from configs import bn_baseline, bn_x5, inception, inception_x5, mnist, mnist_bn
@@ -179,6 +179,24 @@ def test_a_sweep_becomes_fig2_the_table_and_the_ablations(tmp_path, capsys):
     assert changed["difference"] == "+10.00 (10.00 to 10.00)" and changed["says"] == "higher"
     points = list(csv.DictReader((tmp_path / "out" / "fig2.csv").open()))
     assert len(points) == 18 and points[0]["network"] == "inception"
+
+
+def test_the_test_split_is_scored_once_and_sets_no_level(tmp_path):
+    """Levels come from the curve, on held-out examples; final accuracy from the one test line."""
+    for root, top1, test in ((inception, [0.5, 0.7, 0.8], 0.9), (bn_baseline, [0.8, 0.8], 0.95)):
+        workdir = write_curve(tmp_path, root, top1)
+        with (workdir / "metrics.jsonl").open("a") as file:
+            line = {"step": 750, "kind": "test", "top1": test, "examples": 500}
+            file.write(json.dumps(line) + "\n")
+    draw(tmp_path, tmp_path / "out")
+    shown = table(tmp_path / "out" / "fig3.md")
+    assert shown["inception"]["steps to 100%"] == "750"  # of 80%, not of 90%
+    assert shown["inception"]["final accuracy"] == "90.00% (87.06 to 92.33), counted"
+    assert shown["bn_baseline"]["difference, points"] == "+5.00 (one seed)"
+    text = (tmp_path / "out" / "fig3.md").read_text()
+    assert "final accuracy is one score on the 500 test examples, at the end" in text
+    (row,) = ablations.ablations(reader.read_groups(tmp_path))
+    assert row.counting == pytest.approx(uncertainty.counted_difference(0.95, 0.9, 500))
 
 
 def test_each_level_has_its_own_speed_up(tmp_path):
