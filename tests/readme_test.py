@@ -109,10 +109,10 @@ def make_fig1(place: pathlib.Path, python: str, *options: str) -> subprocess.Com
     environment = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
     environment |= typing_environment(place) | {"BN_JAX_OFFLINE": "1"}
     environment["BN_JAX_CACHE"] = str(place / "no_cache")
-    for name in ("requirements.lock", "pyproject.toml"):
+    for name in ("requirements-demo.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, place / name)
     return subprocess.run(
-        ["make", "-f", str(ROOT / "Makefile"), "-o", ".venv/.installed", "fig1",
+        ["make", "-f", str(ROOT / "Makefile"), "-o", ".venv/.demo", "fig1",
          f"RUN={python} -m", *options],
         cwd=place, env=environment, capture_output=True, text=True,
     )  # fmt: skip
