@@ -222,24 +222,24 @@ def test_all_members_have_the_same_number_of_threads(tmp_path, monkeypatch):
 
 
 def test_halving_trains_all_points_a_little_and_the_best_in_full(tmp_path, cache):
-    words = ("--configs=mnist", "--scale=digits", "--grid=learning_rate=0.001,0.5,3e38")
+    words = ("--configs=mnist_bn", "--scale=digits", "--grid=learning_rate=0.0001,0.1,3e38")
     words += ("--set=data.holdout=0.2", "--set=total_steps=40", "--set=steps_per_dispatch=10")
     words += ("--set=eval_every=20", "--set=record.activations=()", "--halving=20,1")
     code, text = finish(start(cache, tmp_path, *words, BN_JAX_SMOKE=""))
     assert code == 0, text
-    assert "best of mnist: {'learning_rate': '0.5'}" in text
+    assert "best of mnist_bn: {'learning_rate': '0.1'}" in text
 
     steps, counts = {}, set()
-    for rate in ("0.001", "0.5", "3e38"):
-        run = json.loads((tmp_path / f"mnist/learning_rate={rate}/seed_0/run.json").read_text())
+    for rate in ("0.0001", "0.1", "3e38"):
+        run = json.loads((tmp_path / f"mnist_bn/learning_rate={rate}/seed_0/run.json").read_text())
         steps[rate] = run["config"]["total_steps"]
         counts.add(run["hardware"]["cpu_threads"])
         assert "test" not in run["results"]  # it played no part
-    assert steps == {"0.001": 20, "0.5": 40, "3e38": 20} and len(counts) == 1
+    assert steps == {"0.0001": 20, "0.1": 40, "3e38": 20} and len(counts) == 1
     rows = (tmp_path / "tuning.csv").read_text().splitlines()
-    assert len(rows) == 4 and rows[1].startswith("mnist,learning_rate=0.5,done,")
-    assert rows[1].endswith(",1") and rows[3].startswith("mnist,learning_rate=3e38,diverged,,,0")
-    assert "| 0.5 | done | " in (tmp_path / "tuning.md").read_text()
+    assert len(rows) == 4 and rows[1].startswith("mnist_bn,learning_rate=0.1,done,")
+    assert rows[1].endswith(",1") and rows[3].startswith("mnist_bn,learning_rate=3e38,diverged,,,0")
+    assert "| 0.1 | done | " in (tmp_path / "tuning.md").read_text()
 
     before = (tmp_path / "tuning.csv").read_bytes()
     code, text = finish(start(cache, tmp_path, *words, BN_JAX_SMOKE=""))
