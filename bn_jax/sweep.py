@@ -108,19 +108,26 @@ def finished_in(folder: pathlib.Path, found: Sequence[SweepMember]) -> list[Swee
     """The members, with those that `folder` has complete records of in their places there.
 
     Complete are run.json of a run of the same config that is done, with at least as many steps, and
-    metrics.jsonl up to its last evaluation; checkpoints are not needed. Raises ConfigError for
-    records of another config.
+    metrics.jsonl up to its last evaluation, or run.json of one that diverged. Checkpoints are not
+    needed. Raises ConfigError for records of another config.
     """
     placed = []
     for member in found:
         there = member._replace(workdir=folder / member.name)
-        if reader.is_run(there.workdir) and status(there) == "done":
-            run = reader.read_run(there.workdir)
-            last = run.lines["eval"][-1:]
-            if last and last[0]["step"] == run.config["total_steps"]:
-                member = there
-        placed.append(member)
+        placed.append(there if _complete(there) else member)
     return placed
+
+
+def _complete(member: SweepMember) -> bool:
+    """Whether the member's folder has complete records."""
+    if not reader.is_run(member.workdir):
+        return False
+    said = status(member)
+    if said != "done":
+        return said == "diverged"
+    run = reader.read_run(member.workdir)
+    last = run.lines["eval"][-1:]
+    return bool(last) and last[0]["step"] == run.config["total_steps"]
 
 
 def threads(found: Sequence[SweepMember]) -> int | None:

@@ -181,14 +181,15 @@ def committed(folder, member, status="done", last=None) -> None:
 
 
 def test_committed_records_count_as_done(tmp_path, monkeypatch, capsys):
-    found = sweep.members(["mnist"], "digits", 4, tmp_path / "runs")
+    found = sweep.members(["mnist"], "digits", 5, tmp_path / "runs")
     committed(tmp_path / "results", found[0])
+    committed(tmp_path / "results", found[4], status="diverged", last=500)
     committed(tmp_path / "results", found[1], status="failed")
     committed(tmp_path / "results", found[2], last=500)  # metrics.jsonl was cut off
     placed = sweep.finished_in(tmp_path / "results", found)
     assert placed[0].workdir == tmp_path / "results/mnist/seed_0"
-    assert [m.workdir for m in placed[1:]] == [m.workdir for m in found[1:]]
-    assert [sweep.status(m) for m in placed] == ["done", "new", "new", "new"]
+    assert [m.workdir for m in placed[1:4]] == [m.workdir for m in found[1:4]]
+    assert [sweep.status(m) for m in placed] == ["done", "new", "new", "new", "diverged"]
 
     words = ["sweep", "--configs=mnist", "--scale=digits", f"--workdir={tmp_path / 'runs'}"]
     monkeypatch.setattr("sys.argv", [*words, f"--done={tmp_path / 'results'}", "--dry_run"])
