@@ -25,6 +25,8 @@ CONTROLS = ("inception_best", "inception_best_rate")  # the best without BN; the
 LEVELS = {"90%": 0.9, "95%": 0.95, "100%": 1.0}  # of the reference's last evaluation
 RESOLUTION = 0.1  # of a number of steps: finer evaluations do not change a ratio that matters
 
+CLASSES = {"digits": 10, "mnist": 10}  # of data sets whose older records do not say
+
 # The comparisons that the claim rests on: each with the strongest network without BN.
 HEADLINES = (("bn_best", "inception_best"), ("bn_x5", "bn_x5_without_bn"))
 
@@ -86,9 +88,9 @@ class Curve(NamedTuple):
 
     `last` and `total`: the last recorded step and the last one wanted; `stopped_at`: where it
     diverged, if the record says so. `examples`: in the evaluated split, which is called `split`.
-    `classes`: of the data, None in records from before they said so. `test`: accuracy on the test
-    split, scored once at the end, of `test_examples`; None where the test split was the evaluated
-    one.
+    `classes`: of the data, None if neither the record nor CLASSES says so. `test`: accuracy on the
+    test split, scored once at the end, of `test_examples`; None where the test split was the
+    evaluated one.
     """
 
     seed: int
@@ -150,7 +152,7 @@ def curve(run: Run) -> Curve:
         total=scale * run.config["total_steps"],
         examples=run.data["eval_examples"],
         stopped_at=scale * int(where[1].replace(",", "")) if where else None,
-        classes=run.data.get("classes"),
+        classes=run.data.get("classes", CLASSES.get(run.data["name"])),
         split=run.data["split"],
         test=None if test is None else test["top1"],
         test_examples=0 if test is None else test["examples"],
@@ -245,12 +247,12 @@ def compare(label: str, curves: Sequence[Curve], reference: Sequence[Curve]) -> 
             here = reach(mine, wanted[name])
             there = reach(theirs, wanted[name])
             steps[name].append(here)
-            ratios[name].append(_ratio(there, here))
+            ratios[name].append(ratio(there, here))
     accuracy = difference(finals(curves), finals(reference))
     return Comparison(label, curves, steps, ratios, accuracy)
 
 
-def _ratio(there: Reached | str, here: Reached | str) -> tuple[float, float, float] | str:
+def ratio(there: Reached | str, here: Reached | str) -> tuple[float, float, float] | str:
     """The reference's steps over ours: lowest, estimate, highest; or why there is none."""
     if isinstance(here, str):
         return here

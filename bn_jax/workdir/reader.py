@@ -230,14 +230,17 @@ def read_groups(folder: pathlib.Path) -> dict[str, list[Run]]:
     if not groups:
         raise ConfigError(f"{folder} holds no recorded run: train some with bn_jax.sweep")
 
-    first, *others = [run for group in groups.values() for run in group]
-    for run in others:
-        _require_same(first, run, SETTING, "cannot be compared")
-
+    require_comparable([run for group in groups.values() for run in group])
     for label, group in groups.items():
         _require_one_experiment(folder, label, group)
         group.sort(key=lambda run: run.config["seed"])
     return groups
+
+
+def require_comparable(runs: Sequence[Run]) -> None:
+    """Raises ConfigError for runs of different scales or data; see SETTING."""
+    for run in runs[1:]:
+        _require_same(runs[0], run, SETTING, "cannot be compared")
 
 
 def _require_one_experiment(folder: pathlib.Path, label: str, group: Sequence[Run]) -> None:
