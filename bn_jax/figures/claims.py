@@ -247,12 +247,24 @@ def multicrop(runs: Runs, ours: str, theirs: str) -> Found:
 
 
 def ensemble(runs: Runs, ours: str, theirs: str) -> Found:
-    """What the mean of six networks gains over them, one crop each."""
-    lines = [x for x in fig4.collect(runs.folder) if len(x["members"]) > 1 and x["crops"] == 1]
-    six = [line for line in lines if len(line["members"]) == 6]
-    if not six:
+    """What the mean of six different networks gains over them, one crop each."""
+    return _ensemble(runs, "ensemble")
+
+
+def equal_ensemble(runs: Runs, ours: str, theirs: str) -> Found:
+    """The same of six seeds of one network, which shows what the differences add."""
+    return _ensemble(runs, fig4.CONTROL)
+
+
+def _ensemble(runs: Runs, label: str) -> Found:
+    found = [
+        row.lines[0]
+        for row in fig4.rows(fig4.collect(runs.folder))
+        if (row.label, row.crops) == (label, 1) and len(row.lines[0]["members"]) == 6
+    ]
+    if not found:
         return Found(NOT_RUN)
-    (line, *_) = six
+    (line,) = found
     alone = sum(fig4.wrong(one, "top1") for one in line["member_scores"]) / 6
     text = f"{100 * (alone - fig4.wrong(line, 'top1')):+.2f} points"
     if "gain" not in line:
@@ -309,6 +321,7 @@ QUESTIONS = (
     Question(14, FAIL, "inception_sigmoid_best", "", "", failing),
     Question(15, "gain of 144 crops", EVALUATIONS, "", "", multicrop),
     Question(16, "gain on the members' mean", EVALUATIONS, "", "", ensemble),
+    Question(16, "the same of six seeds of one network", EVALUATIONS, "", "", equal_ensemble),
 )
 
 UNTESTED = {

@@ -137,6 +137,9 @@ class Curve(NamedTuple):
 
 def curve(run: Run) -> Curve:
     """A recorded run's curve."""
+    # Runs are paired by the number in the folder's name, which is the seed itself but for the
+    # members of the ensemble: these have seeds of their own (100, 200, ...).
+    number = re.fullmatch(r"seed_(\d+)", run.workdir.name)
     scale = run.config["batch_size"] / 32
     evaluations = run.lines["eval"]
     recorded = (*run.lines["train"], *evaluations, *run.lines["activation"])
@@ -144,7 +147,7 @@ def curve(run: Run) -> Curve:
     test = run.lines["test"][-1] if run.lines["test"] and run.status == "done" else None
     where = re.search(r"diverged at step ([\d,]+)", run.error)
     return Curve(
-        seed=run.config["seed"],
+        seed=int(number[1]) if number else run.config["seed"],
         steps=scale * np.array([line["step"] for line in evaluations], float),
         top1=np.array([line["top1"] for line in evaluations], float),
         status=run.status,

@@ -25,6 +25,9 @@ HEAD = ["model", "resolution", "crops", "models", "paper: top-1 error", "paper: 
 HEAD += ["ours: models", "ours: crops", "ours: top-1 error", "ours: top-5 error"]
 
 
+CONTROL = "ensemble of equal networks"  # that differ in nothing but the seed
+
+
 class TableLine(NamedTuple):
     """Our evaluations behind a line of the table: single networks, or one ensemble."""
 
@@ -83,24 +86,32 @@ def _place(member: Mapping[str, Any]) -> str:
 
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[TableLine]:
-    """Single networks by crops, then the largest ensemble of each number of crops.
+    """Single networks by crops, then the largest ensembles of each number of crops: of different
+    networks, and as its control of one network's seeds.
 
     Where there is an ensemble, its members are the single networks.
     """
     found = []
-    averaged = {_place(m) for x in lines if len(x["members"]) > 1 for m in x["members"]}
+    ensembles = [x for x in lines if len(x["members"]) > 1]
+    varied = [x for x in ensembles if not _of_seeds(x)]
+    averaged = {_place(m) for x in varied or ensembles for m in x["members"]}
     for crops in sorted({line["crops"] for line in lines}):
         single = [x for x in lines if x["crops"] == crops and len(x["members"]) == 1]
         single = [x for x in single if not averaged or _place(x["members"][0]) in averaged]
         if single:
             found.append(TableLine("single", crops, single))
     for crops in sorted({line["crops"] for line in lines}):
-        several = [x for x in lines if x["crops"] == crops and len(x["members"]) > 1]
-        if several:
-            found.append(
-                TableLine("ensemble", crops, [max(several, key=lambda x: len(x["members"]))])
-            )
+        for label, of_seeds in (("ensemble", False), (CONTROL, True)):
+            several = [x for x in ensembles if x["crops"] == crops and _of_seeds(x) == of_seeds]
+            if several:
+                largest = max(several, key=lambda x: len(x["members"]))
+                found.append(TableLine(label, crops, [largest]))
     return found
+
+
+def _of_seeds(line: Mapping[str, Any]) -> bool:
+    """Whether the networks of an ensemble are one experiment's, with different seeds."""
+    return len({member["name"] for member in line["members"]}) == 1
 
 
 def error(row: TableLine, name: str) -> str:
@@ -125,7 +136,7 @@ def interval(line: Mapping[str, Any], name: str) -> Interval:
 
 def models(row: TableLine) -> str:
     """How many networks a row rests on, in words."""
-    if row.label == "ensemble":
+    if row.label != "single":
         return f"{len(row.lines[0]['members'])}, averaged"
     return "1" if len(row.lines) == 1 else f"1 (mean of {len(row.lines)} networks)"
 
@@ -150,7 +161,7 @@ def markdown(folder: pathlib.Path) -> str:
         table.append([*printed, *mine])
     for row in ours:
         if _paper_line(row) is None:
-            what = "ensemble" if row.label == "ensemble" else "single network"
+            what = "single network" if row.label == "single" else row.label
             table.append([f"{what}, {_crops(row.crops)}, not in the paper"])
             table[-1] += ["-"] * 5 + _cells(row)
     text = [f"| {' | '.join(cells)} |" for cells in ([HEAD, *table])]
@@ -185,7 +196,7 @@ def _gains(ours: Sequence[TableLine]) -> str:
     """What averaging gains over the members alone, with the interval of a paired bootstrap."""
     said = ["| ensemble | crops | gain in top-1 on the members' mean, points |", "|---" * 3 + "|"]
     for row in ours:
-        if row.label != "ensemble" or not row.lines[0]["member_scores"]:
+        if row.label == "single" or not row.lines[0]["member_scores"]:
             continue
         (line,) = row.lines
         scores = line["member_scores"]
@@ -196,7 +207,7 @@ def _gains(ours: Sequence[TableLine]) -> str:
             cell += f" ({100 * ends[0]:+.2f} to {100 * ends[1]:+.2f})"
         else:
             cell += " (no interval: evaluate it again)"
-        said.append(f"| {models(row)} | {row.crops} | {cell} |")
+        said.append(f"| {row.label}: {models(row)} | {row.crops} | {cell} |")
     if len(said) == 2:
         return ""
     text = (
@@ -219,10 +230,10 @@ def _networks(ours: Sequence[TableLine]) -> str:
             cells += [error(alone, "top1"), error(alone, "top5")]
             text.append(f"| {' | '.join(cells)} |")
     for row in ours:
-        for line in row.lines if row.label == "ensemble" else ():
+        for line in row.lines if row.label != "single" else ():
             names = ", ".join(f"`{m['name']}` seed {m['seed']}" for m in line["members"])
             text.append("")
-            text.append(f"Ensemble, {_crops(row.crops)}: {names}.")
+            text.append(f"{row.label.capitalize()}, {_crops(row.crops)}: {names}.")
     return "\n".join(text)
 
 

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from bn_jax.figures import claims
+from bn_jax.workdir import reader
 from configs import (
     bn_baseline,
     bn_best,
@@ -20,6 +21,7 @@ from configs import (
     inception_sigmoid_best,
     inception_x5,
 )
+from tests.figures.fig4_test import line
 from tests.figures.figures_test import write_curve
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -101,6 +103,18 @@ def test_counts_of_seeds(tmp_path):
     (diverged,) = table(tmp_path, 6)
     assert diverged[1].startswith("1 of 1 seeds diverged or at chance")
     assert diverged[4] == "undecided (4 equal seeds would decide)"
+
+
+def test_the_gain_of_six_networks_has_the_interval_that_was_recorded(tmp_path):
+    (tmp_path / "digits").mkdir()
+    gain = {"top1": 0.01, "low": 0.004, "high": 0.016, "draws": 10_000, "seed": 0}
+    names = [f"ensemble_{k}" for k in range(1, 7)]
+    reader.append_evaluation(tmp_path / "digits", line(names, 1, 20, [30] * 6, gain=gain))
+    (members, control) = table(tmp_path, 16)
+    assert members[1] == "+1.00 points (0.40 to 1.60)" and members[4] == "supported"
+    assert control[4] == "not run"
+    (multicrop,) = table(tmp_path, 15)
+    assert multicrop[4] == "not run"
 
 
 def test_weak_initial_weights_are_said(tmp_path):

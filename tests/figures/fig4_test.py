@@ -147,13 +147,27 @@ def test_the_gain_of_an_ensemble_has_the_interval_that_was_recorded(folder):
     reader.append_evaluation(folder, line(NAMES[:2], 1, 20, [30, 33], gain=recorded))
     reader.append_evaluation(folder, line(NAMES[:2], 144, 20, [30, 34]))  # by an older version
     text = fig4.markdown(folder)
-    assert "| 2, averaged | 1 | +1.15 (+0.40 to +1.90) |" in text
-    assert "| 2, averaged | 144 | +1.20 (no interval: evaluate it again) |" in text
+    assert "| ensemble: 2, averaged | 1 | +1.15 (+0.40 to +1.90) |" in text
+    assert "| ensemble: 2, averaged | 144 | +1.20 (no interval: evaluate it again) |" in text
     rows = {
         (r["networks"], r["crops"]): r for r in csv.DictReader(io.StringIO(fig4.as_csv(folder)))
     }
     assert [rows["2", "1"][key] for key in ("gain", "gain_low")] == ["0.0115", "0.004"]
     assert rows["1", "1"]["gain"] == ""  # a member alone gains nothing
+
+
+def test_the_control_of_an_ensemble_is_one_of_seeds(folder):
+    """Six seeds of BN-x30 beside the six members, which remain the single networks."""
+    reader.append_evaluation(folder, line(NAMES, 1, 20, [30] * 6))
+    control = line(["bn_x30"] * 6, 1, 22, [29] * 6)
+    for seed, network in enumerate(control["members"]):
+        network |= {"seed": seed, "workdir": f"runs/bn_x30/seed_{seed}"}
+    reader.append_evaluation(folder, control)
+    text = fig4.markdown(folder)
+    start = "ensemble of equal networks, single crop, not in the paper"
+    assert cells(text, start)[6:9] == ["6, averaged", "1", "2.20% (1.46 to 3.31)"]
+    assert cells(text, "BN-Inception single crop")[8] == "3.00% [3.00 to 3.00]"
+    assert "| ensemble of equal networks: 6, averaged | 1 | +0.70 (no interval" in text
 
 
 def test_evaluations_made_by_different_commits_are_said(folder):
