@@ -9,8 +9,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from bn_jax import uncertainty
 from bn_jax.figures import fig1, fig4
 from bn_jax.figures.curves import Curve, compare, curve, finals, levels, ratio, reach
@@ -33,7 +31,6 @@ from bn_jax.workdir.reader import Run
 SETS = ("tiny40", "digits")
 MNIST = ("mnist",)
 EVALUATIONS = "evaluations"  # in place of an experiment: what bn_jax.evaluate has recorded
-LAYER = "dense_2/input"  # the last hidden layer of the MNIST network
 
 CLAIMS = {
     1: "MNIST: with BN the test accuracy is higher, and higher sooner (Fig. 1a)",
@@ -183,29 +180,12 @@ def slower_decay(runs: Runs, ours: str, theirs: str) -> Found:
 
 def drift(runs: Runs, ours: str, theirs: str) -> Found:
     """How many times less the percentiles wander with BN, relative to the spread."""
-    return _wander(runs, ours, theirs, fig1.drift)
+    return _ratio(fig1.wander_ratio(runs.get(theirs), runs.get(ours), fig1.drift))
 
 
 def raw_range(runs: Runs, ours: str, theirs: str) -> Found:
     """How many times less the percentiles wander with BN, in units of the input."""
-    return _wander(runs, ours, theirs, fig1.ranges)
-
-
-def _wander(runs: Runs, ours: str, theirs: str, measure: Callable) -> Found:
-    by_seed = []
-    for name in (theirs, ours):
-        found = {}
-        for run in runs.get(name):
-            if not any(line["layer"] == LAYER for line in run.lines["activation"]):
-                continue  # its activations were not recorded, or not published
-            of_layer = np.median(measure(fig1.percentiles(run, LAYER)), axis=1)
-            found[run.config["seed"]] = float(np.mean(of_layer))
-        by_seed.append(found)
-    without, with_bn = by_seed
-    ratios = tuple(
-        without[seed] / with_bn[seed] for seed in sorted(without.keys() & with_bn.keys())
-    )
-    return _ratio(Effect(ratios, ratios, ratios, ratio=True))
+    return _ratio(fig1.wander_ratio(runs.get(theirs), runs.get(ours), fig1.ranges))
 
 
 def failing(runs: Runs, ours: str, theirs: str) -> Found:

@@ -2,8 +2,7 @@
 
 import pathlib
 
-from bn_jax.figures import ablations, fig2, fig3
-from bn_jax.figures.fig1 import draw_fig1
+from bn_jax.figures import ablations, fig1, fig2, fig3
 from bn_jax.figures.fig4 import draw_fig4
 from bn_jax.figures.run import draw_run
 from bn_jax.workdir import files, reader
@@ -23,7 +22,7 @@ def draw(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
 def draw_runs(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     """Draws the runs of a folder: Fig. 1's pair, one run, or all of a sweep."""
     if all(reader.is_run(workdir / name) for name in ("mnist", "mnist_bn")):
-        return draw_fig1(workdir, out)
+        return fig1.draw_fig1(workdir, out)
     if reader.is_run(workdir) or next(reader.find_runs(workdir), None) is None:
         return draw_run(workdir, out)
     return draw_sweep(workdir, out)
@@ -43,7 +42,10 @@ def draw_sweep(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     if ablations.ablations(groups):
         texts["ablations.md"] = ablations.ablations_markdown(groups)
         texts["ablations.csv"] = ablations.ablations_csv(groups)
-    paths = fig2.draw_fig2(groups, out) + ablations.draw_ablations(groups, out)
+    paths = []
+    if {"mnist", "mnist_bn"} <= groups.keys():
+        paths += fig1.draw_pair(groups["mnist"], groups["mnist_bn"], out)
+    paths += fig2.draw_fig2(groups, out) + ablations.draw_ablations(groups, out)
     for name, text in texts.items():
         files.write_atomic(out / name, text.encode())
     print(texts["fig3.md"])

@@ -79,6 +79,27 @@ def test_fig1_numbers_and_pictures(tmp_path, capsys):
         file.write_text(changed)
 
 
+def test_fig1_of_several_seeds_has_intervals(tmp_path, capsys):
+    """The network with BN wanders half as far in one seed and a quarter as far in the other."""
+    still = np.tile(np.array([[[-1.0] * 3, [0.0] * 3, [1.0] * 3]]), (4, 1, 1))
+    for seed in (0, 1):
+        for name, far in (("mnist", 1.0), ("mnist_bn", 0.5 ** (seed + 1))):
+            workdir = tmp_path / name / f"seed_{seed}"
+            top1 = (0.5, 0.8 + 0.01 * (name == "mnist_bn") * (seed + 1))
+            write_run(workdir, still + far * np.arange(4.0)[:, None, None], top1)
+            root = {"mnist": mnist, "mnist_bn": mnist_bn}[name]
+            run = json.loads((workdir / "run.json").read_text())
+            run["config"] = root.get_config("digits").to_dict() | {"seed": seed}
+            run["info"]["data"]["eval_examples"] = 1000
+            (workdir / "run.json").write_text(json.dumps(run))
+    paths = draw(tmp_path, tmp_path / "out")
+    assert {"fig1.md", "fig1.png", "fig3.md", "ablations.md"} <= {path.name for path in paths}
+    text = (tmp_path / "out" / "fig1.md").read_text()
+    assert "minus that without is +1.50 points (-4.85 to 7.85)." in text
+    geometric = np.sqrt(2 * 4)
+    assert text.count(f"{geometric:.2f}x (") == 2 and text in capsys.readouterr().out
+
+
 def test_a_folder_without_records_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no recorded run"):
         reader.read_run(tmp_path)
