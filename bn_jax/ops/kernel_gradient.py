@@ -30,7 +30,7 @@ class Axis(NamedTuple):
 
     Attributes:
       stride: pixels in a block.
-      taps: blocks that the kernel covers.
+      kernel: blocks that the kernel covers.
       blocks: blocks of the image.
       ahead: blocks of zeros before those of the image.
       edges: pixels to add at both ends, so that the image is whole blocks (negative: to leave out).
@@ -38,7 +38,7 @@ class Axis(NamedTuple):
     """
 
     stride: int
-    taps: int
+    kernel: int
     blocks: int
     ahead: int
     edges: tuple[int, int]
@@ -47,12 +47,12 @@ class Axis(NamedTuple):
     @property
     def filled(self) -> int:
         """Pixels of the kernel, filled up to whole blocks."""
-        return self.taps * self.stride
+        return self.kernel * self.stride
 
     @property
     def reach(self) -> int:
         """Blocks that the kernel passes over."""
-        return self.out + self.taps - 1
+        return self.out + self.kernel - 1
 
 
 def _axes(shape, kernel_shape, strides, padding) -> list[Axis]:
@@ -65,14 +65,16 @@ def _axes(shape, kernel_shape, strides, padding) -> list[Axis]:
     axes = []
     for size, window, stride, (low, high) in zip(sizes, windows, strides, padding, strict=True):
         out = (size + low + high - window) // stride + 1
-        taps = -(-window // stride)
+        kernel = -(-window // stride)
 
         # Whole blocks of padding come first, and what remains is added to the image.
         ahead, first = divmod(low, stride)
         blocks = -(-(first + size) // stride)
-        blocks = min(blocks, out + taps - 1 - ahead)  # those behind the last position are not read
+        blocks = min(
+            blocks, out + kernel - 1 - ahead
+        )  # those behind the last position are not read
         last = blocks * stride - first - size
-        axes.append(Axis(stride, taps, blocks, ahead, (first, last), out))
+        axes.append(Axis(stride, kernel, blocks, ahead, (first, last), out))
     return axes
 
 
@@ -142,7 +144,7 @@ def _backward(strides, padding, precision, residuals, dy):
     # Without the barrier XLA takes the columns of zeros into the convolution's own padding, and
     # then dy is the larger of the two (see `pays`).
     image, gradient = lax.optimization_barrier((image, gradient))
-    below = rows.taps - 1 + _tall(rows) - rows.ahead - rows.blocks
+    below = rows.kernel - 1 + _tall(rows) - rows.ahead - rows.blocks
     edges = [(rows.ahead, below), (0, 0)]
     blocks = _convolve(image, gradient, (1, 1), edges, precision)
     return dx, _kernel(blocks, kernel.shape, rows, columns)
@@ -175,7 +177,7 @@ def _gradient(dy, rows: Axis):
 def _kernel(blocks, shape, rows: Axis, columns: Axis):
     """The gradient of the kernel [h, w, C, features], from what the convolution gives by blocks."""
     height, width, channels, features = shape
-    blocks = blocks.reshape(rows.stride, columns.stride, channels, rows.taps, columns.taps, -1)
+    blocks = blocks.reshape(rows.stride, columns.stride, channels, rows.kernel, columns.kernel, -1)
     blocks = blocks.transpose(3, 0, 4, 1, 2, 5)
     filled = blocks.reshape(rows.filled, columns.filled, channels, features)
     return filled[:height, :width]
