@@ -112,6 +112,25 @@ def test_intervals_of_censored_ratios_cover_at_least_95_percent():
     assert covered / 2000 >= 0.95 - 4 * 0.0049
 
 
+@pytest.mark.parametrize("apart", [1.1, 2.0])
+def test_intervals_of_coarse_steps_cover_at_least_95_percent(apart):
+    """Times are known to lie between two evaluations, which are a tenth or a factor of 2 apart."""
+    generator = np.random.Generator(np.random.PCG64(3))
+    covered = 0
+    for _ in range(2000):
+        reference = np.exp(generator.normal(math.log(1600), 0.3, 5))
+        ours = np.exp(generator.normal(math.log(400), 0.3, 5))
+        ends = []
+        for times in (reference, ours):
+            first = np.floor(np.log(times) / math.log(apart))
+            ends.append((apart**first, apart ** (first + 1)))
+        lows = ends[0][0] / ends[1][1]
+        highs = ends[0][1] / ends[1][0]
+        found = Effect(tuple(lows), tuple(np.sqrt(lows * highs)), tuple(highs), ratio=True)
+        covered += found.interval.low <= 4 <= found.interval.high
+    assert covered / 2000 >= 0.95 - 4 * 0.0049
+
+
 def test_the_bootstrap_of_images_covers_95_percent():
     """Gains of 400 images, each +1, 0 or -1 with known chances; 1,000 simulated test splits."""
     generator = np.random.Generator(np.random.PCG64(1))

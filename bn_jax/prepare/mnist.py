@@ -142,9 +142,12 @@ class _Download:
         reason = self.reason
         if self.thread.is_alive():
             reason = f"nothing came for {self.patience:g} s; {reason}"
+        kept = ""
+        if any(self.folder.glob("*.part")):
+            kept = f", which resumes what has come to {self.folder}"
         raise ConfigError(
             f"MNIST was not downloaded ({reason}): give the folder of its four files, or try again "
-            f"later; what has come is kept in {self.folder}"
+            f"later{kept}"
         )
 
     def _run(self) -> None:

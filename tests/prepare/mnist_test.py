@@ -116,7 +116,7 @@ def test_what_was_cut_is_resumed_from_the_next_mirror(tmp_path, mirror):
 
 
 def test_a_later_call_resumes_what_an_earlier_one_left(tmp_path, mirror):
-    with pytest.raises(ConfigError, match=r"ended a\.gz too early.*is kept in"):
+    with pytest.raises(ConfigError, match=r"ended a\.gz too early.*resumes what has come"):
         locate(tmp_path, mirror("cut"))
     assert contents(tmp_path) == {"a.gz.part": FILES["a.gz"][:100_000]}
     good = mirror("good")
