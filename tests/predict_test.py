@@ -132,3 +132,17 @@ def test_class_names_are_those_of_the_data(tmp_path):
     assert data.class_names == tuple("0123456789")
     held = pipeline.Data(memory.digits(), distort.Augmentation(28), shuffle="none", holdout=0.5)
     assert held.class_names == data.class_names
+
+
+def test_equal_probabilities_are_in_the_order_of_the_classes():
+    found = predict.top(np.array([0.1, 0.3, 0.3, 0.1, 0.1, 0.1], np.float32), tuple("abcdef"))
+    assert [entry["class"] for entry in found] == [1, 2, 0, 3, 4]
+    assert [entry["name"] for entry in found] == list("bcade")
+
+
+def test_a_large_picture_becomes_a_small_grey_one_by_averaging():
+    """Stripes of which every fourth pixel is white; other ways to reduce would miss them."""
+    stripes = np.zeros((112, 112, 3), np.uint8)
+    stripes[:, ::4] = 255
+    grey = predict._grey(encode(stripes, "PNG"), 28, [])
+    assert grey.shape == (28, 28, 1) and np.abs(grey.astype(int) - 64).max() <= 1

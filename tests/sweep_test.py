@@ -345,3 +345,23 @@ def test_the_pool_keeps_every_slot_busy_and_returns_codes(tmp_path, capsys):
     assert {last_line(tmp_path / name) for name in codes} <= {"a", "b"}
     said = capsys.readouterr().out
     assert "[4/4]" in said and "failed with exit code 3" in said
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("--set=name=mine", "--set=name=mine: the sweep sets it"),
+        ("--set=seed=7", "--set=seed=7: the sweep sets it"),
+        ("--grid=name=a,b", "--grid=name=a,b: the sweep sets it"),
+        ("--set=l2", "--set=l2: write FIELD=VALUE"),
+        ("--configs=mnist,mnist_bn,mnist", "must name experiments, each of them once"),
+        ("--configs=,", "must name experiments"),
+        ("--seeds=0", "--seeds=0 must be at least 1"),
+        ("--jobs=0", "--jobs=0 must be at least 1"),
+    ],
+)
+def test_a_command_line_that_contradicts_itself_is_refused(tmp_path, monkeypatch, word, said):
+    start = ["sweep", "--configs=mnist", "--scale=digits", f"--workdir={tmp_path}", "--dry_run"]
+    monkeypatch.setattr("sys.argv", [*start, word])
+    with pytest.raises(ConfigError, match=said):
+        sweep.main()

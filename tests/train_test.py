@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from bn_jax import train
+from bn_jax import activations, train
 from bn_jax.distributed import preempt
 from bn_jax.errors import ConfigError, DivergedError, Preempted
 from bn_jax.experiment import build
@@ -270,3 +270,7 @@ def test_pictures_rest_on_the_device_where_a_dispatch_has_several_steps(tmp_path
     # float32, in two programs, the first of which has a mask
     for a, b in zip(fed, resident, strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+
+
+def test_percentiles_are_kept_to_six_digits():
+    assert activations._rounded(np.array([1 / 3, 123456.78, -2e-9])) == [0.333333, 123457, -2e-9]

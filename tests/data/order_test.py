@@ -87,6 +87,8 @@ def test_co_occurrence_meter():
     assert order.co_occurrence(4000, 32, mode="global", **options) == pytest.approx(
         31 / 3999, abs=0.005
     )
+    # What is dropped at the end of an epoch meets nobody.
+    assert order.co_occurrence(40, 32, mode="none", **options) == 1
 
 
 @pytest.mark.parametrize("mode", order.MODES)

@@ -394,3 +394,11 @@ def test_a_bucket_as_tfds_data_dir_is_refused(monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket/sets")
     with pytest.raises(ConfigError, match="TFDS_DATA_DIR=gs://bucket/sets is not a local path"):
         tfds.source("imagenet2012", "")
+
+
+def test_labels_that_are_not_digits_are_refused(tmp_path):
+    idx_files(tmp_path, NAMES["as published"])
+    header = struct.pack(">2I", 2049, 10)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(header + bytes(9) + b"\x0a")
+    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte: label 10 is not a digit"):
+        pipeline.open_source("mnist", str(tmp_path), 28)

@@ -136,6 +136,7 @@ def test_every_example_comes_once_under_all_its_views(number, mirror):
         for example, weight, label in zip(rows.example, rows.weight, rows.label, strict=True):
             seen[int(example)] += int(weight)
             labels[int(example)] = int(label)
+            assert (example == -1) == (weight == 0)  # a row without an example has no label to give
     padding = seen.pop(-1, 0)
     assert padding == 0  # padded rows weigh nothing
     total = number if number == 1 or mirror else number // 2

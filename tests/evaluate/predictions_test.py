@@ -139,3 +139,25 @@ def test_names_are_checked_before_anything_is_evaluated(tmp_path):
     with pytest.raises(ConfigError, match="not a file of predictions"):
         predictions.load(tmp_path / "p.npz")
     assert json.dumps(make(0).about)  # plain JSON
+
+
+def test_errors_in_words():
+    found = predictions.errors({"examples": 40, "top1": 0.5, "top5": 0.9})
+    assert found == (
+        "top-1 error 50.00% +- 7.91 (20), top-5 error 10.00% +- 4.74 (4) of 40 examples"
+    )
+
+
+def test_the_gain_of_an_ensemble_is_on_the_mean_and_on_the_best(capsys):
+    """Four examples: one network is right twice, one three times, both together always."""
+    labels = np.zeros(4, np.int32)
+    parts = []
+    for seed, first in ((0, [0.9, 0.9, 0.4, 0.4]), (1, [0.9, 0.3, 0.9, 0.9])):
+        about = make(seed, examples=4, classes=2).about
+        about["members"][0]["step"] = 900
+        p = np.array([[x, 1 - x] for x in first], np.float32)
+        parts.append(Predictions(p, labels, about))
+    line = predictions.show(parts)
+    assert line["top1"] == 1 and [s["top1"] for s in line["member_scores"]] == [0.5, 0.75]
+    said = capsys.readouterr().out
+    assert "gain in top-1: +37.50 points on the members' mean, +25.00 on the best of them" in said

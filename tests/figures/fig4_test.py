@@ -179,3 +179,11 @@ def test_evaluations_made_by_different_commits_are_said(folder):
     assert "All 2 evaluations were made by: python not recorded, jax 0.10.2" in text
     assert "**The evaluations differ**" in text
     assert f"commit: {'a' * 10} (1), {'b' * 10} (1)." in text
+
+
+def test_errors_are_counted_and_not_cut_off(folder):
+    """0.29 * 100 is 28.999999999999996."""
+    assert fig4.wrong({"top1": 0.29, "examples": 100}, "top1") == 0.71
+    reader.append_evaluation(folder, line(NAMES[:1], 1, 30))
+    (row,) = csv.DictReader(io.StringIO(fig4.as_csv(folder)))
+    assert (row["names"], row["seeds"], row["steps"]) == ("ensemble_1", "0", "900")

@@ -326,3 +326,66 @@ def test_half_a_line_at_the_end_is_no_damage(tmp_path):
 def test_steps_are_of_32_examples(tmp_path):
     write_curve(tmp_path, inception, [0.5], batch_size=64)
     assert "inception,0,500.0,0.5" in fig2.curves_csv(reader.read_groups(tmp_path))
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """Two seeds of a batch of 64, one of them partial or diverged in two networks, and a control:
+    no two numbers are alike."""
+    for seed, curve in ((0, [0.5, 0.9, 0.8]), (3, [0.4, 0.7, 0.6])):
+        write_curve(tmp_path, inception, curve, seed=seed, batch_size=64)
+    write_curve(tmp_path, bn_x5, [0.95, 0.85], seed=0, batch_size=64, status="preempted")
+    write_curve(tmp_path, bn_x5, [0.3, 0.75, 0.65], seed=3, batch_size=64)
+    control = {"name": "inception_best", "learning_rate": 0.003}
+    write_curve(tmp_path, inception, [0.45, 0.62, 0.61], batch_size=64, **control)
+    write_curve(tmp_path, inception_x5, [0.2], status="diverged", batch_size=64)
+    return tmp_path
+
+
+def test_every_number_of_the_table_is_in_its_place(seeds):
+    draw(seeds, seeds / "out")
+    text = (seeds / "out" / "fig3.md").read_text()
+    shown = table(seeds / "out" / "fig3.md")
+    assert list(shown) == ["inception", "inception_best", "bn_x5", "inception_x5"]
+    assert shown["inception"]["final accuracy"] == "70.0% (60.0 to 80.0)"
+    assert shown["inception"]["maximum"] == "80.0% (70.0 to 90.0)"
+    assert shown["bn_x5"]["final accuracy"] == "65.0%; not yet 1 of 2"
+    assert shown["bn_x5"]["maximum"] == "85.0% (75.0 to 95.0)"
+    assert shown["bn_x5"]["remarks"] == "seed 0 partial: step 1,000 of 10,000"
+    levels = "seed 0: 90% 72.0 +- 1.4%, 95% 76.0 +- 1.4%, max 90.0 +- 0.9%"
+    assert levels in text  # standard errors of 1,000 examples
+    every = 2 * inception.get_config("digits").eval_every
+    assert f"counted at evaluations (every {every:,})" in text
+
+    rows = list(csv.DictReader((seeds / "out" / "fig3.csv").open()))
+    (row,) = (
+        r for r in rows if (r["network"], r["seed"], r["reference"]) == ("bn_x5", "3", "inception")
+    )
+    assert (row["step"], row["total_steps"]) == ("1500.0", "10000.0")
+    assert (row["final_top1"], row["max_top1"]) == ("0.65", "0.75")
+    assert {r["reference"] for r in rows} == {"inception", "inception_best"}
+
+    points = (seeds / "out" / "fig2.csv").read_text().splitlines()
+    assert points[1:7] == [
+        "inception,0,500.0,0.5", "inception,0,1000.0,0.9", "inception,0,1500.0,0.8",
+        "inception,3,500.0,0.4", "inception,3,1000.0,0.7", "inception,3,1500.0,0.6",
+    ]  # fmt: skip
+
+
+def test_what_the_picture_of_fig2_says(seeds, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(fig2, "save", lambda figure, out, name: drawn.append(figure) or [])
+    fig2.draw_fig2(reader.read_groups(seeds), seeds)
+    (figure,) = drawn
+    left, right = figure.axes
+    for axes in (left, right):
+        line = next(line for line in axes.lines if line.get_label() == "inception's maximum, 80.0%")
+        assert list(line.get_ydata()) == [80, 80]  # the mean of both seeds' maxima
+    assert right.get_ylim()[0] == 68
+    labels = {line.get_label() for line in left.lines}
+    assert {
+        "inception (2 seeds)",
+        "inception_best (1 seed)",
+        "bn_x5 (2 seeds, 1 partial)",
+        "inception_x5 (1 seed, 1 diverged)",
+    } <= labels

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from bn_jax.errors import DataError
-from bn_jax.prepare import check
+from bn_jax.prepare import check, imagenet
 from tests.support import small_sets
 
 JPEG = small_sets.encode(small_sets.photo())
@@ -67,3 +67,12 @@ def test_bad_pictures_of_a_split_without_labels_are_a_problem(tmp_path, capsys):
     small_sets.write_tfds(tmp_path, splits, file_format="tfrecord")
     with pytest.raises(DataError, match="NOT sound, 2 problems"):
         check.check(tmp_path, "little", threads=1)
+
+
+def test_more_records_than_imagenet_has_are_a_problem(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(imagenet, "COUNTS", {"train": 4, "validation": 2})
+    splits = {"train": pairs(5), "validation": pairs(2, 10)}
+    small_sets.write_tfds(tmp_path, splits, file_format="tfrecord", name="imagenet2012")
+    with pytest.raises(DataError, match="NOT sound, 1 problems"):
+        check.check(tmp_path, "imagenet2012", threads=1)
+    assert "5 readable images, 4 expected" in capsys.readouterr().out

@@ -83,3 +83,11 @@ def test_quantized_weights_are_refused(dtype):
     source.take("a.bias", (4,))
     with pytest.raises(ConfigError, match=f"1 wrong: a.weight has dtype {np.dtype(dtype)}: it is"):
         source.finish(nothing_ignored)
+
+
+@pytest.mark.parametrize("value", [-1e-3, np.nan, np.inf])
+def test_variances_that_are_none_are_refused(value):
+    source = mapping.Source({"bn.running_var": np.array([1.0, value])})
+    source.take("bn.running_var", (2,))
+    with pytest.raises(ConfigError, match="running_var has values that are not finite, or var"):
+        source.finish(nothing_ignored)

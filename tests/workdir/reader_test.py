@@ -117,3 +117,22 @@ def test_a_run_of_another_user_is_one_line(tmp_path, part):
         os.seteuid(0)
         place.chmod(0o700)
     assert "\n" not in str(caught.value)
+
+
+def test_both_records_make_a_run(tmp_path):
+    for name in (reader.RUN, reader.METRICS):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        assert not reader.is_run(folder)
+    assert list(reader.find_runs(tmp_path)) == []
+    (folder / reader.RUN).write_text("{}")
+    assert reader.is_run(folder) and list(reader.find_runs(tmp_path)) == [folder]
+
+
+def test_seeds_are_in_the_order_of_their_numbers(tmp_path):
+    """Not of their folders' names, in which 10 is before 2."""
+    for seed in (2, 10):
+        write_run(tmp_path / "net" / f"seed_{seed}", seed=seed)
+    groups = reader.read_groups(tmp_path)
+    assert [run.config["seed"] for run in groups["net"]] == [2, 10]
