@@ -173,3 +173,10 @@ def test_without_bn_there_are_no_statistics(tmp_path):
     config.model.widths = (4,)
     net = network(config, 10, 1)
     assert exporting.export_run(net, "flax", None, tmp_path / "net.msgpack") <= exporting.TOLERANCE
+
+
+@pytest.mark.parametrize("n", [7, 8, 35, 56, 112, 113])
+def test_the_stems_pools_have_as_many_outputs_as_caffes(n):
+    """floor(n / 2), of even maps (as at 224 px) and of odd ones."""
+    before, after = exporting.unpadded(n, 3, 2)
+    assert before == 0 and (n + after - 3) // 2 + 1 == n // 2

@@ -146,3 +146,9 @@ def test_a_large_picture_becomes_a_small_grey_one_by_averaging():
     stripes[:, ::4] = 255
     grey = predict._grey(encode(stripes, "PNG"), 28, [])
     assert grey.shape == (28, 28, 1) and np.abs(grey.astype(int) - 64).max() <= 1
+
+
+def test_classes_are_shown_in_percent(capsys):
+    found = [{"class": 1, "name": "cat", "probability": 0.123456}]
+    predict.show("a.jpg", found, as_json=False)
+    assert capsys.readouterr().out == "a.jpg\n   12.35%  cat\n"

@@ -293,3 +293,11 @@ def test_a_name_with_control_characters_stays_one_line(root, capsys):
         check.check(root, "x", threads=1)
     said = capsys.readouterr().out
     assert r"cat/a\x0a\x1b[31m.jpg: not a JPEG" in said and "\x1b" not in said
+
+
+def test_suffixes_are_in_capitals_too(root):
+    (root / "train" / "cat" / "A.JPG").write_bytes(JPEG)
+    assert "cat/A.JPG" in names(folder.open_splits(root)[0])
+    (root / "train" / "B.PNG").write_bytes(JPEG)
+    with pytest.raises(ConfigError, match="B.PNG lies beside the class folders"):
+        folder.open_splits(root)

@@ -161,6 +161,23 @@ def test_statistics_batches_are_fixed_and_their_own():
     assert not own & {digest(data.train_batch(k, 10, slice(0, 10), 0)) for k in range(3)}
 
 
+@pytest.mark.parametrize("shuffle", ["none", "global"])
+def test_statistics_do_not_depend_on_the_order_of_training(shuffle):
+    digests = []
+    for mode in (shuffle, "within_shard"):
+        source = sources.Source(Pictures(70), Pictures(19), 7, 3, "pictures")
+        data = pipeline.Data(source, distort.Augmentation(image_size=16), shuffle=mode)
+        digests.append([digest(batch) for batch in data.statistics(3, 16, slice(0, 16), 0)])
+    assert digests[0] == digests[1]
+
+
+def test_what_is_dropped_of_an_epoch_is_said(caplog):
+    data = pictures(70)
+    with caplog.at_level("INFO", logger="absl"):
+        data.train(0, 1, 32, ALL, seed=0)
+    assert "the last 6 of 70 examples of an epoch are dropped" in caplog.text
+
+
 def test_holdout_is_part_of_training_only(digits):
     config = bn_x5.get_config("digits")
     config.data.holdout = 0.2

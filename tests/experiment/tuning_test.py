@@ -39,3 +39,7 @@ def test_every_point_is_in_the_table(tmp_path):
     assert rows[0] == "experiment,values,status,top1_1000,top1_4000,chosen"
     assert len(rows) == 7 and sum(row.endswith(",1") for row in rows) == 2
     assert "a,learning_rate=0.4,diverged,,,0" in rows
+    assert [row.split(",")[1] for row in rows[1:4]] == [  # by the end, not by the first round
+        "learning_rate=0.1", "learning_rate=0.2", "learning_rate=0.3"
+    ]  # fmt: skip
+    assert "a,learning_rate=0.1,done,0.5,0.7,1" in rows

@@ -381,3 +381,29 @@ def test_a_damaged_table_of_kaggle_is_refused(tmp_path, table):
     (tmp_path / "LOC_val_solution.csv").write_bytes(table)
     with pytest.raises(DataError, match="LOC_val_solution.csv is not Kaggle's table"):
         layouts.find(tmp_path, tmp_path / "unpacked")
+
+
+def test_a_file_that_is_cut_after_it_was_listed_is_named(tmp_path):
+    tars = small_sets.write_tars(tmp_path / "tars")
+    image = layouts.find(tars, tmp_path / "unpacked")["validation"][-1]
+    data = image.file.read_bytes()
+    image.file.write_bytes(data[: image.place + image.size - 1])
+    with pytest.raises(DataError, match=r"img_val.tar is cut within ILSVRC2012_val_00050000.JPEG"):
+        image.read()
+
+
+def test_a_table_of_kaggle_that_agrees_is_accepted(tmp_path):
+    """Also of the first class, whose number is 0."""
+    synsets, labels = layouts.label_files()
+    root = tmp_path / "CLS-LOC"
+    (root / "train" / "n01440764").mkdir(parents=True)
+    (root / "train" / "n01440764" / "n01440764_1.JPEG").write_bytes(JPEG)
+    (root / "val").mkdir()
+    lines = ["ImageId,PredictionString"]
+    for number in (1 + labels.index(0), 1 + labels.index(7)):
+        name = f"ILSVRC2012_val_{number:08d}"
+        (root / "val" / f"{name}.JPEG").write_bytes(JPEG)
+        lines.append(f"{name},{synsets[labels[number - 1]]} 1 2 3 4 ")
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(lines))
+    found = layouts.find(tmp_path, tmp_path / "unpacked")["validation"]
+    assert sorted(image.label for image in found) == [0, 7]

@@ -79,6 +79,10 @@ def test_pickles_are_refused_unopened_with_the_lines_that_convert_them(tmp_path)
         code = line.partition('python -c "')[2].rstrip('"')
         compile(code, name, "exec")
         assert "torch.load(" in code and path.stem in code
+    for protocol in range(2, 6):
+        path = tmp_path / "renamed.npz"
+        path.write_bytes(pickle.dumps({"a": [1.0] * 40}, protocol))
+        refused(path, "is a pickle.*not opened")
     with zipfile.ZipFile(tmp_path / "zip.npz", "w") as archive:  # torch.save since 1.6
         archive.writestr("archive/data.pkl", bomb)
     refused(tmp_path / "zip.npz", "is a pickle")

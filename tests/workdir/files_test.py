@@ -1,7 +1,9 @@
 """Disks that fill or cannot be written: reported within a step, the last good step intact."""
 
+import errno
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -96,3 +98,20 @@ def test_a_disk_that_cannot_be_written_is_one_line(tmp_path: pathlib.Path):
         with pytest.raises(DiskError) as caught:
             checkpoints.wait()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["ENOSPC", "EDQUOT", "EROFS", "EIO", "EACCES", "EPERM", "ESTALE", "EFBIG"]
+)
+def test_every_error_of_a_disk_is_one_line(tmp_path, name):
+    """A full disk, a quota, a read-only mount, a failing one, a server that is gone, ..."""
+    number = getattr(errno, name)
+    match = re.escape(os.strerror(number))
+    with pytest.raises(DiskError, match=match) as caught, files.reported(tmp_path, "cannot write"):
+        raise OSError(number, os.strerror(number))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_of_the_program_is_not_an_error_of_the_disk(tmp_path):
+    with pytest.raises(IsADirectoryError), files.reported(tmp_path, "cannot write"):
+        raise IsADirectoryError(errno.EISDIR, "is a directory")

@@ -105,3 +105,18 @@ def test_a_run_may_begin_or_cease_to_log_there(tmp_path):
     with open_run(tmp_path) as recorder:
         recorder.begin(0)
     guard.check_workdir(tmp_path, CONFIG | {"record": {"tensorboard": False, "wandb": True}})
+
+
+def test_events_after_the_resumed_step_are_replaced(tmp_path, monkeypatch):
+    """TensorBoard is told from which step on an earlier attempt's events do not count."""
+    told = []
+    writer = SimpleNamespace(add_scalar=lambda *values: told.append(values), close=lambda: None)
+    package = SimpleNamespace(SummaryWriter=lambda **options: told.append(options) or writer)
+    monkeypatch.setitem(sys.modules, "tensorboardX", package)
+    board = trackers.TensorBoard(tmp_path, 7)
+    board.write(8, {"loss": 0.5})
+    board.close("done")
+    assert told == [
+        {"logdir": str(tmp_path / "tensorboard"), "purge_step": 8},
+        ("loss", 0.5, 8),
+    ]
