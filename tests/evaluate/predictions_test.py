@@ -144,7 +144,8 @@ def test_names_are_checked_before_anything_is_evaluated(tmp_path):
 def test_errors_in_words():
     found = predictions.errors({"examples": 40, "top1": 0.5, "top5": 0.9})
     assert found == (
-        "top-1 error 50.00% +- 7.91 (20), top-5 error 10.00% +- 4.74 (4) of 40 examples"
+        "top-1 error 50.00% (35.20 to 64.80), 20; top-5 error 10.00% (3.96 to 23.05), 4 of 40 "
+        "examples"
     )
 
 
@@ -160,4 +161,5 @@ def test_the_gain_of_an_ensemble_is_on_the_mean_and_on_the_best(capsys):
     line = predictions.show(parts)
     assert line["top1"] == 1 and [s["top1"] for s in line["member_scores"]] == [0.5, 0.75]
     said = capsys.readouterr().out
-    assert "gain in top-1: +37.50 points on the members' mean, +25.00 on the best of them" in said
+    assert "gain in top-1: +37.50 points on the members' mean (95%: " in said
+    assert ", +25.00 on the best of them" in said

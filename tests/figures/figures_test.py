@@ -345,25 +345,32 @@ def seeds(tmp_path):
 def test_every_number_of_the_table_is_in_its_place(seeds):
     draw(seeds, seeds / "out")
     text = (seeds / "out" / "fig3.md").read_text()
-    shown = table(seeds / "out" / "fig3.md")
+    plain = text.split("## Against plain Inception")[1].split("## Against the control")[0]
+    rows = [
+        [c.strip(" `") for c in r.strip("|").split("|")] for r in plain.splitlines() if "|" in r
+    ]
+    shown = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
     assert list(shown) == ["inception", "inception_best", "bn_x5", "inception_x5"]
-    assert shown["inception"]["final accuracy"] == "70.0% (60.0 to 80.0)"
-    assert shown["inception"]["maximum"] == "80.0% (70.0 to 90.0)"
-    assert shown["bn_x5"]["final accuracy"] == "65.0%; not yet 1 of 2"
-    assert shown["bn_x5"]["maximum"] == "85.0% (75.0 to 95.0)"
+    # 72% lies between steps 500 (50%) and 1,000 (90%), 54% between 40% and 70%.
+    assert shown["inception"]["steps to 90%"] == "754 [733 to 775]"
+    assert shown["inception"]["final accuracy"].startswith("70.00% (")
+    assert shown["bn_x5"]["final accuracy"].startswith("65.00% (")
+    assert shown["bn_x5"]["final accuracy"].endswith("not yet 1 of 2")
+    assert shown["bn_x5"]["difference, points"] == "+5.00 (one seed)"  # seed 3: 65 against 60
     assert shown["bn_x5"]["remarks"] == "seed 0 partial: step 1,000 of 10,000"
-    levels = "seed 0: 90% 72.0 +- 1.4%, 95% 76.0 +- 1.4%, max 90.0 +- 0.9%"
-    assert levels in text  # standard errors of 1,000 examples
+    assert "seed 0: 90% 72.0%, 95% 76.0%, 100% 80.0% (" in plain
     every = 2 * inception.get_config("digits").eval_every
-    assert f"counted at evaluations (every {every:,})" in text
+    assert f"every {every:,} steps" in text
 
-    rows = list(csv.DictReader((seeds / "out" / "fig3.csv").open()))
-    (row,) = (
-        r for r in rows if (r["network"], r["seed"], r["reference"]) == ("bn_x5", "3", "inception")
-    )
-    assert (row["step"], row["total_steps"]) == ("1500.0", "10000.0")
-    assert (row["final_top1"], row["max_top1"]) == ("0.65", "0.75")
-    assert {r["reference"] for r in rows} == {"inception", "inception_best"}
+    lines = list(csv.DictReader((seeds / "out" / "fig3.csv").open()))
+    place = ("bn_x5", "3", "inception")
+    (line,) = (r for r in lines if (r["network"], r["seed"], r["reference"]) == place)
+    assert (line["step"], line["total_steps"]) == ("1500.0", "10000.0")
+    assert (line["final_top1"], line["max_top1"]) == ("0.65", "0.75")
+    steps = 500 + 500 * 24 / 45  # 54% lies between 30% and 75%
+    assert float(line["steps_to_90"]) == pytest.approx(steps)
+    assert float(line["speed_up_90"]) == pytest.approx((500 + 500 * 14 / 30) / steps)
+    assert {r["reference"] for r in lines} == {"inception", "inception_best"}
 
     points = (seeds / "out" / "fig2.csv").read_text().splitlines()
     assert points[1:7] == [
@@ -379,9 +386,10 @@ def test_what_the_picture_of_fig2_says(seeds, monkeypatch):
     (figure,) = drawn
     left, right = figure.axes
     for axes in (left, right):
-        line = next(line for line in axes.lines if line.get_label() == "inception's maximum, 80.0%")
-        assert list(line.get_ydata()) == [80, 80]  # the mean of both seeds' maxima
-    assert right.get_ylim()[0] == 68
+        level = "inception's final accuracy, 70.0%"  # the mean of both seeds
+        (line,) = (line for line in axes.lines if line.get_label() == level)
+        assert list(line.get_ydata()) == [70, 70]
+    assert right.get_ylim()[0] == 58
     labels = {line.get_label() for line in left.lines}
     assert {
         "inception (2 seeds)",
