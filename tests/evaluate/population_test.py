@@ -156,3 +156,10 @@ def test_the_gap_is_in_the_deviations_that_bn_divides_by():
     assert evaluator.running_gap(running, dead, 1e-3) == pytest.approx(3 / np.sqrt(1e-3))
     assert np.isnan(evaluator.running_gap({}, {}, 1e-3))
     assert json.dumps(evaluator.running_gap(running, exact, 0.0))  # a plain number
+
+
+@pytest.mark.parametrize(("group", "decides"), [(None, False), (64, False), (32, True)])
+def test_files_of_older_versions_count_where_a_training_batch_was_one_group(group, decides):
+    """Older statistics were of whole training batches; they would be taken for those of groups."""
+    fields = population._decisive({"batch_size": 64, "bn": {"group_size": group}})
+    assert fields.get("mini_batch") == (group if decides else None)

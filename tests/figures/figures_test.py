@@ -51,6 +51,8 @@ def test_the_typical_unit_is_the_median_one():
     values[:, 0], values[:, 2] = -1, 1
     values[1, 1] = [4, 0, 2, 1, 3]  # drift of the medians
     assert fig1.typical_unit(fig1.Percentiles("x", np.arange(2), values)) == 2
+    four = fig1.Percentiles("x", np.arange(2), values[:, :, :4])  # drifts of 4, 0, 2 and 1
+    assert fig1.typical_unit(four) == 3  # the lower of the two in the middle
 
 
 def test_fig1_numbers_and_pictures(tmp_path, capsys):

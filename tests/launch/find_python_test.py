@@ -118,7 +118,7 @@ def smoke(folder: pathlib.Path, *, used: str = "3.12") -> subprocess.CompletedPr
     make = shutil.which("make")
     if make is None:
         pytest.skip("needs make")
-    for tool in ("sh", "mkdir", "cp", "touch"):
+    for tool in ("sh", "bash", "env", "mkdir", "cp", "touch", "grep", "awk"):
         link = folder / "bin" / tool
         link.parent.mkdir(exist_ok=True)
         if not link.is_symlink():
