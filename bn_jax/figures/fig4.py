@@ -110,8 +110,12 @@ def rows(lines: Sequence[Mapping[str, Any]]) -> list[TableLine]:
 
 
 def _of_seeds(line: Mapping[str, Any]) -> bool:
-    """Whether the networks of an ensemble are one experiment's, with different seeds."""
-    return len({member["name"] for member in line["members"]}) == 1
+    """Whether the networks of an ensemble are one experiment's, with different seeds: they have
+    one name, and lie in EXPERIMENT/seed_K."""
+    experiments = {
+        (member["name"], pathlib.Path(member["workdir"]).parent.name) for member in line["members"]
+    }
+    return len(experiments) == 1
 
 
 def error(row: TableLine, name: str) -> str:

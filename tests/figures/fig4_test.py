@@ -17,7 +17,7 @@ NAMES = [f"ensemble_{k}" for k in range(1, 7)]
 
 def member(name: str) -> dict:
     about = {"name": name, "seed": 0, "step": 900, "total_steps": 1000, "checkpoint": name}
-    return {**about, "workdir": f"runs/{name}", "scale": "digits"}
+    return {**about, "workdir": f"runs/{name}/seed_0", "scale": "digits"}
 
 
 def line(names, crops, wrong, member_wrong=(), **changes) -> dict:
