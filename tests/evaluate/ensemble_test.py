@@ -183,7 +183,7 @@ def test_running_statistics_are_another_result(runs, monkeypatch, capsys):
         ([], "give either"),
         (["--workdir=a", "--combine=b.npz"], "give either"),
         (["--workdir=nowhere"], "nowhere is not a run directory"),
-        (["--workdir=nowhere", "--crops=100"], "none of 1, 10, 144"),
+        (["--workdir=nowhere", "--crops=100"], "is not one of 1, 10, 144"),
         (["--workdir=nowhere", "--predictions=x.json"], "must end with"),
         (["--combine=nowhere.npz"], "not a file of predictions"),
     ],
