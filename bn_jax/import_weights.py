@@ -84,11 +84,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _names(path: pathlib.Path | None, classes: int) -> list[str]:
-    """The lines of --classes; [] without it, and classes are then their numbers."""
+    """The lines of --classes; [] without it, and classes are then their numbers.
+
+    A byte order mark and empty lines at the end, which editors leave, are no names.
+    """
     if path is None:
         return []
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read --classes={path}: {error}") from None
     if len(names) != classes:

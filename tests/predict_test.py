@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,3 +153,18 @@ def test_classes_are_shown_in_percent(capsys):
     found = [{"class": 1, "name": "cat", "probability": 0.123456}]
     predict.show("a.jpg", found, as_json=False)
     assert capsys.readouterr().out == "a.jpg\n   12.35%  cat\n"
+
+
+def test_a_damaged_scan_is_said_with_the_name_of_the_picture(tmp_path, capsys):
+    """(The classes of a half-grey picture were printed without a word.)"""
+    data = encode(photo(90, 120), quality=95)
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2] + b"\xff\xd9")
+    for channels in (1, 3):
+        seen = SimpleNamespace(
+            data=SimpleNamespace(image_shape=(28, 28, channels)),
+            config=SimpleNamespace(data=SimpleNamespace(mirror=False)),
+        )
+        assert predict.read(str(tmp_path / "cut.jpg"), seen, 1).image.shape == (1, 28, 28, channels)
+        said = capsys.readouterr().err
+        assert "cut.jpg: decoded, but its pixels may be wrong: Corrupt JPEG data" in said
+        assert said.count("\n") == 1

@@ -198,3 +198,12 @@ def test_a_workdir_that_exists_is_left_alone(here):
     assert [p.name for p in (here / "runs").iterdir() if p.name.startswith(".")] == []
     record = json.loads((here / "runs/empty/run.json").read_text())
     assert record["config"]["data"]["dir"] == "digits_here"
+
+
+@pytest.mark.parametrize(
+    "text", ["a\nb b\né", "a\nb b\né\n", "a\r\nb b\r\né\r\n", "\ufeffa\nb b\né\n\n\n"]
+)
+def test_names_of_classes_as_editors_leave_them(tmp_path, text):
+    """(The mark was part of the first name, and an empty last line was a class too many.)"""
+    (tmp_path / "names.txt").write_text(text, encoding="utf-8", newline="")
+    assert import_weights._names(tmp_path / "names.txt", 3) == ["a", "b b", "é"]
