@@ -10,7 +10,7 @@ from matplotlib import ticker
 
 from bn_jax.figures.curves import PARENTS, changes, curve, finals
 from bn_jax.figures.fig3 import Groups, notes, ordered, points_cell
-from bn_jax.figures.origins import made_by
+from bn_jax.figures.origins import apart, made_by
 from bn_jax.figures.plotting import BLUE, GREY, save, subplots
 from bn_jax.uncertainty import (
     CONTRADICTED,
@@ -93,7 +93,12 @@ def ablations_markdown(groups: Groups) -> str:
     for row in rows:
         curves = [curve(run) for run in groups[row.name]]
         cells = [f"`{row.name}`", f"`{row.parent}`", row.change, _difference(row)]
-        cells += [str(row.effect.n), row.says, notes(curves) or "-"]
+        differs = apart(
+            (run.origin for run in groups[row.name]), (run.origin for run in groups[row.parent])
+        )
+        remarks = [notes(curves), f"made with different {differs}" if differs else ""]
+        said = "; ".join(remark for remark in remarks if remark)
+        cells += [str(row.effect.n), row.says, said or "-"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

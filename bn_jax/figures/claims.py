@@ -12,7 +12,7 @@ from typing import NamedTuple
 from bn_jax import uncertainty
 from bn_jax.figures import fig1, fig4
 from bn_jax.figures.curves import Curve, compare, curve, finals, levels, ratio, reach
-from bn_jax.figures.origins import made_by
+from bn_jax.figures.origins import apart, made_by
 from bn_jax.uncertainty import (
     NOT_RUN,
     NOT_TESTABLE,
@@ -318,6 +318,7 @@ class Row(NamedTuple):
     baseline: Found | None
     control: Found | None
     missing: tuple[str, ...]
+    differs: str = ""  # in what the compared runs were made differently
 
     @property
     def decides(self) -> Found | None:
@@ -355,7 +356,10 @@ def _row(question: Question, data: str, runs: Runs) -> Row | None:
         return None if name in missing else question.compare(runs, question.ours, name)
 
     control = answer(question.control) if question.control else None
-    return Row(question, data, answer(question.baseline), control, missing)
+    used = [runs.get(name) for name in (question.ours, *named)]
+    origins = [run.origin for group in used for run in group]
+    differs = apart(origins, ())
+    return Row(question, data, answer(question.baseline), control, missing, differs)
 
 
 def verdicts(found: Sequence[Row]) -> list[str]:
@@ -464,7 +468,8 @@ def _cells(row: Row, said: str) -> list[str]:
         for name in names
         if name and name not in row.missing
     ]
-    return [baseline, control, n, said, ", ".join(folders)]
+    note = f" (made with different {row.differs})" if row.differs else ""
+    return [baseline, control, n, said, ", ".join(folders) + note]
 
 
 def _against(name: str, found: Found | None) -> str:

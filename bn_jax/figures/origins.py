@@ -48,3 +48,15 @@ def made_by(origins: Iterable[Mapping[str, Any]], what: str = "runs") -> str:
         text += f"\n\n**The {what} differ**, so their differences may come from this: "
         text += f"{'; '.join(differs)}."
     return text
+
+
+def apart(ours: Iterable[Mapping[str, Any]], theirs: Iterable[Mapping[str, Any]]) -> str:
+    """The names of the facts in which two groups of runs are not alike, or ''."""
+    one = [facts(origin) for origin in ours]
+    two = [facts(origin) for origin in theirs]
+    names = dict.fromkeys(name for found in (*one, *two) for name in found)
+    return ", ".join(
+        name
+        for name in names
+        if len({found.get(name) for found in one} | {found.get(name) for found in two}) > 1
+    )

@@ -1,6 +1,6 @@
 """What runs were made with, and the warning where they differ."""
 
-from bn_jax.figures.origins import facts, made_by
+from bn_jax.figures.origins import apart, facts, made_by
 
 
 def origin(commit="a" * 40, threads=2, **source) -> dict:
@@ -31,6 +31,12 @@ def test_each_difference_is_named_with_its_number_of_runs():
     assert warning.startswith("**The members differ**")
     assert "commit: aaaaaaaaaa (2), bbbbbbbbbb with uncommitted changes (1)" in warning
     assert "CPU threads: 1 (1), 2 (2)." in warning
+
+
+def test_two_groups_are_alike_only_if_all_their_runs_are():
+    assert apart([origin()], [origin()]) == ""
+    assert apart([origin()], [origin(threads=1)]) == "CPU threads"
+    assert apart([origin(), origin("b" * 40)], []) == "commit"
 
 
 def test_what_was_not_recorded_is_said():

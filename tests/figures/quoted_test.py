@@ -71,6 +71,9 @@ def test_what_the_digits_say():
     text = page("docs/results.md")
     paper = compared("bn_baseline", "inception")
     assert times(paper.speed_up("95%")) in text
+    low, high = paper.speed_up("100%").interval
+    value = paper.speed_up("100%").value
+    assert f"{value:.1f} times fewer ({low:.2f} to {high:.0f}) to all of it" in text
     control = compared("bn_baseline", "inception_best_rate")
     low, high = control.speed_up("100%").interval
     assert f"{control.speed_up('100%').value:.1f} ({low:.1f} to {high:.1f})" in text
