@@ -74,8 +74,12 @@ def run(
         print(accelerators.sentence(info["mesh"]), flush=True)
     info["data"]["digest"] = exp.data.digest()
     records = recorder.open_workdir(workdir, config.to_dict(), **info)
-    keep = {"keep_last": config.keep_last, "keep_best": config.keep_best}
-    saved = Checkpoints(workdir / "checkpoints", **keep)
+    saved = Checkpoints(
+        workdir / "checkpoints",
+        keep_last=config.keep_last,
+        keep_best=config.keep_best,
+        keep_every=config.keep_every,
+    )
     with records, saved as checkpoints, watchdog.reporting_lost_processes():
         if older:
             records.say(

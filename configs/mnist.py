@@ -77,6 +77,7 @@ def get_config(scale: str = "mnist") -> ConfigDict:
     config.checkpoint_wait = 0.04  # share of the steps' time for which a save may hold them up
     config.keep_last = 2  # checkpoints
     config.keep_best = 1  # checkpoints, by top-1
+    config.keep_every = 0  # keeps those of every so many steps, too (bn_jax.activations); 0: none
     config.log_every = 250  # steps
     config.deterministic = False  # the same bits at every start on a GPU, too (operations.md)
     config.reproducible = False  # the same bits on 1, 2, 4, ... devices, at a cost (operations.md)

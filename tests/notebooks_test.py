@@ -76,7 +76,8 @@ def test_reading_a_run(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_activation_distributions(tmp_path, monkeypatch):
     out = execute(ROOT / "notebooks" / "activation_distributions.ipynb", tmp_path, monkeypatch)
-    assert "dense_2/pre_bn" in out and "% beyond 4" in out and "8 pictures" in out
+    assert "| mnist_bn | dense_2/pre_bn | 0 to 2,000 |" in out and "% beyond 4" in out
+    assert "3 pictures" in out  # bands of the layer both record, the map, histograms
 
 
 @pytest.mark.slow
@@ -100,4 +101,17 @@ def test_activation_distributions_of_inception(tmp_path, monkeypatch):
         ROOT / "notebooks" / "activation_distributions.ipynb", tmp_path, monkeypatch,
         replace=[("runs/notebook/mnist_bn", "bn_baseline"), ("runs/notebook/mnist", "inception")],
     )  # fmt: skip
-    assert f"{layer}/pre_bn" in out and "inception_5b/conv_1x1/input" in out
+    assert f"{layer}/pre_bn" in out and "| inception_5b/conv_1x1/input | 0 to 4 |" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["tiny40", "digits"])
+def test_activation_distributions_of_published_runs(tmp_path, monkeypatch, folder):
+    """Of runs that are only records."""
+    found = [str(run) for run in sorted((ROOT / "results" / folder).glob("*/seed_0"))][:2]
+    out = execute(
+        ROOT / "notebooks" / "activation_distributions.ipynb", tmp_path, monkeypatch,
+        replace=[("runs/notebook/mnist_bn", found[0]), ("runs/notebook/mnist", found[1])],
+    )  # fmt: skip
+    assert out.count("has no checkpoint: only what it recorded can be shown") == 2
+    assert out.count(" recorded: ") == 2

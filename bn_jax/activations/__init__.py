@@ -35,7 +35,7 @@ class RecordedActivations:
         self._program: Any = None
         self._images: jax.Array | None = None
 
-        known = self._known() if self.paths else []
+        known = known_paths(exp, exp.config.record.activation_examples) if self.paths else []
         for path in self.paths:
             if path not in known:
                 close = difflib.get_close_matches(path, known, n=1, cutoff=0)
@@ -51,7 +51,7 @@ class RecordedActivations:
         self._program = programs.compiled(
             "percentiles",
             self._percentiles,
-            self._abstract_arguments(),
+            abstract_arguments(self.exp, self.exp.config.record.activation_examples),
             self.exp.config.to_dict(),
             jit=functools.partial(jax.jit, out_shardings=mesh.replicated(self.exp.mesh)),
             made_from=[self.paths, PERCENTILES],
@@ -59,13 +59,10 @@ class RecordedActivations:
 
     def percentiles(self, state: TrainState) -> dict[str, dict[str, list[float]]]:
         """Percentiles by path: `p15`, `p50`, `p85`, each one value a unit (channel)."""
-        exp = self.exp
         if self._program is None:
             self.compile()
         if self._images is None:
-            n = exp.config.record.activation_examples
-            batch = next(exp.data.statistics(1, n, slice(0, n), seed=exp.config.seed))
-            self._images = mesh.put_replicated(exp.mesh, batch["image"])
+            self._images = fixed_images(self.exp, self.exp.config.record.activation_examples)
 
         values = jax.device_get(self._program(state.params, state.batch_stats, self._images))
         return {
@@ -73,47 +70,64 @@ class RecordedActivations:
             for path in self.paths
         }
 
-    def _known(self) -> list[str]:
-        """Paths of all activations that the model has."""
-        arguments = self._abstract_arguments()
-        config = self.exp.config.to_dict()
-
-        def trace() -> bytes:
-            paths = jax.eval_shape(self._all, *arguments)
-            ends = ("/input", "/pre_bn")
-            return json.dumps([path for path in paths if path.endswith(ends)]).encode()
-
-        return json.loads(programs.kept(["activations", config, arguments[2].shape], trace))
-
-    def _abstract_arguments(self) -> tuple[Any, Any, Any]:
-        """Shapes and shardings of params, batch_stats and images."""
-        state = abstract_state(self.exp)
-        shape = (self.exp.config.record.activation_examples, *self.exp.data.image_shape)
-        everywhere = mesh.replicated(self.exp.mesh)
-        images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=everywhere)
-        return state.params, state.batch_stats, images
-
-    def _all(self, params: Any, batch_stats: Any, images: jax.Array) -> dict[str, jax.Array]:
-        """Every activation [N, ..., units] by path."""
-        _, updates = self.exp.model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            images,
-            train=True,
-            rngs={"dropout": jax.random.key(0)},
-            mutable=["batch_stats", "activations"],
-        )
-        flat = traverse_util.flatten_dict(updates["activations"], sep="/")
-        return {path: sown[0] for path, sown in flat.items()}
-
     def _percentiles(self, params, batch_stats, images) -> dict[str, jax.Array]:
         """Percentiles [3, units] by path."""
-        activations = self._all(params, batch_stats, images)
+        found = activations(self.exp, params, batch_stats, images)
+        return {path: percentiles(by_unit(found[path])) for path in self.paths}
 
-        def of_units(x: jax.Array) -> jax.Array:
-            values = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-            return jnp.percentile(values, jnp.array(PERCENTILES, jnp.float32), axis=0)
 
-        return {path: of_units(activations[path]) for path in self.paths}
+def known_paths(exp: Experiment, examples: int) -> list[str]:
+    """Paths of all activations that the model has, sorted."""
+    arguments = abstract_arguments(exp, examples)
+    config = exp.config.to_dict()
+
+    def trace() -> bytes:
+        paths = jax.eval_shape(functools.partial(activations, exp), *arguments)
+        ends = ("/input", "/pre_bn")
+        return json.dumps([path for path in paths if path.endswith(ends)]).encode()
+
+    return json.loads(programs.kept(["activations", config, arguments[2].shape], trace))
+
+
+def abstract_arguments(exp: Experiment, examples: int) -> tuple[Any, Any, Any]:
+    """Shapes and shardings of params, batch_stats and a batch of images."""
+    state = abstract_state(exp)
+    everywhere = mesh.replicated(exp.mesh)
+    shape = (examples, *exp.data.image_shape)
+    images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=everywhere)
+    return state.params, state.batch_stats, images
+
+
+def fixed_images(exp: Experiment, examples: int) -> jax.Array:
+    """The images on which activations are observed, uint8 [examples, H, W, C]: always the same
+    training examples of a run, on every device."""
+    batch = next(exp.data.statistics(1, examples, slice(0, examples), seed=exp.config.seed))
+    return mesh.put_replicated(exp.mesh, batch["image"])
+
+
+def activations(
+    exp: Experiment, params: Any, batch_stats: Any, images: jax.Array
+) -> dict[str, jax.Array]:
+    """Every activation [N, ..., units] by path, of the network in training mode."""
+    _, updates = exp.model.apply(
+        {"params": params, "batch_stats": batch_stats},
+        images,
+        train=True,
+        rngs={"dropout": jax.random.key(0)},
+        mutable=["batch_stats", "activations"],
+    )
+    flat = traverse_util.flatten_dict(updates["activations"], sep="/")
+    return {path: sown[0] for path, sown in flat.items()}
+
+
+def by_unit(x: jax.Array) -> jax.Array:
+    """[N, ..., units] -> float32 [values, units]."""
+    return x.astype(jnp.float32).reshape(-1, x.shape[-1])
+
+
+def percentiles(values: jax.Array) -> jax.Array:
+    """[values, units] -> the PERCENTILES of each unit, [3, units]."""
+    return jnp.percentile(values, jnp.array(PERCENTILES, jnp.float32), axis=0)
 
 
 def _rounded(values: np.ndarray) -> list[float]:

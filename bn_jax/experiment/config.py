@@ -500,6 +500,10 @@ def _check_records(config: ConfigDict, rules: _Rules) -> None:
         rules.whole(field, "at least one")
     rules.whole("record.activation_examples", "at least one")
     rules.whole("keep_best", "0 keeps the last ones only", at_least=0)
+    rules.whole("keep_every", "0 keeps no others", at_least=0)
+    if config.keep_every % config.checkpoint_every:
+        limit = f"only steps that checkpoint_every={config.checkpoint_every} divides are saved"
+        raise rules.error("keep_every", limit, "choose a multiple of it")
     rules.number("checkpoint_wait", "0.04 is usual, 1e9 to wait for every save")
 
     for path in config.record.activations:

@@ -36,7 +36,7 @@ NOT_TRACED = {
     *("learning_rate", "decay_rate", "decay_epochs", "decay_examples", "l2", "momentum"),
     *("learning_rate_scaling", "warmup_examples", "total_steps", "steps_per_dispatch"),
     *("eval_every", "eval_early", "eval_test", "eval_batch_size", "statistics_batches"),
-    *("log_every", "checkpoint_every", "checkpoint_wait", "keep_last", "keep_best"),
+    *("log_every", "checkpoint_every", "checkpoint_wait", "keep_last", "keep_best", "keep_every"),
     "deterministic",
 }
 SETTINGS = (

@@ -419,6 +419,7 @@ class Checkpoints:
       directory: created at the first save.
       keep_last: how many of the newest steps to keep, at least 1; 2 leaves one to fall back to.
       keep_best: how many of the steps with the highest `metric` to keep in addition.
+      keep_every: keep every step that this divides, too; 0 for none.
       read_only: never clean, quarantine or write; for commands that look at a run in progress.
     """
 
@@ -428,6 +429,7 @@ class Checkpoints:
         *,
         keep_last: int,
         keep_best: int,
+        keep_every: int = 0,
         read_only: bool = False,
     ):
         if keep_last < 1 or keep_best < 0:
@@ -435,6 +437,7 @@ class Checkpoints:
 
         self.keep_last = keep_last
         self.keep_best = keep_best
+        self.keep_every = keep_every
         self._steps = Steps(directory, read_only=read_only)
         self.directory = self._steps.directory
         self._main = jax.process_index() == 0
@@ -558,6 +561,8 @@ class Checkpoints:
         keep = set(sorted(metrics)[-self.keep_last :])
         ranked = sorted((m, -s) for s, m in metrics.items() if m is not None)  # ties: the earlier
         keep |= {-s for _, s in ranked[max(0, len(ranked) - self.keep_best) :]}
+        if self.keep_every:
+            keep |= {s for s in metrics if s % self.keep_every == 0}
         self._metrics = {s: m for s, m in metrics.items() if s in keep}
 
         # The index first: a kill in between leaves a step too many, not one that seems lost.

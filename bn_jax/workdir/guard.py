@@ -32,11 +32,17 @@ MAY_CHANGE = frozenset(
         "checkpoint_wait",
         "keep_last",
         "keep_best",
+        "keep_every",
         "eval_batch_size",
         "record.tensorboard",
         "record.wandb",
         "data.dir",
     )
+)
+
+# Which activations are recorded: lines of training and evaluation do not depend on it.
+OBSERVED = frozenset(
+    ("record.activations", "record.activation_every", "record.activation_examples")
 )
 
 # Of run.json's info.data. The description is not compared: it may name a folder, which may change.
@@ -128,7 +134,7 @@ def require_same_config(
     differs = [
         f"{key} ({old.get(key, absent)} there, {new.get(key, absent)} here)"
         for key in sorted(old.keys() | new.keys())
-        if key not in MAY_CHANGE and old.get(key, absent) != new.get(key, absent)
+        if key not in MAY_CHANGE | OBSERVED and old.get(key, absent) != new.get(key, absent)
     ]
     if differs:
         raise ConfigError(

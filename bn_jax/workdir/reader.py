@@ -18,6 +18,7 @@ EVALUATIONS = "evaluations.jsonl"
 
 # Fields that older records lack, each with the value that describes what runs did then.
 ADDED = {
+    "keep_every": 0,
     "model.init": "glorot",
     "eval_early": 0,
     "eval_test": False,
@@ -208,6 +209,7 @@ FREE = (
     "checkpoint_wait",
     "keep_last",
     "keep_best",
+    "keep_every",
 )
 
 
