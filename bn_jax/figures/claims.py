@@ -204,6 +204,9 @@ def _count(runs: Runs, ours: str, said: str, holds: Callable[[Curve], bool]) -> 
     number = sum(diverged if c.status == "diverged" else holds(c) for c in ended)
     if not ended:
         return Found("no seed is done", more=" (no seed is done)")
+    if any(c.classes is None for c in ended):
+        why = "the number of classes was not recorded"
+        return Found(why, len(ended), more=f" ({why})")
     low, high = uncertainty.wilson(number, len(ended))
     text = f"{number} of {len(ended)} seeds {said} (share {low:.2f} to {high:.2f})"
     more = ""

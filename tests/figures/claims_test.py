@@ -105,6 +105,15 @@ def test_counts_of_seeds(tmp_path):
     assert diverged[4] == "undecided (4 equal seeds would decide)"
 
 
+def test_without_the_number_of_classes_chance_is_not_known(tmp_path):
+    workdir = write_curve(tmp_path / "digits", inception_x5, [0.1])
+    run = json.loads((workdir / "run.json").read_text())
+    run["info"]["data"] |= {"classes": None, "name": "folder"}
+    (workdir / "run.json").write_text(json.dumps(run))
+    (cells,) = table(tmp_path, 6)
+    assert cells[4] == "undecided (the number of classes was not recorded)"
+
+
 def test_the_gain_of_six_networks_has_the_interval_that_was_recorded(tmp_path):
     (tmp_path / "digits").mkdir()
     gain = {"top1": 0.01, "low": 0.004, "high": 0.016, "draws": 10_000, "seed": 0}
