@@ -1,6 +1,7 @@
 """The optimizer against optax's own, and the decay against the paper's numbers."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from bn_jax import optim
+from bn_jax.errors import ConfigError
 from bn_jax.experiment import build
-from bn_jax.experiment.config import check
-from configs import bn_x30
+from bn_jax.experiment.config import check, settled
+from configs import bn_baseline, bn_x30
 
 EPOCHS8 = 8 * 1_281_167
 
@@ -114,6 +116,35 @@ def test_scale_pod_scales_by_the_devices_that_it_finds(devices):
     assert optim.Hyper.from_config(again) == got
     plain = optim.Hyper.from_config(pod(devices))
     assert plain.learning_rate == np.float32(0.045) and plain.warmup_from == 1
+
+
+def test_the_documented_sums_of_rates():
+    """The table of docs/experiments.md, from the configs; every sum by a plain sum over steps."""
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "experiments.md").read_text()
+    roots = {"bn_baseline": bn_baseline, "bn_x30": bn_x30}
+    for devices in (1, 8, 64, 256, 512):
+        cells = [f"{devices}", f"{32 * devices:,}"]
+        for root in roots.values():
+            for rule in ("none", "sqrt", "linear"):
+                config = root.get_config("pod")
+                config.learning_rate_scaling = rule
+                numbers = optim.Hyper.from_config(
+                    settled(build.for_devices(config, devices), EPOCH)
+                )
+                steps = round(root.get_config("pod").total_steps / devices)
+                # A geometric series.
+                factor = 0.96 ** (32 * devices / np.float64(numbers.decay_examples))
+                total = float(numbers.learning_rate) * (1 - factor**steps) / (1 - factor)
+                cells.append(f"{numbers.learning_rate:.3g} / {total:,.0f}")
+        row = "| " + " | ".join(cells) + " |"
+        assert row in text.replace(" (refused)", ""), row
+
+
+def test_linear_scaling_ends_where_it_is_known_to_work():
+    check(pod(256, learning_rate_scaling="linear"))
+    check(pod(512, learning_rate_scaling="sqrt"))
+    with pytest.raises(ConfigError, match=r"16,384 would have the rate 23.*LARS.*set it to sqrt"):
+        check(pod(512, learning_rate_scaling="linear"))
 
 
 def test_momentum_step_is_optax_sgd():

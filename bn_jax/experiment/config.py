@@ -271,6 +271,10 @@ NORMS = ("none", "batch_norm")
 DTYPES = ("float32", "bfloat16", "float64")
 SHUFFLES = ("none", "within_shard", "global")
 LARGEST = 2**31 - 1  # steps and seeds are int32 on the device
+# Up to here linear scaling of the rate is known to work (Goyal et al. 2017, arXiv:1706.02677: a
+# batch of 8,192 at the rate 3.2).
+LARGEST_LINEAR_BATCH = 8192  # examples
+LARGEST_LINEAR_RATE = 3.0
 
 
 def check(
@@ -423,6 +427,20 @@ def _check_optimization(config: ConfigDict, rules: _Rules) -> None:
             "learning_rate_scaling",
             "bn.group_size=None does not say for how many examples learning_rate is",
             "set bn.group_size=32",
+        )
+    ratio = config.batch_size / (config.bn.group_size or config.batch_size)
+    scaled = config.learning_rate * ratio
+    if (
+        config.learning_rate_scaling == "linear"
+        and config.batch_size > LARGEST_LINEAR_BATCH
+        and scaled > LARGEST_LINEAR_RATE
+    ):
+        raise rules.error(
+            "learning_rate_scaling",
+            f"a batch of {config.batch_size:,} would have the rate {scaled:.3g}, and above "
+            f"{LARGEST_LINEAR_BATCH:,} examples {LARGEST_LINEAR_RATE:g} is the limit (Goyal et al. "
+            "2017; methods such as LARS, which go further, are not implemented)",
+            "set it to sqrt, or to none with the learning_rate of your choice",
         )
     if config.learning_rate_scaling == "none" and config.warmup_examples:
         raise rules.error(
