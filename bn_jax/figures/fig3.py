@@ -58,11 +58,12 @@ def ratio_cell(row: Comparison, level: str) -> str:
 def accuracy_cell(row: Comparison) -> str:
     """Mean final accuracy with its interval over seeds; of one seed, that of its count."""
     words = Counter([v for v in row.final if isinstance(v, str)])
+    finished = [c for c in row.curves if c.final is not None]
     known = [v for v in row.final if not isinstance(v, str)]
     if not known:
         return ", ".join(_all_or_some(words, len(row.final)))
     if len(known) == 1:
-        text = f"{counted(known[0], row.curves[0].final_examples)}, counted"
+        text = f"{counted(known[0], finished[0].final_examples)}, counted"
     else:
         effect = single(known)
         low, high = effect.interval or (0.0, 1.0)

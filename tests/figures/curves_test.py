@@ -138,3 +138,11 @@ def test_the_accuracy_of_one_seed_has_the_interval_of_its_count():
     assert fig3.accuracy_cell(one) == "90.00% (87.98 to 91.71), counted"
     several = curves.compare("x", [hand_made([0.5]), hand_made([1.0], seed=1)], [])
     assert fig3.accuracy_cell(several) == "75.00% (0.00 to 100.00)"
+
+
+def test_the_accuracy_of_the_only_finished_seed_has_the_interval_of_its_own_count():
+    """(It was that of the first seed's evaluations, whatever split they were of.)"""
+    partial = hand_made([0.2], seed=0, status="preempted", examples=400)
+    done = hand_made([0.5, 0.8], seed=1, examples=400)._replace(test=0.8, test_examples=10_000)
+    row = curves.compare("x", [partial, done], [])
+    assert fig3.accuracy_cell(row) == "80.00% (79.20 to 80.77), counted; not yet 1 of 2"
