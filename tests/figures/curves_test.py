@@ -44,6 +44,7 @@ def test_steps_are_interpolated_between_the_two_evaluations_around_the_level():
     assert curves.reach(uneven, 0.5) == pytest.approx((110, 115.5, 121))
     assert curves.reach(uneven, 0.5).resolved
     assert not curves.reach(BASELINE, 0.76).resolved
+    assert Reached(5, 5.5, 6).resolved  # nothing lies between two steps
 
 
 def test_steps_that_were_not_observed_are_bounds():

@@ -11,7 +11,7 @@ import pytest
 from bn_jax import train, uncertainty
 from bn_jax.errors import ConfigError, DiskError
 from bn_jax.figures import __main__ as command
-from bn_jax.figures import ablations, fig1, fig2
+from bn_jax.figures import ablations, curves, fig1, fig2, fig3
 from bn_jax.figures.draw import draw
 from bn_jax.workdir import reader
 from configs import bn_baseline, bn_x5, inception, inception_x5, mnist, mnist_bn
@@ -340,7 +340,8 @@ def seeds(tmp_path):
     write_curve(tmp_path, bn_x5, [0.3, 0.75, 0.65], seed=3, batch_size=64)
     control = {"name": "inception_best", "learning_rate": 0.003}
     write_curve(tmp_path, inception, [0.45, 0.62, 0.61], batch_size=64, **control)
-    write_curve(tmp_path, inception_x5, [0.2], status="diverged", batch_size=64)
+    error = "DivergedError: diverged at step 250: loss nan"
+    write_curve(tmp_path, inception_x5, [0.2], status="diverged", error=error, batch_size=64)
     return tmp_path
 
 
@@ -356,11 +357,15 @@ def test_every_number_of_the_table_is_in_its_place(seeds):
     # 72% lies between steps 500 (50%) and 1,000 (90%), 54% between 40% and 70%.
     assert shown["inception"]["steps to 90%"] == "754 [733 to 775]"
     assert shown["inception"]["final accuracy"].startswith("70.00% (")
+    # Seed 0 has it at its first evaluation: a bound, and so is the mean.
+    assert shown["bn_x5"]["steps to 90%"] == "at most 619 [500 to 767]"
     assert shown["bn_x5"]["final accuracy"].startswith("65.00% (")
     assert shown["bn_x5"]["final accuracy"].endswith("not yet 1 of 2")
     assert shown["bn_x5"]["difference, points"] == "+5.00 (one seed)"  # seed 3: 65 against 60
     assert shown["bn_x5"]["remarks"] == "seed 0 partial: step 1,000 of 10,000"
-    assert "seed 0: 90% 72.0%, 95% 76.0%, 100% 80.0% (" in plain
+    assert shown["inception_x5"]["remarks"] == "seed 0 diverged at step 500"
+    assert "seed 0: 90% 72.0%, 95% 76.0%, 100% 80.0% (77.4 to 82.4)" in plain  # Wilson's
+    assert "The levels are of the test split: held-out training data were not evaluated" in plain
     every = 2 * inception.get_config("digits").eval_every
     assert f"every {every:,} steps" in text
 
@@ -399,3 +404,33 @@ def test_what_the_picture_of_fig2_says(seeds, monkeypatch):
         "bn_x5 (2 seeds, 1 partial)",
         "inception_x5 (1 seed, 1 diverged)",
     } <= labels
+
+
+def test_a_headline_counts_the_pairs_of_seeds(tmp_path):
+    for seed in (0, 1, 2):
+        write_curve(tmp_path, bn_x5, [0.4, 0.8], seed=seed)
+    for seed in (1, 2, 5):
+        write_curve(tmp_path, bn_x5, [0.3, 0.6], seed=seed, name="bn_x5_without_bn")
+    text = fig3.fig3(reader.read_groups(tmp_path))
+    (row,) = (line for line in text.splitlines() if line.startswith("| `bn_x5` | `bn_x5_without"))
+    assert row.rstrip(" |").endswith("| 2")
+
+
+def test_a_seed_is_the_number_of_its_folder(tmp_path):
+    """Members of the ensemble have seeds of their own: runs are paired by their folders."""
+    workdir = write_curve(tmp_path, bn_x5, [0.4], seed=100)
+    assert curves.curve(reader.read_run(workdir)).seed == 100
+    assert curves.curve(reader.read_run(workdir.rename(workdir.with_name("seed_1")))).seed == 1
+    assert (
+        curves.curve(reader.read_run(workdir.with_name("seed_1").rename(tmp_path / "x"))).seed
+        == 100
+    )
+
+
+@pytest.mark.parametrize(("status", "score"), [("done", 0.7), ("running", None)])
+def test_a_test_score_counts_at_the_end_of_a_run(tmp_path, status, score):
+    workdir = write_curve(tmp_path, bn_x5, [0.4], status=status)
+    with (workdir / "metrics.jsonl").open("a") as file:
+        line = {"step": 250, "kind": "test", "top1": 0.7, "top5": 0.9, "examples": 5000}
+        file.write(json.dumps(line) + "\n")
+    assert curves.curve(reader.read_run(workdir)).test == score
