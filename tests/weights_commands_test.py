@@ -8,7 +8,6 @@ import shlex
 import sys
 
 import cv2
-import jax
 import numpy as np
 import pytest
 from flax import serialization, traverse_util
@@ -52,7 +51,7 @@ def net():
 def here(tmp_path, monkeypatch, net):
     """A folder with the small network's file, in which commands are run, as on one device."""
     make = build.mesh.make
-    monkeypatch.setattr(build.mesh, "make", lambda: make(jax.devices()[:1]))
+    monkeypatch.setattr(build.mesh, "make", lambda devices: make(devices[:1]))
     monkeypatch.chdir(tmp_path)
     flat = traverse_util.flatten_dict(net)
     plain = {path: leaf for path, leaf in flat.items() if path[-1] != "count"}

@@ -143,7 +143,7 @@ def read_run(workdir: pathlib.Path) -> Run:
 
 
 def _read_metrics(workdir: pathlib.Path) -> MetricLines:
-    text = (workdir / METRICS).read_text()
+    text = (workdir / METRICS).read_text(encoding="utf-8-sig")  # an editor may have marked it
 
     # A run that is still training, or was killed, may have half a line at the end.
     whole = text[: text.rfind("\n") + 1]
@@ -168,9 +168,17 @@ def is_run(folder: pathlib.Path) -> bool:
 def find_runs(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """The workdirs in `folder`, at any depth, in the order of their names.
 
+    Hidden folders are left out, and so are links to what is found without them (`latest`): a run
+    counts once.
+
     Raises:
       ConfigError: this user may not read one of the folders.
     """
+    yield from _find_runs(folder, (folder.resolve(),))
+
+
+def _find_runs(folder: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Iterator[pathlib.Path]:
+    """`above`: the folder where the search began, and what links have led to since."""
     if is_run(folder):
         yield folder
         return
@@ -178,8 +186,14 @@ def find_runs(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     with files.readable(folder):
         children = sorted(folder.iterdir()) if folder.is_dir() else []
     for child in children:
-        if child.is_dir():
-            yield from find_runs(child)
+        if child.name.startswith(".") or not child.is_dir():
+            continue
+        if not child.is_symlink():
+            yield from _find_runs(child, above)
+            continue
+        target = child.resolve()
+        if not any(target.is_relative_to(place) or place.is_relative_to(target) for place in above):
+            yield from _find_runs(child, (*above, target))
 
 
 # Several runs: which ones may be compared

@@ -136,3 +136,41 @@ def test_seeds_are_in_the_order_of_their_numbers(tmp_path):
         write_run(tmp_path / "net" / f"seed_{seed}", seed=seed)
     groups = reader.read_groups(tmp_path)
     assert [run.config["seed"] for run in groups["net"]] == [2, 10]
+
+
+def test_a_run_counts_once_whatever_links_lead_to_it(tmp_path):
+    """`latest`, and a link to the folder above. (A run was an experiment of its own for each link
+    to it, and 40 of them where links make a circle.)"""
+    runs = tmp_path / "runs"
+    write_run(runs / "net" / "seed_0")
+    (runs / "latest").symlink_to(runs / "net" / "seed_0")
+    (runs / "a_latest").symlink_to("net")
+    (runs / "net" / "all").symlink_to(runs)
+    (runs / "self").symlink_to("self")
+    assert list(reader.find_runs(runs)) == [runs / "net" / "seed_0"]
+    # Links that lead elsewhere are how results of several disks are put together.
+    write_run(tmp_path / "disk" / "other" / "seed_0")
+    (tmp_path / "disk" / "back").symlink_to(tmp_path / "disk")
+    (runs / "more").symlink_to(tmp_path / "disk")
+    assert list(reader.find_runs(runs)) == [
+        runs / "more" / "other" / "seed_0", runs / "net" / "seed_0"
+    ]  # fmt: skip
+    assert list(reader.find_runs(runs / "latest")) == [runs / "latest"]
+
+
+def test_hidden_copies_of_runs_are_not_runs(tmp_path):
+    """(A copy that a notebook server keeps was a second seed 0 or an experiment of its own.)"""
+    write_run(tmp_path / "net" / "seed_0")
+    write_run(tmp_path / ".ipynb_checkpoints" / "net" / "seed_0")
+    write_run(tmp_path / "net" / "._seed_0")
+    assert list(reader.find_runs(tmp_path)) == [tmp_path / "net" / "seed_0"]
+
+
+def test_records_that_an_editor_has_marked_are_read(tmp_path):
+    """A byte order mark and Windows' line ends. (Of metrics.jsonl the mark was damage.)"""
+    workdir = write_run(tmp_path / "net" / "seed_0")
+    line = b'{"step": 1, "kind": "eval", "top1": 0.5, "top5": 0.9, "examples": 10}'
+    (workdir / "metrics.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n")
+    record = (workdir / "run.json").read_bytes()
+    (workdir / "run.json").write_bytes(b"\xef\xbb\xbf" + record.replace(b"\n", b"\r\n"))
+    assert reader.read_run(workdir).lines["eval"][0]["top1"] == 0.5
