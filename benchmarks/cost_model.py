@@ -6,6 +6,7 @@ GFLOP_AN_IMAGE = 11.96  # trained at 224 px (benchmarks/step.py)
 UTILIZATION = 0.3  # of the peak, while computing: an assumption, not measured
 HOP = 1e-6  # seconds a message takes to the next device: an assumption
 SIZES = (8, 64, 256, 512)
+IMAGENET_VALIDATION = 50_000  # images
 
 
 class Machine(NamedTuple):
@@ -79,3 +80,25 @@ def table(payload: int, examples: int) -> str:
         step = f"{1e3 * compute_seconds(examples, m):.1f} ms"
         lines.append(f"| [{m.name}]({m.source}) | {m.ring} | {step} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def evaluation_share(devices: int) -> float:
+    """Share of a pod run's computing that evaluations take, with population statistics.
+
+    Counted in training steps: the forward pass of as many images a device is a third of one. A
+    batch that leaves devices idle costs as much as a full one.
+    """
+    from bn_jax.experiment import build
+    from bn_jax.experiment.evaluator import mini_batch, mini_batches_at_once
+    from configs import bn_x30
+
+    config = build.for_devices(bn_x30.get_config("pod"), devices)
+    passes = -(-IMAGENET_VALIDATION // config.eval_batch_size)
+    scoring = passes * config.eval_batch_size / config.batch_size
+
+    at_once = mini_batches_at_once(config, devices)
+    passes = config.statistics_batches // at_once
+    statistics = passes * at_once * mini_batch(config) / config.batch_size
+
+    steps = (scoring + statistics) / 3
+    return steps / (config.eval_every + steps)

@@ -235,6 +235,13 @@ def fresh_stats(batch_stats):
     return _map_layers(lambda s: batch_norm.init_stats(s.mean.shape, s.mean.dtype), batch_stats)
 
 
+def counted(batch_stats, times: int):
+    """The tree with counts `times` as large: of a batch that stands for so many."""
+    if times == 1:
+        return batch_stats
+    return _map_layers(lambda s: s._replace(count=s.count * times), batch_stats)
+
+
 def merge_stats(total, batch):
     """Algorithm 2 for all layers of a network: averages two `batch_stats` trees by their counts.
 

@@ -227,10 +227,12 @@ def statistics_step(
     seed: jax.typing.ArrayLike,
     *,
     model: nn.Module,
+    mini_batches: int = 1,
 ) -> Any:
     """Algorithm 2, lines 9 and 10: adds a training batch to `total`, the population's statistics.
 
-    `total` begins as `layers.fresh_stats(batch_stats)`. All batches of a run have the same dropout.
+    mini_batches: how many the batch stands for, each a statistic group of it. `total` begins as
+    `layers.fresh_stats(batch_stats)`. All batches of a run have the same dropout.
     """
     _, updates = model.apply(
         {"params": params, "batch_stats": layers.fresh_stats(batch_stats)},
@@ -240,4 +242,4 @@ def statistics_step(
         rngs={"dropout": dropout_key(seed, 0)},
         mutable=["batch_stats"],
     )
-    return layers.merge_stats(total, updates["batch_stats"])
+    return layers.merge_stats(total, layers.counted(updates["batch_stats"], mini_batches))

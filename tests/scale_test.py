@@ -131,3 +131,11 @@ def test_the_step_of_eight_gpus_gathers_nothing():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "| H100 | 8 |" in done.stdout and "DOES NOT HOLD" not in done.stdout
+
+
+def test_evaluation_takes_a_small_and_documented_share_of_a_pod_run():
+    shares = [cost_model.evaluation_share(devices) for devices in cost_model.SIZES]
+    assert max(shares) < 0.05
+    text = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    said = ", ".join(f"{100 * share:.1f}%" for share in shares[:-1])
+    assert f"{said} and {100 * shares[-1]:.1f}% of a run on 8, 64, 256 and 512 devices" in text

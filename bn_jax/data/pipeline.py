@@ -157,20 +157,31 @@ class Data:
         everything = slice(0, batch_size)
         return self._indices(step, batch_size, everything, seed, self._shuffle).astype(np.int32)
 
-    def statistics(self, n: int, batch_size: int, rows: slice, seed: int) -> "Batches":
+    def statistics(
+        self, n: int, batch_size: int, rows: slice, seed: int, together: int = 1
+    ) -> "Batches":
         """n fixed batches of training examples, distorted as in training, for Algorithm 2.
 
         They come from a shuffle of their own, so that shards and the order of classes play no part
         in population statistics.
+
+        rows: of `together` of them side by side, which make one of the n / together results.
         """
         self.steps_per_epoch(batch_size)  # raises if a batch is larger than the set
         own = order.key(seed, _STATISTICS)
-        return self._ahead(
-            range(n),
-            lambda k: self._shuffled_batch(k, batch_size, rows, own, "global"),
-            rows,
-            self._train,
-        )
+
+        def batches(k: int) -> Batch:
+            parts = []
+            for place in range(together):
+                first = max(rows.start - place * batch_size, 0)
+                last = min(rows.stop - place * batch_size, batch_size)
+                if first < last:
+                    number = k * together + place
+                    part = slice(first, last)
+                    parts.append(self._shuffled_batch(number, batch_size, part, own, "global"))
+            return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+        return self._ahead(range(n // together), batches, rows, self._train)
 
     def _shuffled_batch(
         self, step: int, batch_size: int, rows: slice, seed: int, mode: str

@@ -59,6 +59,7 @@ def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
         config[name] = max(1, round(config[name] / factor))
     if config.eval_early:
         config.eval_early = max(1, round(config.eval_early / factor))
+    config.eval_batch_size = max(config.eval_batch_size, config.batch_size)
     config.record.activation_every = max(1, round(config.record.activation_every / factor))
     config.batch_per_device = 0  # what run.json holds is the run's own batch, on any machine
     return config.lock()

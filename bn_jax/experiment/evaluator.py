@@ -71,12 +71,16 @@ class Evaluator:
         if not state.batch_stats or self._cancelled:
             return
 
-        merge = functools.partial(step.statistics_step, model=model)
-        batch = build.abstract_batch(exp, mini_batch(exp.config), train=True)
-        if not self._cuts_mini_batches():
+        together = self._together()
+        merge = functools.partial(step.statistics_step, model=model, mini_batches=together)
+        size = together * mini_batch(exp.config)
+        batch = build.abstract_batch(exp, size, train=True)
+        if size % exp.mesh.size:
             batch = jax.tree.map(lambda a: a.update(sharding=replicated(exp.mesh)), batch)
         arguments = (*variables, state.batch_stats, batch, self._seed())
-        self._merge_batch = programs.compiled("population", merge, arguments, config, jit=jit)
+        self._merge_batch = programs.compiled(
+            "population", merge, arguments, config, jit=jit, made_from=[together]
+        )
 
     def _seed(self) -> Any:
         """The run's seed on the devices: programs are the same for all seeds."""
@@ -87,10 +91,9 @@ class Evaluator:
         devices = self.exp.mesh.size
         return math.ceil(self.exp.config.eval_batch_size / devices) * devices
 
-    def _cuts_mini_batches(self) -> bool:
-        """Whether a mini-batch is cut over the devices for population statistics. Where it does not
-        divide, each device has the whole of it."""
-        return mini_batch(self.exp.config) % self.exp.mesh.size == 0
+    def _together(self) -> int:
+        """Mini-batches that population statistics take at once, so that each device has its own."""
+        return mini_batches_at_once(self.exp.config, self.exp.mesh.size)
 
     def population(self, params: Any, batch_stats: Any) -> Any:
         """Population statistics of the training-mode network (Algorithm 2, lines 9 to 11).
@@ -110,14 +113,17 @@ class Evaluator:
 
         config = self.exp.config
         mesh = self.exp.mesh
-        n = config.statistics_batches
-        size = mini_batch(config)
-        cut = self._cuts_mini_batches()
+        together = self._together()
+        size = together * mini_batch(config)
+        cut = size % mesh.size == 0  # else each device has all of it
         own = rows(mesh, size) if cut else slice(0, size)
+        batches = self.exp.data.statistics(
+            config.statistics_batches, mini_batch(config), own, config.seed, together
+        )
 
         total = put_replicated(mesh, jax.device_get(layers.fresh_stats(batch_stats)))
         seed = self._seed()
-        for batch in self.exp.data.statistics(n, size, own, seed=config.seed):
+        for batch in batches:
             fed = put_batch(mesh, batch, size) if cut else put_replicated(mesh, batch)
             total = self._merge_batch(params, batch_stats, total, fed, seed)
         return total
@@ -146,6 +152,13 @@ class Evaluator:
         if examples != data.num_eval:
             raise DataError(f"evaluated {examples} examples, but the split holds {data.num_eval}")
         return {name: value / examples for name, value in total.items()} | {"examples": examples}
+
+
+def mini_batches_at_once(config: Mapping[str, Any] | ConfigDict, devices: int) -> int:
+    """How many mini-batches of `statistics_batches` one program takes, a group of BN each."""
+    if config["bn"]["group_size"] is None:  # then all of a batch is one group
+        return 1
+    return math.gcd(config["statistics_batches"], devices)
 
 
 def mini_batch(config: Mapping[str, Any] | ConfigDict) -> int:

@@ -161,6 +161,19 @@ def test_statistics_batches_are_fixed_and_their_own():
     assert not own & {digest(data.train_batch(k, 10, slice(0, 10), 0)) for k in range(3)}
 
 
+@pytest.mark.parametrize("rows", [slice(0, 30), slice(4, 17), slice(10, 20)])
+def test_statistics_batches_may_come_side_by_side(rows):
+    """The same pictures, distorted in the same way."""
+    data = pictures()
+    plain = list(data.statistics(6, 10, slice(0, 10), 0))
+    together = list(data.statistics(6, 10, rows, 0, together=3))
+    assert len(together) == 2
+    for k, batch in enumerate(together):
+        for name, values in batch.items():
+            whole = np.concatenate([part[name] for part in plain[3 * k : 3 * k + 3]])
+            np.testing.assert_array_equal(values, whole[rows])
+
+
 @pytest.mark.parametrize("shuffle", ["none", "global"])
 def test_statistics_do_not_depend_on_the_order_of_training(shuffle):
     digests = []

@@ -48,7 +48,7 @@ def write_idx(folder: pathlib.Path, train: int = 96, test: int = 20) -> None:
 def on(monkeypatch, count):
     """From here on there are `count` devices."""
     make = mesh.make
-    monkeypatch.setattr(mesh, "make", lambda: make(jax.devices()[:count]))
+    monkeypatch.setattr(mesh, "make", lambda *_: make(jax.devices()[:count]))
 
 
 def make_read_only(monkeypatch, folder: pathlib.Path) -> None:
