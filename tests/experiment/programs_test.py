@@ -130,7 +130,7 @@ def test_the_oldest_go_first(cache, monkeypatch):
 
 OTHER = {  # a value of each field that no program is said to be made from
     "learning_rate": 0.5, "momentum": 0.5, "l2": 0.5, "decay_rate": 0.5, "decay_epochs": 5.0,
-    "total_steps": 77_000, "seed": 5, "name": "other", "statistics_batches": 3, "keep_last": 9,
+    "total_steps": 77_000, "seed": 5, "name": "other", "statistics_batches": 6, "keep_last": 9,
     "keep_best": 4, "log_every": 7, "eval_every": 500, "checkpoint_every": 1000, "scale": "other",
     "data.shuffle": "global", "record.tensorboard": False,
 }  # fmt: skip
