@@ -1,6 +1,7 @@
 """jaxlib 0.10.2's wrong sums on CPUs: who sets the flag against them, and that it helps."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -149,3 +150,14 @@ def test_no_warning_where_sums_are_not_of_cpus(old_jaxlib, monkeypatch, recwarn)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     with pytest.warns(UserWarning, match="39103"):
         batch_norm._warn_of_wrong_sums.__wrapped__()
+
+
+def test_every_command_that_compiles_sets_the_flag_first():
+    package = pathlib.Path(startup.__file__).resolve().parents[1]
+    found = {}
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        if "startup.use_compilation_cache(" in text and "run_command(" in text:
+            before = text.partition("startup.use_compilation_cache(")[0]
+            found[path.relative_to(package).as_posix()] = "startup.use_safe_sums(" in before
+    assert len(found) >= 5 and all(found.values()), found
