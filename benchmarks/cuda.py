@@ -140,6 +140,8 @@ def table(record: dict[str, Any]) -> str:
     """The record as text."""
     network = ", ".join(str(record[name]) for name in ("config", "dtype", "ops"))
     versions = f"jax {record['jax']}, commit {record['commit']}, {record['flags']}"
+    moved = record["bytes_an_image"] / 1e6
+    touched = record["touched_an_image"] / 1e6
     lines = [
         f"{record['devices']} x H100, compiled, not run: {network}",
         f"batch {record['batch']}, groups of {record['group']}",
@@ -147,7 +149,7 @@ def table(record: dict[str, Any]) -> str:
         f"{versions}, compiled in {record['compile_seconds']} s",
         "",
         f"{record['kernels']:,} kernels, {record['copies']:,} of them copies",
-        f"{record['bytes_an_image'] / 1e6:.1f} MB an image",
+        f"{moved:.1f} MB an image, {touched:.1f} of them touched",
         f"{record['temporary_bytes'] / 1e9:.2f} GB of temporary memory",
         "",
         "kernels   MB an image   kind",

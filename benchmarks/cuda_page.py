@@ -76,8 +76,10 @@ there, and nothing was measured. BN-x30 at 224 px, one device, groups of 32; {";
 Kernels are the instructions of the optimised HLO that are not parameters, constants, tuples, tuple
 elements or bitcasts. What is inside `while`, `call` and `conditional` counts as often as it runs.
 MB (1e6 bytes) an image are operands and results of the same instructions, without the scratch
-memory of convolutions. Nothing was autotuned, and cuDNN's scratch counts as 0 bytes. A GPU
-therefore needs more temporary memory than the table says.""",
+memory of convolutions. Of an operand of which a kernel reads only slices, such as one branch's part
+of a product that several share, they count the whole; "touched" counts the slices. Nothing was
+autotuned, and cuDNN's scratch counts as 0 bytes. A GPU therefore needs more temporary memory than
+the table says.""",
         table(records),
         """\
 Programs have the forms that `bn_jax.ops` chooses for GPUs, unless they are named otherwise: `plain`
@@ -95,19 +97,22 @@ several for it.""",
 def table(records: dict[str, dict[str, Any]]) -> str:
     """A row for every program."""
     lines = [
-        "| program | kernels | copies | sorts | temporary, GB | MB an image |",
-        "|---|---|---|---|---|---|",
+        "| program | kernels | copies | sorts | temporary, GB | MB an image | touched |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in PROGRAMS:
         if name not in records:
-            lines.append(f"| {name} | not run | | | | |")
+            lines.append(f"| {name} | not run | | | | | |")
             continue
         found = records[name]
         kinds = found["kinds"].items()
         sorts = sum(kind["kernels"] for words, kind in kinds if words.endswith("sort"))
+        moved = found["bytes_an_image"] / 1e6
+        touched = found.get("touched_an_image")  # older records have none
+        shown = f"{touched / 1e6:.1f}" if touched else "not counted"
         lines.append(
             f"| {name} | {found['kernels']:,} | {found['copies']:,} | {sorts} "
-            f"| {found['temporary_bytes'] / 1e9:.2f} | {found['bytes_an_image'] / 1e6:.1f} |"
+            f"| {found['temporary_bytes'] / 1e9:.2f} | {moved:.1f} | {shown} |"
         )
     return "\n".join(lines)
 

@@ -18,6 +18,11 @@ BYTES = {
     "s64": 8, "u64": 8, "f64": 8, "c64": 8,
 }  # fmt: skip
 NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+SLICES = {"slice", "dynamic-slice", "gather"}  # read no more of their first operand than they give
+WINDOWS = {
+    "convolution", "dot", "dynamic-update-slice", "reduce-window", "scatter", "select-and-scatter",
+    "sort",
+}  # fmt: skip
 HEADING = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 LARGEST = 20
@@ -40,6 +45,7 @@ class Item(NamedTuple):
     kind: str
     times: int
     bytes: int  # of one execution: distinct operands and results
+    touched: int  # the same, but of operands that are only sliced no more than the slices
     operands: tuple[str, ...]  # their shapes
     layer: str
 
@@ -54,6 +60,12 @@ def size(shape: str) -> int:
         if dtype != "token":
             total += BYTES[dtype] * math.prod(int(dim) for dim in dims.split(",") if dim)
     return total
+
+
+def elements(shape: str) -> int:
+    """Elements of an array, or of all in a tuple."""
+    arrays = re.findall(r"\b[a-z]\w*\[([\d,]*)\]", shape)
+    return sum(math.prod(int(dim) for dim in dims.split(",") if dim) for dims in arrays)
 
 
 def computations(hlo: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
@@ -111,9 +123,11 @@ def _executed(
             continue  # control flow itself computes nothing
 
         shapes = tuple(instructions[name].shape for name in dict.fromkeys(instruction.operands))
-        moved = size(_result(instruction)) + sum(map(size, shapes))
+        result = size(_result(instruction))
+        moved = result + sum(map(size, shapes))
+        touched = result + _read(instruction, instructions, parts)
         kind = _kind(instruction, parts)
-        yield Item(instruction, kind, times, moved, shapes, layers[instruction.name])
+        yield Item(instruction, kind, times, moved, touched, shapes, layers[instruction.name])
 
 
 def _called(
@@ -180,6 +194,44 @@ def _fused(instruction: Instruction, parts: dict[str, dict[str, Instruction]]) -
     return list(parts[match[1]].values()) if match else []
 
 
+def _read(
+    instruction: Instruction,
+    instructions: dict[str, Instruction],
+    parts: dict[str, dict[str, Instruction]],
+) -> int:
+    """Bytes that an instruction reads: of an operand that is only sliced, the slices."""
+    operands = list(dict.fromkeys(instruction.operands))
+    sizes = [size(instructions[name].shape) for name in operands]
+    inside = _fused(instruction, parts)
+    if instruction.opcode in SLICES:
+        return size(instruction.shape) + sum(sizes[1:])
+    if not inside:
+        return sum(sizes)
+
+    needed = _needed(inside)
+    read = 0
+    for inner in inside:
+        if inner.opcode == "parameter":
+            share = needed[inner.name] / max(elements(inner.shape), 1)
+            read += round(share * size(inner.shape))
+    return min(read, sum(sizes))
+
+
+def _needed(inside: list[Instruction]) -> Counter[str]:
+    """How many elements of each array a fusion needs, at most; slices that overlap count twice."""
+    shapes = {inner.name: inner.shape for inner in inside}
+    needed = Counter({inside[-1].name: elements(inside[-1].shape)})
+    for inner in reversed(inside):
+        here = min(needed[inner.name], elements(inner.shape))
+        needed[inner.name] = here
+        for place, operand in enumerate(inner.operands):
+            whole = elements(shapes[operand])
+            sliced = inner.opcode in SLICES and place == 0
+            each = whole == elements(inner.shape) and inner.opcode not in WINDOWS
+            needed[operand] += here if sliced or each else whole
+    return needed
+
+
 def layer(instruction: Instruction, parts: dict[str, dict[str, Instruction]]) -> str:
     """The layer that an instruction comes from, "backward" before it for its gradient, or "".
 
@@ -236,9 +288,10 @@ def summary(hlo: str, images: int) -> dict[str, Any]:
 
     kernels: instructions, less those that need no kernel: parameters, constants, tuples, their
     elements and bitcasts. bytes_an_image: operands and results of the same instructions, without
-    the scratch memory of convolutions, by images. convolutions: see there. copies: instructions
-    that copy. kinds: kernels and bytes by kind (a sort launches more than the one kernel that is
-    counted). largest: the twenty that move most.
+    the scratch memory of convolutions, by images. touched_an_image: the same, but of an operand of
+    which a kernel reads only slices no more than these. convolutions: see there. copies:
+    instructions that copy. kinds: kernels and bytes by kind (a sort launches more than the one
+    kernel that is counted). largest: the twenty that move most.
     """
     items = executed(hlo)
     kernels: Counter[str] = Counter()
@@ -250,6 +303,7 @@ def summary(hlo: str, images: int) -> dict[str, Any]:
     return {
         "kernels": kernels.total(),
         "bytes_an_image": moved.total() // images,
+        "touched_an_image": sum(item.times * item.touched for item in items) // images,
         "convolutions": convolutions(items),
         "copies": kernels["copy"] + kernels["copy-start"],
         "kinds": {

@@ -32,6 +32,7 @@ RECORD = {
     "temporary_bytes": 6_800_000_000,
     "kernels": 1947,
     "bytes_an_image": 283_000_000,
+    "touched_an_image": 190_000_000,
     "convolutions": {"convForward bf16 x bf16 -> bf16, b01f_o01i->b01f": 92},
     "copies": 181,
     "kinds": {"copy": {"kernels": 181, "bytes_an_image": 5_400_000}},
@@ -45,7 +46,10 @@ def test_figures_are_shown_in_their_units():
     lines = cuda.table(RECORD).splitlines()
     assert lines[0] == "1 x H100, compiled, not run: bn_x30:synthetic, bfloat16, gpu"
     assert "1,947 kernels, 181 of them copies" in lines
-    assert "283.0 MB an image" in lines and "6.80 GB of temporary memory" in lines
+    assert (
+        "283.0 MB an image, 190.0 of them touched" in lines
+        and "6.80 GB of temporary memory" in lines
+    )
     assert "        9.6   sum x 3   stem" in lines
 
 
@@ -109,7 +113,9 @@ def test_the_page_is_of_the_records_and_says_what_was_not_run():
     assert records.keys() <= cuda_page.PROGRAMS.keys()
     assert cuda_page.PAGE.read_text() == cuda_page.page(records)
     text = cuda_page.page({"bfloat16_256": RECORD})
-    assert "| bfloat16_256 | 1,947 | 181 | 0 | 6.80 | 283.0 |" in text
+    assert "| bfloat16_256 | 1,947 | 181 | 0 | 6.80 | 283.0 | 190.0 |" in text
+    older = {name: value for name, value in RECORD.items() if name != "touched_an_image"}
+    assert "6.80 | 283.0 | not counted |" in cuda_page.page({"bfloat16_256": older})
     assert text.count("| not run |") == len(cuda_page.PROGRAMS) - 1
     assert "without a device: none." in text
     flags = f"--xla_gpu_autotune_level=0 {cuda_page.WITHOUT_TRITON}"

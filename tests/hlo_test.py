@@ -91,6 +91,51 @@ def test_bytes_are_operands_and_results_without_scratch():
     }
 
 
+SLICED = """\
+HloModule sliced
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused_slice (p1: f32[8], p0: bf16[64,8], p2: f32[64,4]) -> (f32[4,8], f32[4]) {
+  %p1 = f32[8]{0} parameter(1)
+  %all = f32[4,8]{1,0} broadcast(%p1), dimensions={1}
+  %p0 = bf16[64,8]{1,0} parameter(0)
+  %wide = f32[64,8]{1,0} convert(%p0)
+  %rows = f32[4,8]{1,0} slice(%wide), slice={[0:4], [0:8]}
+  %same = f32[2,8]{1,0} slice(%wide), slice={[0:2], [0:8]}
+  %turned = f32[8,2]{1,0} transpose(%same), dimensions={1,0}
+  %less = f32[4,8]{1,0} subtract(%rows, %all)
+  %p2 = f32[64,4]{1,0} parameter(2)
+  %zero = f32[] constant(0)
+  %total = f32[4]{0} reduce(%p2, %zero), dimensions={0}, to_apply=%add
+  ROOT %both = (f32[4,8]{1,0}, f32[4]{0}, f32[8,2]{1,0}) tuple(%less, %total, %turned)
+}
+
+ENTRY %main (x: bf16[64,8], y: f32[8], z: f32[64,4]) -> f32[4,8] {
+  %x = bf16[64,8]{1,0} parameter(0)
+  %y = f32[8]{0} parameter(1)
+  %z = f32[64,4]{1,0} parameter(2)
+  %f = (f32[4,8]{1,0}, f32[4]{0}, f32[8,2]{1,0}) fusion(%x, %y, %z), kind=kLoop, calls=%fused_slice
+  %first = f32[4,8]{1,0} get-tuple-element(%f), index=0
+  ROOT %cut = f32[1,8]{1,0} slice(%first), slice={[0:1], [0:8]}
+}
+"""
+
+
+def test_of_what_is_only_sliced_the_slices_are_touched():
+    fused, cut = hlo.executed(SLICED)
+    result = 4 * (32 + 4 + 16)
+    assert fused.bytes == 2 * 64 * 8 + 4 * 8 + 4 * 64 * 4 + result
+    # Two slices of x, of 4 and 2 rows; the whole of the vector and of what is summed.
+    assert fused.touched == 2 * 6 * 8 + 4 * 8 + 4 * 64 * 4 + result
+    assert (cut.bytes, cut.touched) == (4 * 32 + 4 * 8, 4 * 8 + 4 * 8)
+    assert all(item.touched == item.bytes for item in hlo.executed(STEP))
+
+
 def test_an_item_has_the_layer_of_its_name_its_inside_or_its_user():
     layers = {item.instruction.name: item.layer for item in hlo.executed(STEP)}
     assert layers == {
@@ -107,6 +152,7 @@ def test_the_summary_has_what_was_counted():
     assert found["kernels"] == 5 and found["copies"] == 1
     assert found["bytes_an_image"] == (18 * KERNEL - 2 * KERNEL + 2 * IMAGES + 10 * FEATURES) // 4
     assert isinstance(found["bytes_an_image"], int)
+    assert found["touched_an_image"] == found["bytes_an_image"]
     assert found["convolutions"] == {"convForward bf16 x bf16 -> bf16, b01f_o01i->b01f": 1}
     assert found["kinds"]["copy"] == {"kernels": 1, "bytes_an_image": 2 * KERNEL}
     assert sum(kind["kernels"] for kind in found["kinds"].values()) == 5
