@@ -626,8 +626,8 @@ def _cotangents(known: _Known, outputs, layout: _Layout):
     dy_in, centered = read(
         dy[tuple(slice(1 if a in layout.axes else None) for a in range(dy.ndim))]
     )
-    sum_dy = jnp.sum(dy_in, layout.over, keepdims=True)
-    sum_dy_xhat = jnp.sum(dy_in * centered, layout.over, keepdims=True) * rstd
+    sum_dy, sum_product = _two_sums(dy_in, dy_in * centered, layout)
+    sum_dy_xhat = sum_product * rstd
     dgamma = _sum_like(gamma, sum_dy_xhat)
     dbeta = _sum_like(beta, sum_dy)
     if layout.axis_name is not None and layout.merged:
@@ -657,9 +657,49 @@ def _sum_like(p, total):
     return jnp.sum(total, groups, keepdims=True).astype(p.dtype)
 
 
+def _two_sums(a, b, layout: _Layout):
+    """Sums of two arrays over the values of a group, on this device."""
+    together = functools.partial(_sums_together, layout=layout)
+    apart = functools.partial(_sums_apart, layout=layout)
+    return lax.platform_dependent(a, b, cuda=together, default=apart)
+
+
+def _sums_apart(a, b, layout: _Layout):
+    return tuple(jnp.sum(value, layout.over, keepdims=True) for value in (a, b))
+
+
+def _sums_together(a, b, layout: _Layout):
+    """The sums as one operation. Of two, XLA for GPUs makes two kernels for the last stage of the
+    sums, and for some shapes it first writes to memory where the ReLU is positive.
+    """
+    zero = jnp.zeros((), a.dtype)
+    sums = lax.reduce((a, b), (zero, zero), _add_pairs, layout.axes)
+    sums = [jnp.expand_dims(value, layout.axes) for value in sums]
+    if layout.merged:
+        sums = [jnp.sum(value, layout.parts, keepdims=True) for value in sums]
+    # dgamma and dbeta are sums over these sums: without a barrier XLA adds up the examples again.
+    return tuple(lax.optimization_barrier(sums))
+
+
+def _add_pairs(left, right):
+    return left[0] + right[0], left[1] + right[1]
+
+
 def _after(known, value):
-    """value, in a way that no compiler can compute before `known`."""
-    return jnp.where((known != known) & (known == known), 0, value)  # never both, NaN included
+    """value, in a way that no compiler can compute before `known`.
+
+    On GPUs it is only another name for value, because `known` costs a kernel. There XLA does not
+    keep x - mean from the forward pass, but it would keep where the ReLU is positive.
+    """
+    shape = jnp.broadcast_shapes(known.shape, value.shape)
+
+    def late(known, value):
+        return jnp.where((known != known) & (known == known), 0, value)  # never both, NaN included
+
+    def renamed(known, value):
+        return jnp.broadcast_to(lax.optimization_barrier(value), shape)
+
+    return lax.platform_dependent(known, value, cuda=renamed, default=late)
 
 
 _linear_p = Primitive("batch_norm_tangents")

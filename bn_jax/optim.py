@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bn_jax.ops import vectors
+
 
 class Hyper(NamedTuple):
     """The numbers of an experiment that enter the compiled step as data (float32 scalars).
@@ -116,6 +118,18 @@ def l2_penalty(params: optax.Params) -> jax.Array:
     regularization"; this one makes the gradient `l2 * w`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    kernels = [leaf for path, leaf in leaves if path[-1].key == "kernel"]
-    squares = (jnp.sum(jnp.square(kernel.astype(jnp.float32))) for kernel in kernels)
-    return 0.5 * sum(squares, jnp.float32(0))
+    kernels = [leaf.astype(jnp.float32) for path, leaf in leaves if _decays(path)]
+    return 0.5 * jnp.sum(vectors.squares(kernels)) if kernels else jnp.float32(0)
+
+
+def add_decay(grads: optax.Updates, params: optax.Params, l2: jax.typing.ArrayLike) -> Any:
+    """The gradients plus that of `l2 * l2_penalty(params)`."""
+
+    def add(path, g, w):
+        return g + l2 * w if _decays(path) else g
+
+    return jax.tree_util.tree_map_with_path(add, grads, params)
+
+
+def _decays(path) -> bool:
+    return path[-1].key == "kernel"

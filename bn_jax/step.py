@@ -11,6 +11,7 @@ import optax
 from flax import linen as nn
 
 from bn_jax import layers, optim
+from bn_jax.ops import vectors
 
 AUX_WEIGHT = 0.3  # weight of each auxiliary head's loss (GoogLeNet, section 5)
 
@@ -95,7 +96,7 @@ def gradients(
 
     def objective(params):
         outputs, updates = model.apply(
-            {"params": params, "batch_stats": batch_stats},
+            {"params": params, "batch_stats": vectors.gathered(batch_stats)},
             batch["image"],
             train=True,
             mask=mask,
@@ -133,20 +134,27 @@ def update(
     batch_size: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The next state and `train_step`'s metrics, from what `gradients` gives; L2 is added here."""
+    params, velocity, grads = vectors.raveled((state.params, state.opt_state, grads))
     if hyper.l2 is not None:
-        penalty, decay = jax.value_and_grad(optim.l2_penalty)(state.params)
-        grads = jax.tree.map(lambda g, w: g + hyper.l2 * w, grads, decay)
+        penalty = optim.l2_penalty(params)
         means = {**means, "loss": means["loss"] + hyper.l2 * penalty}
+        grads = optim.add_decay(grads, params, hyper.l2)
+    squares = vectors.squares(jax.tree.leaves(grads))
 
     rate = optim.decayed_rate(hyper, state.step, batch_size)
-    params, opt_state = optim.momentum_step(
-        grads, state.opt_state, state.params, learning_rate=rate, momentum=hyper.momentum
+    # On GPUs every weight is read before one is overwritten: XLA would copy it for a later reader.
+    rate = vectors.after(jnp.sum(squares) + means["loss"], rate)
+    updated = optim.momentum_step(
+        grads, velocity, params, learning_rate=rate, momentum=hyper.momentum
+    )
+    params, opt_state = jax.tree.map(
+        lambda new, old: new.reshape(old.shape), updated, (state.params, state.opt_state)
     )
 
     metrics = {
         **means,
         "learning_rate": rate,
-        "gradient_square": jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]),
+        "gradient_square": squares,
     }
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 

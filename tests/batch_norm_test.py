@@ -14,6 +14,18 @@ from bn_jax import batch_norm
 from tests.support.algorithm_1 import TOLERANCE, draw, normalize, ours, paper
 
 
+@pytest.fixture(params=["here", "cuda"])
+def platform(request, monkeypatch):
+    """Runs a test with the forms of the backward pass for this platform and for GPUs."""
+
+    def cuda_form(*args, cuda, default):
+        return cuda(*args)
+
+    if request.param == "cuda":
+        monkeypatch.setattr(batch_norm.lax, "platform_dependent", cuda_form)
+
+
+@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
 @pytest.mark.parametrize("group_size", [None, 4])
 def test_forward_and_backward_are_the_papers(wrap, group_size):
@@ -32,6 +44,7 @@ def test_forward_and_backward_are_the_papers(wrap, group_size):
         )
 
 
+@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_equal_finite_differences_in_float64(relu, masked):

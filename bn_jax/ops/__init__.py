@@ -7,6 +7,7 @@
     products         one convolution each               one product (models/inception.py)   CPU, GPU
                      average pool, then projection      projection, then average pool
     filter_gradient  convolution, float32 result        product, or rounded once (mixed.py) GPU
+    vectors          a sum of squares for each array    one for forty arrays (vectors.py)   GPU
 
 `FORMS` (forms.py) is the one place that says which form runs on which backend; on a TPU all are
 plain. On GPUs max pooling is ours because XLA's gradient adds with atomics, in an order that

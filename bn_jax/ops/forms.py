@@ -15,6 +15,7 @@ FORMS = {
     "kernel_gradient": ("cpu",),
     "products": ("cpu", "gpu"),
     "filter_gradient": ("gpu",),
+    "vectors": ("gpu",),
 }
 
 _plain: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)
