@@ -686,20 +686,17 @@ def _add_pairs(left, right):
 
 
 def _after(known, value):
-    """value, in a way that no compiler can compute before `known`.
-
-    On GPUs it is only another name for value, because `known` costs a kernel. There XLA does not
-    keep x - mean from the forward pass, but it would keep where the ReLU is positive.
-    """
+    """value, in a way that no compiler can compute before `known`."""
     shape = jnp.broadcast_shapes(known.shape, value.shape)
 
-    def late(known, value):
+    def chosen(known, value):
         return jnp.where((known != known) & (known == known), 0, value)  # never both, NaN included
 
-    def renamed(known, value):
-        return jnp.broadcast_to(lax.optimization_barrier(value), shape)
+    def behind_barrier(known, value):
+        # XLA for GPUs drops the barrier only when kernels are made; a choice is a kernel more.
+        return jnp.broadcast_to(lax.optimization_barrier((known, value))[1], shape)
 
-    return lax.platform_dependent(known, value, cuda=renamed, default=late)
+    return lax.platform_dependent(known, value, cuda=behind_barrier, default=chosen)
 
 
 _linear_p = Primitive("batch_norm_tangents")
