@@ -10,36 +10,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bn_jax.ops.forms import hand_tuned
 
 ROW = 1024
-TOGETHER = 40  # arrays that one kernel reads: XLA's limit is 96 operands
+TOGETHER = 40  # arrays that one kernel reads, two operands for each; XLA's limit is 96
 
 
 def squares(arrays: Sequence[jax.Array]) -> jax.Array:
     """The sum of squares of each of these arrays, [arrays]."""
     if not hand_tuned("vectors"):
         return jnp.stack([jnp.sum(jnp.square(x)) for x in arrays])
-    some = [arrays[k : k + TOGETHER] for k in range(0, len(arrays), TOGETHER)]
-    return jnp.concatenate([_squares(few) for few in some])
-
-
-def _squares(arrays: Sequence[jax.Array]) -> jax.Array:
-    """`squares`: of rows, each filled up with zeros, of which none holds values of two arrays."""
-    parts = []
-    owner = []
-    for k, x in enumerate(arrays):
-        rows = -(-x.size // ROW)
-        owner += [k] * rows
-        parts += [x.reshape(-1), jnp.zeros(rows * ROW - x.size, x.dtype)]
-    values = jnp.concatenate([part for part in parts if part.size])
-    sums = jnp.sum(jnp.square(values.reshape(-1, ROW)), axis=1)
+    sums = [_squares_of_rows(arrays[k : k + TOGETHER]) for k in range(0, len(arrays), TOGETHER)]
+    rows = [-(-x.size // ROW) for x in arrays]
 
     # Not a product with zeros: what is not finite stays in its own array's sum.
-    mine = jnp.array(owner)[:, None] == jnp.arange(len(arrays))
-    return jnp.sum(jnp.where(mine, sums[:, None], 0), axis=0)
+    owner = np.repeat(np.arange(len(arrays)), rows)
+    mine = jnp.arange(len(arrays))[:, None] == jnp.array(owner)
+    found = jnp.sum(jnp.where(mine, jnp.concatenate(sums), 0), axis=1)
+    return lax.optimization_barrier(found)  # so that a sum over the arrays starts here
+
+
+def _squares_of_rows(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Sums of squares of rows, filled up with zeros, of which none is of two arrays."""
+    parts = []
+    for x in arrays:
+        parts += [x.reshape(-1), jnp.zeros(-x.size % ROW, x.dtype)]
+    values = jnp.concatenate([part for part in parts if part.size])
+    return jnp.sum(jnp.square(values.reshape(-1, ROW)), axis=1)
 
 
 def raveled(tree: Any) -> Any:
@@ -55,7 +55,7 @@ def after(known: jax.Array, tree: Any) -> Any:
     """The tree, in a way that XLA cannot compute before `known`, a scalar."""
     if not hand_tuned("vectors"):
         return tree
-    never = (known != known) & (known == known)
+    never = (known != known) & (known == known)  # not even if it is NaN
     return jax.tree.map(lambda x: jnp.where(never, 0, x), tree)
 
 

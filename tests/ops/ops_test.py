@@ -200,7 +200,8 @@ def chosen() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("backend", "forms"), [("tpu", []), ("gpu", ["max_pool", "products", "filter_gradient"])]
+    ("backend", "forms"),
+    [("tpu", []), ("gpu", ["max_pool", "products", "filter_gradient", "vectors"])],
 )
 def test_other_backends_have_other_forms(monkeypatch, backend, forms):
     assert chosen() == CPU_FORMS
