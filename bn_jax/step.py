@@ -143,10 +143,9 @@ def update(
 
     rate = optim.decayed_rate(hyper, state.step, batch_size)
     # On GPUs every weight is read before one is overwritten: XLA would copy it for a later reader.
-    rate = vectors.after(jnp.sum(squares) + means["loss"], rate)
-    updated = optim.momentum_step(
-        grads, velocity, params, learning_rate=rate, momentum=hyper.momentum
-    )
+    known = jnp.sum(squares) + means["loss"]
+    rate, momentum = vectors.after(known, rate, hyper.momentum)
+    updated = optim.momentum_step(grads, velocity, params, learning_rate=rate, momentum=momentum)
     params, opt_state = jax.tree.map(
         lambda new, old: new.reshape(old.shape), updated, (state.params, state.opt_state)
     )

@@ -51,12 +51,15 @@ def raveled(tree: Any) -> Any:
     return jax.tree.map(jnp.ravel, tree) if hand_tuned("vectors") else tree
 
 
-def after(known: jax.Array, tree: Any) -> Any:
-    """The tree, in a way that XLA cannot compute before `known`, a scalar."""
+def after(known: jax.Array, *numbers: jax.typing.ArrayLike) -> tuple[jax.typing.ArrayLike, ...]:
+    """The scalars `numbers`, in a way that XLA cannot compute before the scalar `known`.
+
+    They come out of one array: updates that read it, and have one shape, are one kernel.
+    """
     if not hand_tuned("vectors"):
-        return tree
+        return numbers
     never = (known != known) & (known == known)  # not even if it is NaN
-    return jax.tree.map(lambda x: jnp.where(never, 0, x), tree)
+    return tuple(lax.optimization_barrier(jnp.where(never, 0, jnp.stack(numbers))))
 
 
 def gathered(tree: Any) -> Any:
