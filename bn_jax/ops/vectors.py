@@ -1,8 +1,10 @@
-"""What the step does with all parameters, for GPUs: few kernels, and no copies of the parameters.
+"""What the step does with all parameters, in few kernels on GPUs, without copies of parameters.
 
-XLA for GPUs launches a kernel for each array. Of 210 gradients and 70 kernels it takes two for each
-sum of squares, and one for each copy of a parameter that it is not sure to have read before it is
-overwritten. With these forms the step of BN-x30 has 0 kernels fewer.
+XLA for GPUs launches a kernel or two for every sum of squares and every update of an array, and
+copies a parameter that it is not sure to have read before it is overwritten. In a step of six
+layers `squares`, `raveled` and `after` save 38 of 166 kernels; in one of eight `gathered` saves 14
+of 175; in one of twelve `after` saves 21 of 233 by making one array of its numbers
+(docs/performance.md).
 """
 
 from collections.abc import Sequence
@@ -63,9 +65,9 @@ def after(known: jax.Array, *numbers: jax.typing.ArrayLike) -> tuple[jax.typing.
 
 
 def gathered(tree: Any) -> Any:
-    """The tree with all its scalars out of one array, so that they are read by one kernel."""
+    """The tree with its float32 scalars out of one array, so that one kernel reads them."""
     leaves, structure = jax.tree.flatten(tree)
-    places = [k for k, x in enumerate(leaves) if jnp.ndim(x) == 0]
+    places = [k for k, x in enumerate(leaves) if jnp.ndim(x) == 0 and x.dtype == jnp.float32]
     if not places or not hand_tuned("vectors"):
         return tree
     scalars = lax.optimization_barrier(jnp.stack([leaves[k] for k in places]))

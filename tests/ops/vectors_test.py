@@ -54,6 +54,7 @@ def test_numbers_that_come_after_another_have_the_same_bits(known):
 
 def test_gathered_scalars_stay_in_their_places():
     tree = {"a": jnp.float32(3), "b": {"mean": jnp.arange(2.0), "count": jnp.float32(7)}}
+    tree["c"] = jnp.int32(2**30 + 1)  # which float32 does not hold
     with ops.tracing_for("gpu"):
         found = jax.jit(vectors.gathered)(tree)
         assert vectors.gathered({"mean": tree["b"]["mean"]}).keys() == {"mean"}
