@@ -679,7 +679,7 @@ def _sums_together(a, b, layout: _Layout):
         stages = [layout.axes[1:], layout.axes[:1]]
 
     zero = jnp.zeros((), a.dtype)
-    sums = a, b
+    sums: tuple[jax.Array, ...] = (a, b)
     for axes in stages:
         sums = lax.reduce(sums, (zero, zero), _add_pairs, axes)
         sums = tuple(jnp.expand_dims(value, axes) for value in sums)

@@ -53,7 +53,7 @@ def raveled(tree: Any) -> Any:
     return jax.tree.map(jnp.ravel, tree) if hand_tuned("vectors") else tree
 
 
-def after(known: jax.Array, *numbers: jax.typing.ArrayLike) -> tuple[jax.typing.ArrayLike, ...]:
+def after(known: jax.Array, *numbers: Any) -> tuple[Any, ...]:
     """The scalars `numbers`, in a way that XLA cannot compute before the scalar `known`.
 
     They come out of one array: updates that read it, and have one shape, are one kernel.
