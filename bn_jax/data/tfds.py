@@ -22,6 +22,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+from absl import logging
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from bn_jax.data import cache, decode, order, sources
@@ -41,6 +42,10 @@ def source(name: str, directory: str) -> sources.Source:
     if found is None:
         raise ConfigError(absent(name, directory))
     meta = metadata(found)
+    if name.partition("/")[0] not in (meta.name, *(folder.name for folder in found.parents)):
+        logging.warning(
+            "data.name is %s, but %s holds the set %s: it is used", name, found, meta.name
+        )
     test = next((s for s in TEST_SPLITS if s in meta.splits), None)
     if "train" not in meta.splits or test is None:
         raise ConfigError(
@@ -177,8 +182,9 @@ def metadata(directory: pathlib.Path) -> Metadata:
             "TFDS 4.9"
         )
     try:
-        features = _features(json.loads((directory / "features.json").read_text()))
-        info = json.loads((directory / "dataset_info.json").read_text())
+        # An editor may have written a byte order mark.
+        features = _features(json.loads((directory / "features.json").read_bytes()))
+        info = json.loads((directory / "dataset_info.json").read_bytes())
         image, label = _image_and_label(directory, features, info)
         file_format = info.get("fileFormat", "tfrecord")
         splits = {}

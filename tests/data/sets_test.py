@@ -402,3 +402,27 @@ def test_labels_that_are_not_digits_are_refused(tmp_path):
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(header + bytes(9) + b"\x0a")
     with pytest.raises(DataError, match="t10k-labels-idx1-ubyte: label 10 is not a digit"):
         pipeline.open_source("mnist", str(tmp_path), 28)
+
+
+def test_another_set_than_the_config_names_is_said(tmp_path, caplog):
+    """The folder of a set in the place of a data_dir. (It was used without a word.)"""
+    splits = {"train": [(JPEG, 0)] * 4, "test": [(JPEG, 1)]}
+    written = small_sets.write_tfds(tmp_path, splits, file_format="tfrecord")
+    for name, place in (("little", tmp_path), ("little", written), ("little", written.parent)):
+        tfds.source(name, str(place))
+    (tmp_path / "little").rename(tmp_path / "mine")
+    tfds.source("mine", str(tmp_path))  # whoever renames a folder knows
+    assert not caplog.records
+    tfds.source("imagenet2012", str(tmp_path / "mine"))
+    assert "data.name is imagenet2012, but" in caplog.text
+    assert "holds the set little: it is used" in caplog.text
+
+
+def test_metadata_that_an_editor_has_marked_are_read(tmp_path):
+    """(The set was "not a TFDS image classification set".)"""
+    splits = {"train": [(JPEG, 0)] * 4, "test": [(JPEG, 1)]}
+    written = small_sets.write_tfds(tmp_path, splits, file_format="tfrecord")
+    for name in ("features.json", "dataset_info.json"):
+        text = (written / name).read_bytes().replace(b"\n", b"\r\n")
+        (written / name).write_bytes(b"\xef\xbb\xbf" + text)
+    assert len(tfds.source("little", str(tmp_path)).train) == 4
