@@ -8,6 +8,7 @@ function of (seed, k), so only the step has to be saved.
 
 import copy
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -250,8 +251,10 @@ class Data:
         split: sources.Split,
     ) -> "Batches":
         """Batches of a split, prepared by threads."""
-        size = (rows.stop - rows.start) * int(np.prod(self.image_shape))
-        return Batches(steps, batch, size=size, one_thread=split.in_memory)
+        count = rows.stop - rows.start
+        size = count * int(np.prod(self.image_shape))
+        tasks = 1 if split.in_memory else sources.tasks(count)
+        return Batches(steps, batch, size=size, one_thread=split.in_memory, tasks=tasks)
 
 
 def hold_out(source: sources.Source, amount: float) -> sources.Source:
@@ -285,6 +288,7 @@ class Batches(Iterator[Batch]):
       batch: makes the batch of one step; called from several threads.
       size: bytes of a batch, which bounds how many are kept ahead.
       one_thread: more threads would not help, because making a batch takes almost no time.
+      tasks: how many threads `batch` itself keeps busy.
 
     Attributes:
       waited: seconds that next() has blocked.
@@ -292,16 +296,24 @@ class Batches(Iterator[Batch]):
     """
 
     def __init__(
-        self, steps: Sequence[int], batch: Callable[[int], Batch], *, size: int, one_thread: bool
+        self,
+        steps: Sequence[int],
+        batch: Callable[[int], Batch],
+        *,
+        size: int,
+        one_thread: bool,
+        tasks: int = 1,
     ):
         import grain  # takes a second to import
 
         ahead = max(2, min(64, PREFETCH_BYTES // size))
-        threads = 1 if one_thread else min(usable_cpus(), ahead)
-        # Each of our threads makes a batch of its own: OpenCV's threads would only compete.
+        # As many batches at a time as keep all CPUs busy, and one more: its rows are begun while
+        # the last rows of another are made.
+        at_once = 1 if one_thread else min(ahead, math.ceil(usable_cpus() / tasks) + 1)
+        # Our threads share the work out among themselves: OpenCV's would only compete.
         cv2.setNumThreads(0)
         dataset = grain.MapDataset.source(steps).map(batch)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        options = grain.ReadOptions(num_threads=at_once, prefetch_buffer_size=ahead)
         self._batches = iter(dataset.to_iter_dataset(options))
         self._count = len(steps)
         self._began = 0.0
