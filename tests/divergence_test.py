@@ -47,7 +47,7 @@ def compiled_quickly(monkeypatch, unoptimized):
     """One device, in a third of the time; no evaluation, before which all runs here have ended."""
     real = build.mesh.make
     monkeypatch.setattr(Evaluator, "compile", lambda self: None)
-    monkeypatch.setattr(build.mesh, "make", lambda: real(jax.devices()[:1]))
+    monkeypatch.setattr(build.mesh, "make", lambda *_: real(jax.devices()[:1]))
 
 
 def poison(monkeypatch, at: int) -> None:

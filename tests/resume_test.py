@@ -113,7 +113,7 @@ def test_a_streamed_inception_with_dropout_and_distortion_goes_on_with_the_same_
     tmp_path, monkeypatch, unoptimized
 ):
     real = build.mesh.make
-    monkeypatch.setattr(build.mesh, "make", lambda: real(jax.devices()[:1]))
+    monkeypatch.setattr(build.mesh, "make", lambda *_: real(jax.devices()[:1]))
     config = bn_x30.get_config("digits")
     config.update_from_flattened_dict(
         {

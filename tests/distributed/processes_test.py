@@ -164,7 +164,7 @@ def eight(tmp_path_factory):
 def test_a_run_saved_on_8_devices_goes_on_with_fewer(eight, tmp_path, monkeypatch, devices):
     (whole, expected, cut), workdir, make = eight, tmp_path / "run", mesh.make
     shutil.copytree(cut, workdir)
-    monkeypatch.setattr(mesh, "make", lambda: make(jax.devices()[:devices]))
+    monkeypatch.setattr(mesh, "make", lambda *_: make(jax.devices()[:devices]))
     scores = train.run(small(), workdir)
     run = json.loads((workdir / "run.json").read_text())
     assert run["attempts"][1]["resume_step"] == 10 and run["info"]["mesh"]["devices"] == devices

@@ -141,7 +141,7 @@ def test_a_run_that_goes_on_with_other_devices_ends_with_the_same_bits(tmp_path,
     make = mesh.make
 
     def run(name, devices, stop=None):
-        monkeypatch.setattr(mesh, "make", lambda: make(jax.devices()[:devices]))
+        monkeypatch.setattr(mesh, "make", lambda *_: make(jax.devices()[:devices]))
         monkeypatch.setattr(preempt.Signals, "stop_at", lambda self, step: step == stop)
         train_.run(small(), tmp_path / name)
 

@@ -62,7 +62,7 @@ def follow(monkeypatch, look) -> None:
 def quick(monkeypatch) -> ConfigDict:
     """A run of 40 steps in dispatches of 5 on one device that evaluates nothing: compiles fast."""
     make = build.mesh.make
-    monkeypatch.setattr(build.mesh, "make", lambda: make(jax.devices()[:1]))
+    monkeypatch.setattr(build.mesh, "make", lambda *_: make(jax.devices()[:1]))
     monkeypatch.setattr(Evaluator, "compile", lambda self: None)
     monkeypatch.setattr(train.Loop, "evaluate", lambda self, step, state: None)
     monkeypatch.setattr(evaluator, "sentence", lambda *_: "not evaluated")
