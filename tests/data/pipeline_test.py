@@ -320,3 +320,32 @@ def test_importing_changes_nothing_in_the_host_program():
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("bad", [(), (3, 11)])
+def test_rows_that_threads_share_are_those_of_one(bad, monkeypatch):
+    """In training, with bad records, and in evaluation; for numbers that do not divide."""
+    found = {}
+    for tasks in (1, 3, 8):
+        monkeypatch.setattr(sources, "tasks", lambda rows, tasks=tasks: min(tasks, rows))
+        data = pictures(70, bad)
+        batches = [data.train_batch(k, 17, slice(0, 17), 0) for k in range(4)]
+        batches += list(data.evaluation(10, slice(0, 10)))
+        found[tasks] = [digest(batch) for batch in batches]
+        assert sum(int(batch["mask"].sum()) for batch in batches[:4]) == 68 - len(bad)
+    assert found[1] == found[3] == found[8]
+
+
+def test_the_first_bad_record_of_an_evaluation_is_named(monkeypatch):
+    monkeypatch.setattr(sources, "tasks", lambda rows: 5)
+    held = Pictures(30, broken=(7, 21))
+    with pytest.raises(DataError, match="picture 7: "):
+        held.rows(np.arange(30), distort.Augmentation(image_size=16))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "rows", "busy"), [(1, 32, 1), (2, 32, 2), (13, 32, 8), (208, 1024, 208), (208, 2, 1)]
+)
+def test_a_batch_is_shared_out_over_the_cpus(cpus, rows, busy, monkeypatch):
+    monkeypatch.setattr(sources, "usable_cpus", lambda: cpus)
+    assert sources.tasks(rows) == busy
