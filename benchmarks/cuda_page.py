@@ -97,12 +97,12 @@ several for it.""",
 def table(records: dict[str, dict[str, Any]]) -> str:
     """A row for every program."""
     lines = [
-        "| program | kernels | copies | sorts | temporary, GB | MB an image | touched |",
-        "|---|---|---|---|---|---|---|",
+        "| program | kernels | copies | sorts | temporary, GB | MB an image | touched | commit |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in PROGRAMS:
         if name not in records:
-            lines.append(f"| {name} | not run | | | | | |")
+            lines.append(f"| {name} | not run | | | | | | |")
             continue
         found = records[name]
         kinds = found["kinds"].items()
@@ -112,7 +112,8 @@ def table(records: dict[str, dict[str, Any]]) -> str:
         shown = f"{touched / 1e6:.1f}" if touched else "not counted"
         lines.append(
             f"| {name} | {found['kernels']:,} | {found['copies']:,} | {sorts} "
-            f"| {found['temporary_bytes'] / 1e9:.2f} | {moved:.1f} | {shown} |"
+            f"| {found['temporary_bytes'] / 1e9:.2f} | {moved:.1f} | {shown} "
+            f"| {found['commit'][:7]} |"
         )
     return "\n".join(lines)
 
