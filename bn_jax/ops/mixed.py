@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from bn_jax.ops.forms import hand_tuned
 
@@ -80,8 +81,23 @@ def _backward(strides, padding, groups, precision, residuals, dy):
 
     # cuDNN adds up in float32 and rounds the sum once to x's dtype. XLA would otherwise write x
     # and dy to memory in float32 first.
-    dkernel = _filter_gradient(x, dy, kernel, *constants, x.dtype)
-    return dx, dkernel.astype(kernel.dtype)
+    def rounded(x, dy):
+        return _filter_gradient(x, dy, kernel, *constants, x.dtype).astype(kernel.dtype)
+
+    mesh = jax.typeof(x).sharding.mesh
+    devices = jax.device_count() if mesh.empty else mesh.size
+    if devices == 1 or mesh.are_all_axes_manual:
+        return dx, rounded(x, dy)
+    if mesh.empty or len(x) % devices:
+        return dx, _filter_gradient(x, dy, kernel, *constants, kernel.dtype)
+
+    # The sum over devices is in float32: XLA by itself would take it of what is rounded.
+    def of_all_devices(x, dy):
+        return lax.psum(rounded(x, dy), mesh.axis_names)
+
+    batch = PartitionSpec(mesh.axis_names)
+    total = jax.shard_map(of_all_devices, mesh=mesh, in_specs=batch, out_specs=PartitionSpec())
+    return dx, total(x, dy)
 
 
 def _filter_gradient(x, dy, kernel, strides, padding, groups, precision, dtype):

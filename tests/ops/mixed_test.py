@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks import scale
 from bn_jax import ops
@@ -119,7 +120,8 @@ class Network(nn.Module):
         return mixed.Dense(3, dtype=jnp.bfloat16)(jnp.mean(x, (1, 2)))
 
 
-def test_devices_add_gradients_up_in_float32():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_devices_add_gradients_up_in_float32(backend):
     """Read from the program as it is cut for 8 devices, before XLA for CPUs widens bfloat16."""
     devices = mesh.make()
     assert devices.size == 8
@@ -139,8 +141,36 @@ def test_devices_add_gradients_up_in_float32():
         in_shardings=(mesh.replicated(devices), mesh.along_batch(devices)),
         out_shardings=mesh.replicated(devices),
     )
-    _, cut = scale.compiled(step.lower(variables["params"], x), {})
+    with ops.tracing_for(backend):
+        lowered = step.lower(variables["params"], x)
+    _, cut = scale.compiled(lowered, {})
     assert {kind for kind, _ in cut} == {"all-reduce"}
     assert {dtype for c in cut for dtype in c.bytes} == {"f32"}
     sums = sum(sum(c.bytes.values()) for c in cut)
     assert sums >= 4 * sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(("n", "rows"), [(8, 16), (3, 12), (8, 12)])
+def test_a_kernel_s_gradient_on_some_devices_is_that_of_one(n, rows, kind):
+    """By the form of GPUs; 12 rows do not divide by 8 devices, and are then added up in float32."""
+    devices = jax.make_mesh((n,), ("data",), axis_types=(kind,), devices=jax.devices()[:n])
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(rows, 9, 9, 4)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 4, 5)), jnp.float32)
+    weights = np.float32(rng.normal(size=(rows, 5, 5, 5)))
+
+    def loss(kernel, x):
+        y = mixed.conv(x, kernel, (2, 2), "SAME", 1, None)
+        return jnp.sum(y.astype(jnp.float32) * weights)  # dy is the same whatever y is
+
+    spread = PartitionSpec("data") if rows % n == 0 else PartitionSpec()
+    with ops.tracing_for("gpu"):
+        one = jax.jit(jax.grad(loss))(kernel, x)
+        many = jax.jit(jax.grad(loss))(
+            jax.device_put(kernel, NamedSharding(devices, PartitionSpec())),
+            jax.device_put(x, NamedSharding(devices, spread)),
+        )
+    assert one.dtype == many.dtype == jnp.float32
+    # Each device's sum is rounded once to 8 bits.
+    np.testing.assert_allclose(many, one, atol=2**-8 * float(jnp.max(jnp.abs(one))))
