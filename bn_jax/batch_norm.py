@@ -371,6 +371,10 @@ def _moments(x, mask, m, layout: _Layout):
     return mean, first - (mean - near), var
 
 
+# jaxlib 0.10 with SAFE_SUMS adds up one number after the other: in two stages less is lost.
+_SUMS_IN_TURN = jax.__version_info__ < (0, 11)
+
+
 def _masked_sum(values, mask, axes):
     """Sum of the valid values; where whole examples are masked, of the sums of these examples.
 
@@ -378,6 +382,9 @@ def _masked_sum(values, mask, axes):
     """
     examples, *others = axes
     if mask is None or any(mask.shape[a] > 1 for a in range(mask.ndim) if a > examples):
+        if others and _SUMS_IN_TURN:
+            values = lax.optimization_barrier(jnp.sum(values, others, keepdims=True, where=mask))
+            return jnp.sum(values, examples, keepdims=True)
         return jnp.sum(values, axes, keepdims=True, where=mask)
     if others:
         values = jnp.sum(values, others, keepdims=True)
