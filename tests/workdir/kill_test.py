@@ -47,7 +47,7 @@ name, settings, workdir = sys.argv[1:]
 digits = memory.digits()
 memory.digits = lambda: digits  # read once
 make = build.mesh.make
-build.mesh.make = lambda: make(jax.devices()[:1])
+build.mesh.make = lambda *_: make(jax.devices()[:1])
 programs._source()  # remembered: the package's files are read once, too
 for line in sys.stdin:
     pid = os.fork()
@@ -103,7 +103,8 @@ class Trainer:
         self.server.stdin.write(f"{total}\n")
         self.server.stdin.flush()
         line = next(line for line in self.server.stdout if line.strip().isdecimal())
-        return int(line)
+        self.child = int(line)
+        return self.child
 
     def wait(self) -> int:
         """The status of the child: 9 if it was killed, 0 if it has ended."""
@@ -122,7 +123,8 @@ class Trainer:
     def until(self, what: Callable[[], bool], poll: float) -> None:
         deadline = time.monotonic() + 600
         while not what():
-            assert time.monotonic() < deadline, self.log.read_text()
+            alive = pathlib.Path(f"/proc/{self.child}").exists()  # one that ended is waited for
+            assert alive and time.monotonic() < deadline, self.log.read_text()
             time.sleep(poll)
 
 
