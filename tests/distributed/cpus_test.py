@@ -31,7 +31,8 @@ def test_a_process_counts_the_cpus_that_it_may_use(one_cpu, monkeypatch):
     assert provenance.cpu_threads() == 1
 
 
-def test_the_reader_has_a_thread_for_each_usable_cpu(one_cpu, monkeypatch):
+def test_the_reader_has_a_thread_for_each_usable_cpu_and_one_more(one_cpu, monkeypatch):
+    """One more, so that the next batch is begun while the last rows of another are made."""
     import grain
 
     asked = []
@@ -42,7 +43,7 @@ def test_the_reader_has_a_thread_for_each_usable_cpu(one_cpu, monkeypatch):
     )
     batches = pipeline.Batches(range(3), lambda step: {"x": step}, size=1, one_thread=False)
     assert [batch["x"] for batch in batches] == [0, 1, 2]
-    assert [options["num_threads"] for options in asked] == [1]
+    assert [options["num_threads"] for options in asked] == [2]
 
 
 def test_nothing_else_counts_cpus():
