@@ -141,7 +141,7 @@ def check_path(path: pathlib.Path) -> None:
     if path.suffix not in (".npz", ".csv"):
         raise ConfigError(f"predictions {path}: the name must end with .npz or .csv")
     if not path.parent.is_dir():
-        raise ConfigError(f"predictions {path}: there is no folder {path.parent}")
+        raise ConfigError(f"predictions {path}: the folder {path.parent} does not exist")
 
 
 def save(path: pathlib.Path, found: Predictions) -> None:

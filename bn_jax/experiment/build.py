@@ -108,7 +108,7 @@ def from_workdir(workdir: pathlib.Path, data_dir: str | None = None) -> Experime
     What is evaluated is the set's own evaluation split; held-out training examples where the run
     has not scored that split either (`data.holdout` without `eval_test`).
 
-    Raises ConfigError if there is no run or no data set, or if that is another one in `data_dir`.
+    Raises ConfigError if the run or its data set is missing, or if `data_dir` has another set.
     """
     config, recorded = _read_run(workdir, data_dir)
     exp = build(config, training=False)

@@ -52,20 +52,30 @@ def moved(run: Shown, path: str) -> np.ndarray:
     return np.median(distance / np.maximum(width, np.finfo(np.float32).tiny), axis=1)
 
 
+def _row(run: Shown, path: str) -> str:
+    """One activation's line of the table."""
+    first = min(run.steps)
+    last = max(run.steps)
+    found = run.steps[last][path]
+
+    spreads = spread(run, path)
+    of_median = drift(series(run, path))[1]
+    dead = 100 * float(found.dead)
+    saturated = 100 * float(found.saturated)
+
+    return (
+        f"| {run.name} | {path} | {first:,} to {last:,} "
+        f"| {spreads[0]:.3g} to {spreads[-1]:.3g} "
+        f"| {np.median(of_median):.2f} "
+        f"| {dead:.1f}% | {saturated:.1f}% |"
+    )
+
+
 def table(runs: Sequence[Shown]) -> str:
     """The activations of all runs as Markdown, from the first to the last measured step."""
     rows = ["| run | activation | steps | spread | drift | dead | saturated |", "|" + "---|" * 7]
     for run in runs:
-        for path in run.paths():
-            first, last = min(run.steps), max(run.steps)
-            found = run.steps[last][path]
-            spreads = spread(run, path)
-            rows.append(
-                f"| {run.name} | {path} | {first:,} to {last:,} "
-                f"| {spreads[0]:.3g} to {spreads[-1]:.3g} "
-                f"| {np.median(drift(series(run, path))[1]):.2f} "
-                f"| {100 * float(found.dead):.1f}% | {100 * float(found.saturated):.1f}% |"
-            )
+        rows += [_row(run, path) for path in run.paths()]
     return "\n".join(rows) + (
         "\nSpread: standard deviation of the median unit. Drift: range of the 50th percentile over "
         "the steps / mean distance from the 15th to the 85th, of the median unit. Dead: units that "

@@ -312,7 +312,9 @@ def members(file: Any, tar: str) -> Iterator[tuple[str, int, int]]:
 def _in_folders(root: pathlib.Path, skipped: Counter[str]) -> Found:
     validation = next((root / n for n in ("val", "validation") if (root / n).is_dir()), None)
     if validation is None:
-        raise ConfigError(f"{root} has no folder val: the validation pictures are needed, too")
+        raise ConfigError(
+            f"{root} lacks the folder val with the validation pictures, which are needed, too"
+        )
     found: Found = {}
     for split, folder in (("train", root / "train"), ("validation", validation)):
         print(f"listing {folder}", flush=True)
@@ -495,7 +497,7 @@ def _columns(path: pathlib.Path, schema: Any) -> tuple[str, str | None, str]:
         )
     inside = pyarrow.types.is_struct(schema.field(images[0]).type)
     if not names and not inside:
-        raise DataError(f"{path} has no file names: a column file_name is needed")
+        raise DataError(f"{path} lacks file names: add a column file_name")
     return images[0], names[0] if names else None, labels[0]
 
 

@@ -77,7 +77,7 @@ def load(
       data_dir: where that data set lies now.
       say: called with a line about what was found.
 
-    Raises ConfigError and CheckpointError where there is no run, data set or checkpoint.
+    Raises ConfigError if the run or its data set is missing, CheckpointError if a checkpoint is.
     """
     exp = build.without_data(workdir, data_dir)
     run = read_record(workdir)

@@ -64,7 +64,7 @@ def read_record(workdir: pathlib.Path) -> RunRecord | None:
 
 
 def require_record(workdir: pathlib.Path) -> RunRecord:
-    """As `read_record`. Raises ConfigError also where there is no run."""
+    """As `read_record`, but also raises ConfigError if `workdir` does not hold a run."""
     run = read_record(workdir)
     if run is None:
         raise ConfigError(

@@ -273,7 +273,7 @@ def test_names_that_only_look_the_same_are_told_apart(root):
 @pytest.mark.parametrize("place", ["Train", "pictures/train"])
 def test_a_split_nearby_is_named(root, place, tmp_path):
     """Train with a capital, or an archive that unpacks into a folder of its own. (The message said
-    only that there is no folder train.)"""
+    only that the folder train was missing.)"""
     found = root / place
     if place == "Train":
         (root / "train").rename(found)

@@ -124,7 +124,7 @@ def library(*arguments: str, flags: str = "") -> str:
 
 
 def test_a_library_user_is_told_once_of_wrong_sums():
-    """Before, only the commands knew: a program of one's own had wrong sums without a word."""
+    """Before, only the commands knew: a user's own program had wrong sums and was not told."""
     said = library("0.10.2")
     assert said.startswith("0 1 <string> bn_jax: jaxlib 0.10.2 ")
     assert "jax issue 39103" in said and f"XLA_FLAGS={SAFE_SUMS}" in said

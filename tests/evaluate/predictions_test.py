@@ -134,7 +134,7 @@ def test_damaged_files_are_one_line(tmp_path):
 def test_names_are_checked_before_anything_is_evaluated(tmp_path):
     with pytest.raises(ConfigError, match="must end with"):
         predictions.check_path(tmp_path / "p.txt")
-    with pytest.raises(ConfigError, match="there is no folder"):
+    with pytest.raises(ConfigError, match="does not exist"):
         predictions.check_path(tmp_path / "absent" / "p.npz")
     with pytest.raises(ConfigError, match="not a file of predictions"):
         predictions.load(tmp_path / "p.npz")

@@ -226,7 +226,7 @@ def test_folders_that_are_not_imagenets(tmp_path):
     refused(DataError, "cats is not the folder of a class")
     (flat / "train" / "cats").rmdir()
     (flat / "val").rename(flat / "elsewhere")
-    refused(ConfigError, "has no folder val")
+    refused(ConfigError, "lacks the folder val")
 
 
 def test_tables_that_contradict_the_names_are_refused(tmp_path):
