@@ -9,6 +9,7 @@ import contextvars
 import functools
 import math
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -130,7 +131,9 @@ class Loop:
         self.dispatch = 1  # known once `start` has found the first step
         self.begun = -1
         self.dispatches = watchdog.Dispatches()
+        self.stopping = False  # whether a signal stops the run after the present dispatch
         self.saved_at = 0.0  # seconds of training before the last save
+        self.saved_clock = -math.inf  # time.monotonic() at the last save
         self.scores: dict[str, Any] = {}
         self.prepared: Prepared  # made by `prepare`
 
@@ -240,15 +243,15 @@ class Loop:
             self.checkpoints.check()
             self.evaluator.check()
 
-            stopping = signals.stop_at(step)
-            due = self.due(step, stopping)
+            self.stopping = signals.stop_at(step)
+            due = self.due(step, self.stopping)
             if due:
                 with records.timed("step"):
                     self.report(pending)  # the lines of this step come before those of its events
                 pending = None
             for event in due:
                 event(step, state)
-            if stopping and step < total:
+            if self.stopping and step < total:
                 self.stop(step, signals.reason)
             if due:
                 # Process 0 alone writes. The others wait for it here and not in their next step.
@@ -335,6 +338,9 @@ class Loop:
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves a checkpoint; where that takes long, the next steps run meanwhile."""
+        if self.too_soon(step):
+            return
+        self.saved_clock = time.monotonic()
         with self.records.timed("save"):
             self.records.sync()
             metric = self.scores["top1"] if self.scores.get("step") == step else None
@@ -346,6 +352,17 @@ class Loop:
             self.saved_at = self.records.at()[1]
             self.checkpoints.settle(self.exp.config.checkpoint_wait * (self.saved_at - before))
             self.checkpoints.check()
+
+    def too_soon(self, step: int) -> bool:
+        """Whether `write_seconds` have not passed since the last save, and `step` can do without.
+
+        Each process goes by its own clock: only process 0 writes, and none waits for another here.
+        """
+        config = self.exp.config
+        kept = config.keep_every and step % config.keep_every == 0
+        if self.stopping or kept or step == config.total_steps:
+            return False
+        return time.monotonic() - self.saved_clock < config.write_seconds
 
     def stop(self, step: int, reason: str) -> None:
         """Ends a run that was asked to stop, once its save is on disk: raises Preempted."""

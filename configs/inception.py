@@ -76,6 +76,7 @@ def get_config(scale: str = "imagenet") -> ConfigDict:
     config.statistics_batches = 256  # of bn.group_size examples, for population statistics (Alg. 2)
     config.checkpoint_every = 10_000  # steps
     config.checkpoint_wait = 0.04  # share of the steps' time for which a save may hold them up
+    config.write_seconds = 0.0  # at least, between two writes to the workdir; 0: no limit
     config.keep_last = 3  # checkpoints
     config.keep_best = 1  # checkpoints, by top-1
     config.keep_every = 0  # keeps those of every so many steps, too (bn_jax.activations); 0: none
@@ -103,9 +104,12 @@ def _pod(config: ConfigDict) -> None:
     Differs from the paper: one synchronous step of 32 x devices examples stands for as many
     asynchronous steps of 32. `train.run` counts the devices when it starts (a config is read before
     hosts have found each other) and keeps the number of examples: every count of steps is divided.
+    Steps between two checkpoints may then take less than a second, and a workdir in a bucket takes
+    one write a second of each file, so there is a limit in seconds, too.
     """
     config.batch_per_device = 32
     config.dtype = "bfloat16"
+    config.write_seconds = 30.0
 
 
 def _digits(config: ConfigDict) -> None:

@@ -75,6 +75,7 @@ def get_config(scale: str = "mnist") -> ConfigDict:
     config.statistics_batches = 100  # of bn.group_size examples, for population statistics (Alg. 2)
     config.checkpoint_every = 10_000  # steps
     config.checkpoint_wait = 0.04  # share of the steps' time for which a save may hold them up
+    config.write_seconds = 0.0  # at least, between two writes to the workdir; 0: no limit
     config.keep_last = 2  # checkpoints
     config.keep_best = 1  # checkpoints, by top-1
     config.keep_every = 0  # keeps those of every so many steps, too (bn_jax.activations); 0: none

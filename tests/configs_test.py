@@ -137,12 +137,17 @@ def test_scales_change_data_image_width_and_length_only():
     scaled += ["eval_batch_size", "statistics_batches", "checkpoint_every", "data.name"]
     scaled += ["data.crop", "data.mirror", "data.shift", "record.activation_every"]
     scaled += ["record.activation_examples", "data.dir", "data.holdout", "eval_early"]
-    pod = ["scale", "batch_per_device", "dtype"]
+    pod = ["scale", "batch_per_device", "dtype", "write_seconds"]
     reference = flat(inception.get_config())
     for scale in inception.SCALES:
         here = flat(inception.get_config(scale))
         changed = {key for key in here if here[key] != reference[key]}
         assert changed <= set(pod if scale == "pod" else scaled), scale
+
+
+def test_a_pod_run_writes_to_its_workdir_at_most_every_30_seconds():
+    for name, scale in CASES:
+        assert load(name, scale).write_seconds == (30 if scale == "pod" else 0), (name, scale)
 
 
 def test_configs_read_no_device(monkeypatch):

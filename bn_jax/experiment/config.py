@@ -523,6 +523,7 @@ def _check_records(config: ConfigDict, rules: _Rules) -> None:
         limit = f"only steps that checkpoint_every={config.checkpoint_every} divides are saved"
         raise rules.error("keep_every", limit, "choose a multiple of it")
     rules.number("checkpoint_wait", "0.04 is usual, 1e9 to wait for every save")
+    rules.number("write_seconds", "30 for a bucket, 0 for no limit")
 
     for path in config.record.activations:
         field = "record.activations"

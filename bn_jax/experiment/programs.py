@@ -37,7 +37,7 @@ NOT_TRACED = {
     *("learning_rate_scaling", "warmup_examples", "total_steps", "steps_per_dispatch"),
     *("eval_every", "eval_early", "eval_test", "eval_batch_size", "statistics_batches"),
     *("log_every", "checkpoint_every", "checkpoint_wait", "keep_last", "keep_best", "keep_every"),
-    "deterministic",
+    *("deterministic", "write_seconds"),
 }
 SETTINGS = (
     *("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion"),

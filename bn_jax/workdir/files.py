@@ -13,6 +13,7 @@ import pathlib
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -172,6 +173,44 @@ def truncate(path: pathlib.Path, last: int | None) -> list[str]:
     if b"".join(kept) != data:
         write_atomic(path, b"".join(kept))
     return [f"{path}: dropped {damaged} damaged line(s)"] if damaged else []
+
+
+class Lines:
+    """A file of JSON objects, a line each, to which lines are appended.
+
+    Args:
+      path: made if it is absent.
+      seconds: at least, between two writes; meanwhile lines are kept in memory. 0: none is.
+    """
+
+    def __init__(self, path: pathlib.Path, seconds: float):
+        self._file = path.open("a", encoding="utf-8")
+        self._seconds = seconds
+        self._kept: list[str] = []
+        self._written = -math.inf  # time.monotonic() of the last write
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Appends a line, and writes it if that is due. Raises OSError where the disk fails."""
+        self._kept.append(json.dumps(line, allow_nan=False) + "\n")
+        if time.monotonic() - self._written >= self._seconds:
+            self._write()
+
+    def _write(self) -> None:
+        text = "".join(self._kept)
+        self._kept = []  # the file has them now, and tries again if the disk is full
+        self._file.write(text)
+        self._file.flush()
+        self._written = time.monotonic()
+
+    def sync(self) -> None:
+        """Puts all lines on the disk itself. Raises OSError where it fails."""
+        self._write()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Writes what is kept, and closes the file."""
+        self._write()
+        self._file.close()
 
 
 def plain(value: Any) -> Any:

@@ -30,6 +30,7 @@ MAY_CHANGE = frozenset(
         "eval_test",
         "checkpoint_every",
         "checkpoint_wait",
+        "write_seconds",
         "keep_last",
         "keep_best",
         "keep_every",

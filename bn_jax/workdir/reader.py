@@ -30,6 +30,7 @@ ADDED = {
     "record.wandb": False,
     "precision": "default",
     "deterministic": False,
+    "write_seconds": 0.0,
 }
 
 
@@ -221,6 +222,7 @@ FREE = (
     "log_every",
     "checkpoint_every",
     "checkpoint_wait",
+    "write_seconds",
     "keep_last",
     "keep_best",
     "keep_every",

@@ -10,12 +10,11 @@ Weights & Biases. `lines` has every field of them.
 """
 
 import json
-import os
 import pathlib
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import jax
 
@@ -40,6 +39,7 @@ class Recorder:
       config: plain JSON.
       info: more for run.json, plain JSON.
       total_steps: of the whole run.
+      write_seconds: at least, between two writes of lines; `sync` and `finish` write at once.
       tensorboard, wandb: also write events to WORKDIR/tensorboard, to Weights & Biases.
       is_main: whether this is process 0.
       started: time.monotonic() of the program's start (timing.process_started()); default: now.
@@ -57,6 +57,7 @@ class Recorder:
         config: Mapping[str, Any],
         info: Mapping[str, Any],
         total_steps: int,
+        write_seconds: float = 0.0,
         tensorboard: bool,
         wandb: bool = False,
         is_main: bool,
@@ -70,6 +71,7 @@ class Recorder:
         self._config = config
         self._info = info
         self._total = total_steps
+        self._write_seconds = write_seconds
         self._main = is_main
         self._step = 0
         self._begun = False
@@ -103,8 +105,8 @@ class Recorder:
         self._run = self._new_record(resume_step)
         self._write_run()
         with files.reported(self.workdir, "cannot write in"):
-            self._metrics = (self.workdir / reader.METRICS).open("a", encoding="utf-8")
-            self._timing = (self.workdir / TIMING).open("a", encoding="utf-8")
+            self._metrics = files.Lines(self.workdir / reader.METRICS, self._write_seconds)
+            self._timing = files.Lines(self.workdir / TIMING, self._write_seconds)
         self._mark()
 
         self._writers = trackers.writers(
@@ -216,8 +218,8 @@ class Recorder:
         if self._main:
             self._require_held()
             with files.reported(self.workdir, "cannot write in"):
-                for file in (self._metrics, self._timing):
-                    os.fsync(file.fileno())
+                for lines in (self._metrics, self._timing):
+                    lines.sync()
 
     # At the end
 
@@ -302,10 +304,9 @@ class Recorder:
         }
         self._append(self._timing, line)
 
-    def _append(self, file: TextIO, line: Mapping[str, Any]) -> None:
+    def _append(self, lines: files.Lines, line: Mapping[str, Any]) -> None:
         with files.reported(self.workdir, "cannot write in"):
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
+            lines.append(line)
 
     def _write_run(self) -> None:
         text = json.dumps(self._run, indent=1, allow_nan=False) + "\n"
@@ -322,6 +323,7 @@ def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any], **info: Any) 
         config=config,
         info=info,
         total_steps=config["total_steps"],
+        write_seconds=config["write_seconds"],
         tensorboard=config["record"]["tensorboard"],
         wandb=config["record"]["wandb"],
         is_main=jax.process_index() == 0,

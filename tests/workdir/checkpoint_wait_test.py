@@ -13,11 +13,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from bn_jax import train
-from bn_jax.errors import DiskError
+from bn_jax.distributed import preempt
+from bn_jax.errors import DiskError, Preempted
 from bn_jax.experiment import build, evaluator
 from bn_jax.experiment.evaluator import Evaluator
 from bn_jax.workdir import checkpoint, timing
-from bn_jax.workdir.checkpoint import Checkpoints
+from bn_jax.workdir.checkpoint import Checkpoints, Steps
 from tests.train_test import small
 
 
@@ -76,6 +77,28 @@ def test_with_a_large_share_a_save_is_on_disk_before_the_next_step(tmp_path, mon
     quick.checkpoint_wait = 1e9
     train.run(quick, tmp_path)
     assert newest == [(5, [])] + [(step, [step // 10 * 10]) for step in range(10, 41, 5)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "every", "saved"),
+    [(0.0, 0, [10, 20, 30, 40]), (1e6, 0, [10, 40]), (1e6, 30, [10, 30, 40])],
+)
+def test_between_two_saves_there_are_the_seconds_that_the_config_asks_for(
+    tmp_path, quick, seconds, every, saved
+):
+    quick.keep_last = 9
+    quick.keep_every = every
+    quick.write_seconds = seconds
+    train.run(quick, tmp_path)
+    assert Steps(tmp_path / "checkpoints", read_only=True).numbers() == saved
+
+
+def test_a_run_that_is_stopped_is_saved_at_once(tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(preempt.Signals, "stop_at", lambda self, step: step == 15)
+    quick.write_seconds = 1e6
+    with pytest.raises(Preempted):
+        train.run(quick, tmp_path)
+    assert Steps(tmp_path / "checkpoints", read_only=True).numbers() == [10, 15]
 
 
 def test_training_continues_while_a_slow_disk_writes(tmp_path, monkeypatch, quick, disk):

@@ -1,5 +1,6 @@
 """Run records: bit-equal metrics after a resume, what made the result, how a run ended."""
 
+import itertools
 import json
 import pathlib
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from bn_jax.errors import DivergedError, Preempted
-from bn_jax.workdir import provenance
+from bn_jax.workdir import files, provenance
 from tests.support.small_runs import open_run, read_json, train
 
 
@@ -42,6 +43,32 @@ def test_from_scratch_the_lines_of_step_0_are_not_there_twice(tmp_path: pathlib.
     with open_run(tmp_path) as recorder:
         recorder.begin(1)
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1  # a resume keeps it
+
+
+def test_lines_wait_for_the_seconds_between_two_writes(tmp_path, monkeypatch):
+    """As in a bucket, which takes one write a second of each file."""
+    now = 1000.0
+    monkeypatch.setattr(files.time, "monotonic", lambda: now)
+    recorder = open_run(tmp_path, write_seconds=30.0)
+    recorder.begin(0)
+
+    def steps(name: str) -> list[int]:
+        text = (tmp_path / name).read_text()
+        return [json.loads(line)["step"] for line in text.splitlines()]
+
+    written = []
+    for step in range(2, 70, 2):  # a line every two seconds
+        now = 1000.0 + step
+        recorder.write("train", step, loss=0.5)
+        written.append((len(steps("metrics.jsonl")), len(steps("timing.jsonl"))))
+    changes = [now != before for before, now in itertools.pairwise(written)]
+    assert sum(changes) == 4  # of metrics.jsonl after 32 and 62 s, of timing.jsonl after 30 and 60
+    recorder.sync()  # as before a checkpoint
+    assert steps("metrics.jsonl") == list(range(2, 70, 2))
+    recorder.write("train", 70, loss=0.5)
+    assert steps("metrics.jsonl")[-1] == 68
+    recorder.finish("preempted")
+    assert steps("metrics.jsonl")[-1] == steps("timing.jsonl")[-1] == 70
 
 
 def test_lines_begin_with_step_and_kind_and_floats_come_back_exactly(tmp_path: pathlib.Path):
