@@ -203,7 +203,7 @@ def test_all_processes_end(tmp_path, cases, measured, monkeypatch):
 
 
 def last_message(log: pathlib.Path) -> str:
-    """The program's last line on stderr; jax's own threads may write more before the process ends."""
+    """The program's last line on stderr; jax's own threads may write more before the end."""
     text = log.read_text()
     lines = [line for line in text.splitlines() if line.startswith("bn_jax: ")]
     assert lines, text
