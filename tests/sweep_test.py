@@ -14,6 +14,7 @@ import pytest
 from bn_jax import sweep
 from bn_jax.data import pipeline
 from bn_jax.errors import ConfigError
+from bn_jax.experiment import members
 from bn_jax.experiment.config import settled
 from bn_jax.experiment.pool import Pool, last_line
 from bn_jax.workdir import reader
@@ -102,7 +103,7 @@ def test_a_failed_member_is_named_with_its_log_and_the_others_run(tmp_path, cach
 
 def test_dry_run_prints_the_commands_of_the_unfinished(tmp_path, cache):
     record = {"config": {}, "info": INFO, "attempts": [], "status": "done", "results": {}}
-    found = sweep.members(["mnist"], "digits", 2, tmp_path, ["data.holdout=0.2"])
+    found = members.members(["mnist"], "digits", 2, tmp_path, ["data.holdout=0.2"])
     found[0].workdir.mkdir(parents=True)
     record["config"] = settled(found[0].config, 3200).to_dict()
     (found[0].workdir / "run.json").write_text(json.dumps(record))
@@ -127,7 +128,7 @@ def test_dry_run_prints_the_commands_of_the_unfinished(tmp_path, cache):
     ],
 )
 def test_dry_run_lists_what_a_sweep_would_run_again(tmp_path, monkeypatch, capsys, status, listed):
-    (found,) = sweep.members(["mnist"], "digits", 1, tmp_path)
+    (found,) = members.members(["mnist"], "digits", 1, tmp_path)
     found.workdir.mkdir(parents=True)
     config = settled(found.config, 3200).to_dict()
     record = {"config": config, "info": INFO, "attempts": [], "status": status}
@@ -140,7 +141,7 @@ def test_dry_run_lists_what_a_sweep_would_run_again(tmp_path, monkeypatch, capsy
 
 def test_members_of_a_grid_are_what_main_would_train(tmp_path):
     grid = {"learning_rate": ["0.1", "0.2"], "batch_size": ["60"]}
-    found = sweep.members(["mnist", "mnist_bn"], "digits", 2, tmp_path, ["l2=0.5"], grid)
+    found = members.members(["mnist", "mnist_bn"], "digits", 2, tmp_path, ["l2=0.5"], grid)
     assert len(found) == 8
     assert [m.config.seed for m in found] == [0] * 4 + [1] * 4  # every curve, then more seeds
     assert found[1].name == "mnist/learning_rate=0.2/batch_size=60/seed_0"
@@ -151,7 +152,7 @@ def test_members_of_a_grid_are_what_main_would_train(tmp_path):
 def test_six_members_of_an_ensemble_see_six_data_orders(tmp_path):
     """A member's seed is its config's plus the sweep's number."""
     names = [f"ensemble_{k}" for k in range(1, 7)]
-    found = sweep.members(names, "digits", 2, tmp_path)
+    found = members.members(names, "digits", 2, tmp_path)
     seeds = [member.config.seed for member in found]
     assert len(set(seeds)) == 12
     assert seeds[6:] == [seed + 1 for seed in seeds[:6]]
@@ -162,7 +163,7 @@ def test_six_members_of_an_ensemble_see_six_data_orders(tmp_path):
     assert len(orders) == 6
 
     # The control: six seeds of BN-x30, with nothing else changed.
-    control = sweep.members(["bn_x30"], "digits", 6, tmp_path)
+    control = members.members(["bn_x30"], "digits", 6, tmp_path)
     assert [member.config.seed for member in control] == [*range(6)]
     assert len({tuple(data.train_indices(0, 32, seed=m.config.seed)) for m in control}) == 6
 
@@ -181,45 +182,45 @@ def committed(folder, member, status="done", last=None) -> None:
 
 
 def test_committed_records_count_as_done(tmp_path, monkeypatch, capsys):
-    found = sweep.members(["mnist"], "digits", 5, tmp_path / "runs")
+    found = members.members(["mnist"], "digits", 5, tmp_path / "runs")
     committed(tmp_path / "results", found[0])
     committed(tmp_path / "results", found[4], status="diverged", last=500)
     committed(tmp_path / "results", found[1], status="failed")
     committed(tmp_path / "results", found[2], last=500)  # metrics.jsonl was cut off
-    placed = sweep.finished_in(tmp_path / "results", found)
+    placed = members.finished_in(tmp_path / "results", found)
     assert placed[0].workdir == tmp_path / "results/mnist/seed_0"
     assert [m.workdir for m in placed[1:4]] == [m.workdir for m in found[1:4]]
-    assert [sweep.status(m) for m in placed] == ["done", "new", "new", "new", "diverged"]
+    assert [members.status(m) for m in placed] == ["done", "new", "new", "new", "diverged"]
 
     words = ["sweep", "--configs=mnist", "--scale=digits", f"--workdir={tmp_path / 'runs'}"]
     monkeypatch.setattr("sys.argv", [*words, f"--done={tmp_path / 'results'}", "--dry_run"])
     sweep.main()
     assert capsys.readouterr().out == ""
 
-    other = sweep.members(["mnist"], "digits", 1, tmp_path / "runs", ["learning_rate=0.5"])
+    other = members.members(["mnist"], "digits", 1, tmp_path / "runs", ["learning_rate=0.5"])
     with pytest.raises(ConfigError, match=r"learning_rate \(0.1 there, 0.5 here\)"):
-        sweep.finished_in(tmp_path / "results", other)
+        members.finished_in(tmp_path / "results", other)
 
 
 def test_all_members_have_the_same_number_of_threads(tmp_path, monkeypatch):
     monkeypatch.delenv("NPROC", raising=False)
-    found = sweep.members(["mnist"], "digits", 3, tmp_path)
-    assert sweep.threads(found) is None
+    found = members.members(["mnist"], "digits", 3, tmp_path)
+    assert members.threads(found) is None
     committed(tmp_path, found[0])
-    assert sweep.threads(found) == 2
+    assert members.threads(found) == 2
 
     monkeypatch.setenv("NPROC", "1")
     with pytest.raises(ConfigError, match=r"2 in mnist/seed_0, 1 in this process \(NPROC\)"):
-        sweep.threads(found)
+        members.threads(found)
     monkeypatch.delenv("NPROC")
 
     committed(tmp_path, found[1])
     path = found[1].workdir / "run.json"
     path.write_text(path.read_text().replace('"cpu_threads": 2', '"cpu_threads": 1'))
     with pytest.raises(ConfigError, match=r"2 in mnist/seed_0, 1 in mnist/seed_1"):
-        sweep.threads(found)
+        members.threads(found)
     monkeypatch.setenv("BN_JAX_ANY_THREADS", "1")
-    assert sweep.threads(found) is None
+    assert members.threads(found) is None
 
 
 def test_halving_trains_all_points_a_little_and_the_best_in_full(tmp_path, cache):
@@ -292,19 +293,19 @@ def test_a_choice_on_the_test_split_and_other_mistakes_are_refused(
 )
 def test_mistakes_are_refused_before_anything_runs(tmp_path, configs, scale, settings, said):
     with pytest.raises(ConfigError, match=said):
-        sweep.members(configs, scale, 1, tmp_path, settings)
+        members.members(configs, scale, 1, tmp_path, settings)
 
 
 def test_status_of_what_is_there(tmp_path):
-    (member,) = sweep.members(["mnist"], "digits", 1, tmp_path)
-    assert sweep.status(member) == "new"
+    (member,) = members.members(["mnist"], "digits", 1, tmp_path)
+    assert members.status(member) == "new"
     member.workdir.mkdir(parents=True)
 
     def record(status, **changes):
         config = settled(member.config, 3200).to_dict() | changes
         run = {"config": config, "info": INFO, "status": status}
         (member.workdir / "run.json").write_text(json.dumps(run))
-        return sweep.status(member)
+        return members.status(member)
 
     assert record("done") == "done" and record("diverged") == "diverged"
     assert record("done", total_steps=10) == "preempted"  # more steps are wanted now
@@ -314,23 +315,23 @@ def test_status_of_what_is_there(tmp_path):
 
 def test_a_resumed_member_keeps_its_threads(tmp_path, monkeypatch):
     monkeypatch.delenv("NPROC", raising=False)
-    (member,) = sweep.members(["mnist"], "digits", 1, tmp_path)
+    (member,) = members.members(["mnist"], "digits", 1, tmp_path)
     run = {"config": {}, "attempts": [], "hardware": {"platform": "cpu", "cpu_threads": 7}}
     monkeypatch.setattr(reader, "read_record", lambda path: run)
-    assert sweep.environment(member, {"NPROC": "1"})["NPROC"] == "7"
+    assert members.environment(member, {"NPROC": "1"})["NPROC"] == "7"
 
 
 def test_slots_share_the_cores_and_the_gpus(monkeypatch):
     monkeypatch.delenv("NPROC", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert sweep.slots(4) == [{"NPROC": "2"}] * 4 and sweep.slots(1) == [{}]
+    assert members.slots(4) == [{"NPROC": "2"}] * 4 and members.slots(1) == [{}]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    assert sweep.slots(None) == [{}]
+    assert members.slots(None) == [{}]
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert sweep.slots(None) == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
-    memory = {slot["XLA_PYTHON_CLIENT_MEM_FRACTION"] for slot in sweep.slots(4)}
+    assert members.slots(None) == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    memory = {slot["XLA_PYTHON_CLIENT_MEM_FRACTION"] for slot in members.slots(4)}
     assert memory == {"0.45"}
 
 

@@ -1,0 +1,263 @@
+"""The members of a sweep or study: many runs of the plain command, each in its own folder.
+
+A member that is done or has diverged is not run again, and one that was stopped is resumed.
+"""
+
+import itertools
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from bn_jax.distributed.cpus import usable_cpus
+from bn_jax.errors import ConfigError, DivergedError, Preempted, UserError
+from bn_jax.experiment.config import load, read, settled
+from bn_jax.experiment.pool import Pool
+from bn_jax.workdir import guard, reader
+
+EXPECTED = (0, DivergedError.exit_code, Preempted.exit_code)  # exit codes of members
+FINISHED = ("done", "diverged")  # a run that diverged is a result: it would diverge again
+
+
+class SweepMember(NamedTuple):
+    """One run of a sweep: the arguments of `bn_jax.main`, and what they mean."""
+
+    name: str  # of its folder below the sweep's: bn_x5/seed_0
+    workdir: pathlib.Path
+    arguments: list[str]
+    config: ConfigDict
+
+    def command(self, python: str = "python") -> list[str]:
+        """The command line that runs it."""
+        return [python, "-m", "bn_jax.main", *self.arguments]
+
+
+def members(
+    configs: Sequence[str],
+    scale: str,
+    seeds: int,
+    workdir: pathlib.Path,
+    settings: Sequence[str] = (),
+    grid: Mapping[str, Sequence[str]] | None = None,
+) -> list[SweepMember]:
+    """The runs of a sweep, seed by seed, so that all curves have one run before any has two.
+
+    Args:
+      configs: names of experiments.
+      scale: for all of them; empty: each one's default.
+      seeds: 0 .. seeds - 1, which are added to each config's own seed.
+      workdir: the sweep's folder.
+      settings: FIELD=VALUE for all.
+      grid: {field: values}, every combination of which is run.
+
+    Raises:
+      ConfigError: an experiment, scale, field or value that main would refuse too.
+    """
+    grid = grid or {}
+    found = []
+    for seed in range(seeds):
+        for config in configs:
+            file = f"configs/{config}.py{':' if scale else ''}{scale}"
+            own_seed = load(file).seed  # members of an ensemble differ in it
+            for values in itertools.product(*grid.values()):
+                points = [f"{f}={v}" for f, v in zip(grid, values, strict=True)]
+                if any("/" in point for point in points):
+                    raise ConfigError(f"--grid: a value with / cannot name a folder: {points}")
+                name = "/".join([config, *points, f"seed_{seed}"])
+                changes = [*settings, *points, f"seed={own_seed + seed}"]
+                found.append(member(name, file, changes, workdir))
+    return found
+
+
+def member(name: str, file: str, changes: Sequence[str], workdir: pathlib.Path) -> SweepMember:
+    """The run of a config with changed fields (FIELD=VALUE), in `workdir`/`name`."""
+    arguments = [f"--config={file}", *(f"--config.{change}" for change in changes)]
+    arguments.append(f"--workdir={workdir / name}")
+    return SweepMember(name, workdir / name, arguments, read(file, changes))
+
+
+def status(member: SweepMember) -> str:
+    """What run.json says: done, diverged, preempted, ...; 'new' if there is none.
+
+    A run that is done with fewer steps than are wanted now is 'preempted': main resumes it.
+    Raises ConfigError if the folder holds a run of another config.
+    """
+    run = reader.read_record(member.workdir)
+    if run is None:
+        return "new"
+    config = guard.as_begun(member.config, member.workdir)
+    config = settled(config, run["info"].get("data", {}).get("train_examples", 0))
+    if config.batch_per_device:
+        from bn_jax.experiment import build  # takes seconds; only scale `pod` needs it
+
+        config = build.for_devices(config, run["hardware"]["devices"])
+    guard.require_same_config(member.workdir, run["config"], config.to_dict())
+    if run["status"] == "done" and run["config"]["total_steps"] < config.total_steps:
+        return "preempted"
+    return run["status"]
+
+
+def finished_in(folder: pathlib.Path, found: Sequence[SweepMember]) -> list[SweepMember]:
+    """The members, with those that `folder` has complete records of in their places there.
+
+    Complete are run.json of a run of the same config that is done, with at least as many steps, and
+    metrics.jsonl up to its last evaluation, or run.json of one that diverged. Checkpoints are not
+    needed. Raises ConfigError for records of another config.
+    """
+    placed = []
+    for member in found:
+        there = member._replace(workdir=folder / member.name)
+        placed.append(there if _complete(there) else member)
+    return placed
+
+
+def _complete(member: SweepMember) -> bool:
+    """Whether the member's folder has complete records."""
+    if not reader.is_run(member.workdir):
+        return False
+    said = status(member)
+    if said != "done":
+        return said == "diverged"
+    run = reader.read_run(member.workdir)
+    last = run.lines["eval"][-1:]
+    return bool(last) and last[0]["step"] == run.config["total_steps"]
+
+
+def threads(found: Sequence[SweepMember]) -> int | None:
+    """CPU threads of the members that have run, which the others get, too; None if none has.
+
+    Sums are split by thread, so networks that are compared need the same number. Raises ConfigError
+    if members differ from each other, or from NPROC. BN_JAX_ANY_THREADS=1 allows it.
+    """
+    if os.environ.get(guard.ANY_THREADS) == "1":
+        return None
+
+    seen: dict[int, str] = {}
+    for member in found:
+        run = reader.read_record(member.workdir)
+        hardware = {} if run is None else run.get("hardware", {})
+        if hardware.get("platform") == "cpu":
+            seen.setdefault(hardware["cpu_threads"], member.name)
+    asked = os.environ.get("NPROC")
+    if asked and seen:
+        seen.setdefault(int(asked), "this process (NPROC)")
+
+    if len(seen) > 1:
+        each = ", ".join(f"{count} in {name}" for count, name in seen.items())
+        raise ConfigError(
+            f"the members have different numbers of CPU threads ({each}) and cannot be compared to "
+            f"the last bit: use another --workdir, or set {guard.ANY_THREADS}=1"
+        )
+    return next(iter(seen), None)
+
+
+def environment(member: SweepMember, slot: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a member in a slot; a run that is resumed keeps its number of threads."""
+    found = {**os.environ, **slot}
+    found["PYTHONUNBUFFERED"] = "1"
+    run = reader.read_record(member.workdir)
+    if run is not None and "NPROC" not in os.environ and run["hardware"]["platform"] == "cpu":
+        found["NPROC"] = str(run["hardware"]["cpu_threads"])
+    return found
+
+
+def slots(jobs: int | None) -> list[dict[str, str]]:
+    """Environment variables of the members that run side by side, one entry each.
+
+    By default one member an NVIDIA GPU, one on any other accelerator, and on CPU one for every two
+    cores, each of which gets its share of the cores.
+    """
+    gpus = _gpus()
+    cores = usable_cpus()
+    if jobs is None:
+        tpu = any(pathlib.Path("/dev").glob("accel*")) or pathlib.Path("/dev/vfio/0").exists()
+        jobs = len(gpus) or (1 if tpu else max(1, cores // 2))
+    if gpus:
+        memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / -(-jobs // len(gpus)):.2f}"}
+        shared = memory if jobs > len(gpus) else {}
+        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)], **shared} for i in range(jobs)]
+    # The number of threads is part of a CPU run's identity: it is set only where it must be.
+    share = {"NPROC": str(max(1, cores // jobs))} if jobs > 1 and "NPROC" not in os.environ else {}
+    return [dict(share) for _ in range(jobs)]
+
+
+def _gpus() -> list[str]:
+    if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
+        return []
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    return [str(i) for i, _ in enumerate(pathlib.Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def run(found: Sequence[SweepMember], jobs: int | None, beside: Sequence[SweepMember] = ()) -> None:
+    """Runs what is not finished and says how all ended.
+
+    beside: more members, which are not run here and have as many threads.
+
+    Raises:
+      Preempted: a signal, or a member that was stopped by one; the same sweep resumes.
+      UserError: members failed; the others have been run.
+    """
+    before = {member.name: status(member) for member in found}
+    todo = [member for member in found if before[member.name] not in FINISHED]
+    print(f"{len(found)} members: {len(found) - len(todo)} finished before, {len(todo)} to run")
+    share = slots(jobs)
+    count = threads([*found, *beside])
+    if count is not None and "NPROC" not in os.environ:
+        share = [{**slot, "NPROC": str(count)} for slot in share]
+    pool = Pool(share, total=len(found))
+    codes = pool.run(
+        [(m.name, m.command(sys.executable), m.workdir / "member.log", _env(m)) for m in todo]
+    )
+    print(outcome(found))
+    ended = (None, 128 + signal.SIGTERM, 128 + signal.SIGKILL) if pool.stopped else (None,)
+    failed = {name: code for name, code in codes.items() if code not in (*EXPECTED, *ended)}
+    for member in found:
+        if member.name in failed:
+            print(f"failed with exit code {failed[member.name]}: {member.workdir}/member.log")
+    if pool.stopped:
+        raise Preempted(
+            "the sweep was stopped; the same command resumes its members from their saved steps"
+        )
+    if failed:
+        raise UserError(f"{len(failed)} of {len(found)} members failed; their logs are named above")
+    if Preempted.exit_code in codes.values():
+        raise Preempted("members were stopped one by one; the same command resumes them")
+
+
+def _env(member: SweepMember):
+    return lambda slot: environment(member, slot)
+
+
+def outcome(found: Sequence[SweepMember]) -> str:
+    """A line a member: status, accuracy of its last evaluation if it is done; the data's limits."""
+    lines = []
+    data = ""
+    for member in found:
+        record: dict[str, Any]
+        try:
+            record = dict(reader.read_record(member.workdir) or {"status": "not run"})
+        except ConfigError:
+            record = {"status": "unreadable"}
+
+        said = record["status"]
+        data = record.get("info", {}).get("data", {}).get("description", data)
+        if said == "done":
+            said += f"  {_accuracy(record['results'])}"
+            if "test" in record["results"]:
+                said += f" held out, {_accuracy(record['results']['test'])} of the test split"
+        elif said in ("diverged", "failed", "preempted"):
+            said += f"  {record['results'].get('error', '').partition(': ')[2][:70]}"
+        lines.append(f"  {member.name:40} {said}")
+
+    if data:
+        lines.append(f"data: {data}")
+    return "\n".join(lines)
+
+
+def _accuracy(scores: Mapping[str, Any]) -> str:
+    return f"{100 * scores['top1']:.2f}% of {scores['examples']:,}"
