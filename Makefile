@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo fig1 table two pod test smoke check lint slow oracle bench cuda faults docs differences claims lock clean
+.PHONY: help setup demo fig1 table studies two pod test smoke check lint slow oracle bench cuda faults docs differences claims lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -56,6 +56,12 @@ fig1: $(DEMO)  ## the MNIST study (Fig. 1); MNIST=FOLDER has the four files; els
 table: $(DEMO)  ## Fig. 2 and the table of Fig. 3 on the digits: five networks, one seed
 	$(RUN) bn_jax.sweep --configs=inception,inception_best,bn_baseline,bn_x5,bn_x30,bn_x5_sigmoid --scale=digits --seeds=1 --workdir=runs/table
 	$(RUN) bn_jax.figures --workdir=runs/table
+
+STUDIES := population group_size landscape shift rates init
+studies: $(DEMO)  ## every study of docs/studies.md with three seeds, about two hours on 2 cores
+	for name in $(STUDIES); do \
+	  $(RUN) bn_jax.study $$name --seeds=3 --workdir=runs/studies/$$name || exit; \
+	done
 
 two: $(DEMO)  ## one run as two processes on this machine (launch/local.sh), a minute or two
 	PYTHON=$(BIN)/python launch/local.sh 2 -- --config=mnist_bn:digits --config.total_steps=500 --config.steps_per_dispatch=10 --workdir=runs/two

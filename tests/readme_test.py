@@ -180,6 +180,12 @@ def test_list_names_every_config_and_dry_runs_parse(place):
             assert "workdir: runs/" in out, words
 
 
+def test_the_studies_are_listed(place):
+    words = ["python", "-m", "bn_jax.study", "--list"]
+    assert words in commands()
+    assert "Does BN smooth the loss?" in succeed(words, place)
+
+
 def is_run_elsewhere(words: list[str]) -> bool:
     return "--list" in words or "--workdir=runs/bn_x30" in words
 
@@ -203,7 +209,16 @@ def test_import_takes_the_options(place):
 
 
 def test_every_command_is_one_that_these_tests_know():
-    known = ("main", "evaluate", "figures", "prepare", "predict", "export", "import_weights")
+    known = (
+        "main",
+        "evaluate",
+        "figures",
+        "prepare",
+        "predict",
+        "export",
+        "import_weights",
+        "study",
+    )
     for words in commands():
         if words[0] == "python":
             assert words[1] == "-m" and words[2].removeprefix("bn_jax.") in known, words

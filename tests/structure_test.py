@@ -9,7 +9,8 @@ PACKAGE = ROOT / "bn_jax"
 
 # From top to bottom: files and folders at the package's root. Each imports only what stands below.
 FLOORS = (
-    "main sweep predict export import_weights",
+    "main sweep study predict export import_weights",
+    "studies",
     "figures prepare",
     "weights",
     "evaluate",

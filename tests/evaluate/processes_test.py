@@ -17,6 +17,7 @@ COMMANDS = (
     "bn_jax.export --workdir=x --format=flax",
     "bn_jax.import_weights --from=x --variant=caffe --workdir=y",
     "bn_jax.sweep --configs=mnist --workdir=x",
+    "bn_jax.study population --workdir=x",
     "bn_jax.figures --workdir=x",
     "bn_jax.prepare check x",
     "bn_jax.evaluate --combine=x.npz,y.npz",

@@ -1,0 +1,235 @@
+"""What all studies share: runs of one config that differ in some fields, what is measured on them
+afterwards, a table and a picture.
+
+The runs are those of a sweep (`experiment.members`): processes of `bn_jax.main`, each in its own
+folder DIR/PART/seed_K. What is measured on a finished run is kept beside it in measured.json. A
+study that is started again skips both, so that it resumes where it stopped; table and picture are
+made from these records alone.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from bn_jax.activations import measure
+from bn_jax.distributed import mesh
+from bn_jax.errors import ConfigError
+from bn_jax.experiment import build, members
+from bn_jax.experiment.build import Experiment
+from bn_jax.experiment.config import load, read
+from bn_jax.experiment.members import SweepMember
+from bn_jax.figures.origins import made_by
+from bn_jax.figures.plotting import save
+from bn_jax.step import TrainState, init_state
+from bn_jax.uncertainty import single, written
+from bn_jax.workdir import files, reader
+from bn_jax.workdir.reader import Run
+
+RECORD = "study.json"
+MEASURED = "measured.json"
+
+
+class Part(NamedTuple):
+    """One network of a study: the folder of its runs, and the fields (FIELD=VALUE) it changes."""
+
+    name: str
+    settings: tuple[str, ...] = ()
+
+
+class Result(NamedTuple):
+    """A recorded run, and what was measured on it: nothing where it diverged."""
+
+    run: Run
+    measured: dict[str, Any]
+
+
+Results = Mapping[str, Mapping[int, Result]]  # part -> seed -> result
+
+
+class Table(NamedTuple):
+    """Cells of a table, and the sentences below it that say what they are."""
+
+    head: list[str]
+    rows: list[list[str]]
+    legend: str
+
+
+class Study(NamedTuple):
+    """A question, and how it is answered.
+
+    Attributes:
+      name, question, follows: for people. follows: the paper.
+      minutes: of one seed at its default size on two cores, in words.
+      config: the experiment that is changed, if the command line names no other.
+      sizes: fields by `model.name`, which make the study as short as `minutes` says.
+      parts: the networks, from the config with these fields.
+      table, draw: from the results.
+      measure: what is measured on a finished run, as JSON has it.
+    """
+
+    name: str
+    question: str
+    follows: str
+    minutes: str
+    config: str
+    sizes: Mapping[str, Sequence[str]]
+    parts: Callable[[ConfigDict], Sequence[Part]]
+    table: Callable[[Results], Table]
+    draw: Callable[[Results], Figure]
+    measure: Callable[[Experiment, pathlib.Path], dict[str, Any]] | None = None
+
+
+def run(
+    study: Study,
+    workdir: pathlib.Path,
+    config: str = "",
+    settings: Sequence[str] = (),
+    seeds: int = 1,
+    jobs: int | None = None,
+) -> list[pathlib.Path]:
+    """Trains and measures what is not yet there; writes and prints the table; returns all paths.
+
+    Args:
+      config: NAME[:SCALE] of the experiment; empty: the study's own.
+      settings: FIELD=VALUE for all its runs.
+      seeds: 0 .. seeds - 1, added to the config's own seed.
+      jobs: runs side by side, as `bn_jax.sweep` has it.
+
+    Raises:
+      ConfigError: a field or value that main would refuse, or `workdir` holds a study of another
+        config.
+      UserError: as `members.run`.
+    """
+    file = config or study.config
+    found = runs(study, workdir, file, settings, seeds)
+    _begin(study, workdir, file, settings)
+    members.run(found, jobs)
+
+    results: dict[str, dict[int, Result]] = {}
+    for number, member in enumerate(found, start=1):
+        part, _, seed = member.name.rpartition("/seed_")
+        recorded = reader.read_run(member.workdir)
+        measured: dict[str, Any] = {}
+        if study.measure is not None and recorded.status == "done":
+            print(f"[{number}/{len(found)}] {member.name}: measured", flush=True)
+            measured = _measured(study.measure, member.workdir)
+        results.setdefault(part, {})[int(seed)] = Result(recorded, measured)
+    return _write(study, workdir, results)
+
+
+def runs(
+    study: Study, workdir: pathlib.Path, file: str, settings: Sequence[str], seeds: int
+) -> list[SweepMember]:
+    """The runs of a study, seed by seed. Raises ConfigError as `config.read` does."""
+    own = load(file)
+    fields = [*study.sizes.get(own.model.name, ()), *settings]
+    parts = study.parts(read(file, fields))
+    return [
+        members.member(
+            f"{part.name}/seed_{seed}",
+            file,
+            [*fields, *part.settings, f"seed={own.seed + seed}"],
+            workdir,
+        )
+        for seed in range(seeds)
+        for part in parts
+    ]
+
+
+def _begin(study: Study, workdir: pathlib.Path, file: str, settings: Sequence[str]) -> None:
+    """Records what the folder holds. Raises ConfigError if that is another study."""
+    path = workdir / RECORD
+    wanted = {"study": study.name, "config": file, "settings": list(settings)}
+    if path.exists():
+        try:
+            there = json.loads(path.read_bytes())
+        except ValueError:
+            there = "a damaged record"
+        if there != wanted:
+            raise ConfigError(
+                f"{workdir} holds {json.dumps(there)}, not {json.dumps(wanted)}: give the same "
+                "config and fields to resume it, or another --workdir"
+            )
+        return
+    with files.reported(path, "cannot write"):
+        workdir.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(path, json.dumps(wanted, indent=1).encode() + b"\n")
+
+
+def _measured(
+    function: Callable[[Experiment, pathlib.Path], dict[str, Any]], workdir: pathlib.Path
+) -> dict[str, Any]:
+    """What was measured on a run; measured now if it was not before."""
+    path = workdir / MEASURED
+    if path.exists():
+        try:
+            return json.loads(path.read_bytes())
+        except ValueError as error:
+            files.warn(f"{path} cannot be read ({error}); it is measured again")
+    numbers = files.plain(function(build.from_workdir(workdir), workdir))
+    files.write_atomic(path, json.dumps(numbers).encode() + b"\n")
+    return numbers
+
+
+def _write(study: Study, workdir: pathlib.Path, results: Results) -> list[pathlib.Path]:
+    """The table, printed and written, and the picture."""
+    table = study.table(results)
+    lines = [f"| {' | '.join(cells)} |" for cells in (table.head, *table.rows)]
+    lines.insert(1, "|---" * len(table.head) + "|")
+    recorded = [result.run for seeds in results.values() for result in seeds.values()]
+    text = [
+        f"# {study.question}",
+        f"Follows {study.follows}. {recorded[0].data['description']}.",
+        "\n".join(lines),
+        f"{table.legend} Over seeds: mean and, in (), its 95% interval by Student's t.",
+        made_by(one.origin for one in recorded),
+    ]
+    path = workdir / f"{study.name}.md"
+    files.write_atomic(path, ("\n\n".join(text) + "\n").encode())
+    print(text[2])
+    return [path, *save(study.draw(results), workdir, study.name)]
+
+
+# What several studies need.
+
+
+def arms(config: ConfigDict) -> list[Part]:
+    """The network with BN and without it, otherwise the same."""
+    return [Part("bn", ("norm=batch_norm",)), Part("plain", ("norm=none",))]
+
+
+def diverged_at(run: Run) -> str:
+    """'diverged at step 7' of a run that did; else ''."""
+    if run.status != "diverged":
+        return ""
+    return run.error[run.error.find("diverged") :].partition(":")[0]
+
+
+def last_accuracy(run: Run) -> float:
+    """Top-1 (share) of the last evaluation, with population statistics."""
+    return run.lines["eval"][-1]["top1"]
+
+
+def states(exp: Experiment, workdir: pathlib.Path) -> Iterator[tuple[int, TrainState]]:
+    """(step, state) of the initial network and of every kept checkpoint."""
+    for step in measure.kept_steps(workdir):
+        if step:
+            yield build.restore(exp, workdir, step)
+            continue
+        seed = np.uint32(exp.config.seed)
+        everywhere = mesh.replicated(exp.mesh)
+        initial = jax.jit(
+            lambda seed: init_state(exp.model, seed, exp.data.image_shape), out_shardings=everywhere
+        )
+        yield 0, initial(seed)
+
+
+def percent(shares: Sequence[float]) -> str:
+    """Shares of 1, one for each seed, for a table."""
+    return written(single(shares), ".2f", factor=100, unit="%")

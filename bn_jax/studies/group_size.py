@@ -1,0 +1,176 @@
+"""How many examples should normalize together? One batch, cut into groups of 2 to all of it.
+
+While it trains, a network sees the statistics of its group; afterwards it has those of the
+population. The smaller the groups, the more the two differ: their noise regularizes, and it costs
+accuracy where the population's statistics take their place.
+"""
+
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from bn_jax.experiment.build import Experiment, restore
+from bn_jax.experiment.evaluator import Evaluator
+from bn_jax.figures.plotting import BLUE, GREY, ORANGE, subplots
+from bn_jax.step import TrainState, label_rank
+from bn_jax.studies.frame import Part, Results, Study, Table, diverged_at, percent
+
+EXAMPLES = 2048  # of training: for population statistics and for accuracy, at every size of group
+
+# What is measured, in the words of the table: how it is drawn, marked so that it needs no colour.
+CURVES = {
+    "training, own group": (GREY, "s:"),
+    "evaluation, own group": (ORANGE, "^--"),
+    "evaluation, population": (BLUE, "o-"),
+}
+
+
+def parts(config: ConfigDict) -> list[Part]:
+    """Groups of 2, 4, 8, ... examples, up to the whole batch."""
+    sizes = [2**k for k in range(1, config.batch_size.bit_length())]
+    return [Part(f"group_size={n}", _settings(config, n)) for n in sizes if _fits(config, n)]
+
+
+def _fits(config: ConfigDict, size: int) -> bool:
+    return config.batch_size % size == 0
+
+
+def _settings(config: ConfigDict, size: int) -> tuple[str, ...]:
+    return (
+        "norm=batch_norm",
+        f"bn.group_size={size}",
+        f"statistics_batches={max(1, EXAMPLES // size)}",
+        "record.activations=()",
+        f"record.activation_examples={config.batch_size}",  # a multiple of every group
+    )
+
+
+def accuracy_in_groups(
+    exp: Experiment, state: TrainState, batches: Iterable[dict[str, Any]]
+) -> float:
+    """Top-1 (share) of the network in training mode, where every group has its own statistics.
+
+    batches: `image`, `label`, and `mask` where rows are missing; of one size, which the group
+    divides.
+    """
+
+    @jax.jit
+    def count(variables, batch):
+        outputs, _ = exp.model.apply(
+            variables,
+            batch["image"],
+            train=True,
+            mask=batch["mask"],
+            rngs={"dropout": jax.random.key(0)},
+            mutable=["batch_stats"],
+        )
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs  # without auxiliary heads
+        right = batch["mask"] & (label_rank(logits, batch["label"]) < 1)
+        return jnp.sum(right), jnp.sum(batch["mask"])
+
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    right = 0
+    seen = 0
+    for batch in batches:
+        counts = count(variables, {"mask": np.ones(len(batch["label"]), bool), **batch})
+        right += int(counts[0])
+        seen += int(counts[1])
+    return right / seen
+
+
+def evaluated(exp: Experiment) -> Iterator[dict[str, Any]]:
+    """Batches of the evaluated examples in a random order; the last one has masked rows.
+
+    A set may be stored class by class, and a group of one class has statistics of its own.
+    """
+    held = exp.data.held
+    size = exp.config.batch_size
+    places = np.random.Generator(np.random.PCG64(0)).permutation(len(held))
+    places = np.append(places, np.arange(len(held), len(held) + -len(held) % size))
+    for first in range(0, len(places), size):
+        yield held.rows(places[first : first + size], exp.data.augmentation)
+
+
+def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
+    """Accuracies (shares) of the trained network, by CURVES."""
+    _, state = restore(exp, workdir)
+    evaluator = Evaluator(exp)
+    population = evaluator.population(state.params, state.batch_stats)
+
+    size = exp.config.batch_size
+    number = max(1, EXAMPLES // size)
+    trained = exp.data.statistics(number, size, slice(0, size), exp.config.seed)
+    found = (
+        accuracy_in_groups(exp, state, trained),
+        accuracy_in_groups(exp, state, evaluated(exp)),
+        evaluator.scores(state.params, population)["top1"],
+    )
+    return dict(zip(CURVES, found, strict=True))
+
+
+def table(results: Results) -> Table:
+    """Accuracy by size of group."""
+    rows = []
+    for part, seeds in results.items():
+        cells = [part.removeprefix("group_size=")]
+        for name in CURVES:
+            shares = [r.measured[name] for r in seeds.values() if r.measured]
+            cells.append(percent(shares) if shares else "-")
+        cells.append(", ".join(filter(None, (diverged_at(r.run) for r in seeds.values()))) or "-")
+        rows.append(cells)
+    legend = (
+        f"Accuracy. Own group: the network in training mode, on {EXAMPLES:,} training examples and "
+        "on the evaluated examples, shuffled. Population: with the statistics of Algorithm 2 from "
+        f"{EXAMPLES:,} training examples, whatever the group."
+    )
+    return Table(["group", *CURVES, "diverged"], rows, legend)
+
+
+def draw(results: Results) -> Figure:
+    """Accuracy against the size of the group; every seed is a point."""
+    figure, axes = subplots(figsize=(6.4, 4.2))
+    for name, (colour, style) in CURVES.items():
+        sizes = []
+        means = []
+        for part, seeds in results.items():
+            shares = [100 * r.measured[name] for r in seeds.values() if r.measured]
+            size = int(part.removeprefix("group_size="))
+            axes.plot([size] * len(shares), shares, style[0], color=colour, alpha=0.4, markersize=4)
+            if shares:
+                sizes.append(size)
+                means.append(np.mean(shares))
+        axes.plot(sizes, means, style, color=colour, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("examples that are normalized together")
+    axes.set_ylabel("accuracy (%)")
+    axes.legend(fontsize=8)
+    return figure
+
+
+STUDY = Study(
+    name="group_size",
+    question="How many examples should normalize together?",
+    follows="Wu & Johnson 2021 (arXiv:2105.07576), Hoffer et al. 2017 (ghost batch norm)",
+    minutes="1",
+    config="mnist_bn:digits",
+    sizes={
+        "mlp": (
+            *("batch_size=256", "bn.group_size=None", "learning_rate=0.4"),
+            *("total_steps=500", "steps_per_dispatch=50"),
+        ),
+        "inception": (
+            *("batch_size=64", "bn.group_size=None"),
+            *("total_steps=300", "eval_every=300", "eval_early=0"),
+        ),
+    },
+    parts=parts,
+    table=table,
+    draw=draw,
+    measure=measure,
+)

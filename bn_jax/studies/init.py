@@ -1,0 +1,127 @@
+"""What of BN's gain does the initialization explain? Initial weights of different size, with BN and
+without it: steps to a level of accuracy.
+"""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from bn_jax.experiment.config import fields
+from bn_jax.figures.curves import Reached, curve, ratio, reach
+from bn_jax.figures.plotting import BLUE, GREY, subplots
+from bn_jax.studies.frame import Part, Result, Results, Study, Table, arms, last_accuracy, percent
+from bn_jax.uncertainty import Effect, written
+
+GAINS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the config's weights
+LEVEL = 0.8  # of accuracy
+
+
+def parts(config: ConfigDict) -> list[Part]:
+    """Every gain with BN and without it. On Inception a gain of 1 is He's rule."""
+    field = "model.init_std"
+    rule: tuple[str, ...] = ()
+    if config.model.name != "mlp":
+        field = "model.init_scale"
+        rule = ("model.init=he",)
+    own = dict(fields(config))[field]
+    return [
+        Part(f"{arm.name}/gain={gain:g}", (*arm.settings, *rule, f"{field}={own * gain}"))
+        for arm in arms(config)
+        for gain in GAINS
+    ]
+
+
+def steps_to(results: Iterable[Result], level: float) -> list[Reached]:
+    """When each run has the level, in steps of its own batch."""
+    found = []
+    for result in results:
+        scale = result.run.config["batch_size"] / 32  # `curve` counts steps of 32 examples
+        reached = reach(curve(result.run), level)
+        assert isinstance(reached, Reached)  # the run is done or has diverged
+        found.append(Reached(*(value / scale for value in reached)))
+    return found
+
+
+def effect(reached: Iterable[Reached]) -> Effect:
+    """Steps as a quantity that is averaged on the logarithmic scale, with what bounds it."""
+    lows, values, highs = zip(*reached, strict=True)
+    return Effect(lows, values, highs, ratio=True)
+
+
+def speed_up(results: Results, gain: str) -> Effect:
+    """Steps of the plain network over those of BN, paired by seed."""
+    bn = results[f"bn/gain={gain}"]
+    plain = results[f"plain/gain={gain}"]
+    seeds = sorted(bn.keys() & plain.keys())
+    ours = steps_to([bn[s] for s in seeds], LEVEL)
+    theirs = steps_to([plain[s] for s in seeds], LEVEL)
+    ratios = [ratio(*pair) for pair in zip(theirs, ours, strict=True)]
+    lows, values, highs = zip(*ratios, strict=True)
+    return Effect(lows, values, highs, ratio=True)
+
+
+def gains(results: Results) -> list[str]:
+    """The gains of a study, as the names of its parts have them."""
+    return list(dict.fromkeys(part.partition("/gain=")[2] for part in results))
+
+
+def table(results: Results) -> Table:
+    """One row a gain."""
+    rows = []
+    for gain in gains(results):
+        cells = [gain]
+        for arm in ("bn", "plain"):
+            seeds = results[f"{arm}/gain={gain}"].values()
+            done = [last_accuracy(r.run) for r in seeds if r.run.status == "done"]
+            cells.append(written(effect(steps_to(seeds, LEVEL)), ",.0f"))
+            cells.append(percent(done) if done else "diverged")
+        rows.append([*cells, written(speed_up(results, gain), ".2f", unit="x")])
+    head = ["gain", "BN: steps", "BN: accuracy", "plain: steps", "plain: accuracy", "speed-up"]
+    legend = (
+        f"Steps to an accuracy of {100 * LEVEL:.0f}%, between the last evaluation below it and the "
+        "first that has it; 'at least' where the run never has it. Gain: the initial weights by "
+        "the config's (of Inception: by He's). Speed-up: plain steps / steps with BN."
+    )
+    return Table(head, rows, legend)
+
+
+def draw(results: Results) -> Figure:
+    """Steps to the level against the gain; a run that does not reach it is an open triangle."""
+    figure, axes = subplots(figsize=(6.4, 4.2))
+    for arm, colour, style in (("bn", BLUE, "o-"), ("plain", GREY, "s--")):
+        middle = []
+        for gain in gains(results):
+            reached = steps_to(results[f"{arm}/gain={gain}"].values(), LEVEL)
+            middle.append(effect(reached).value)
+            for one in reached:
+                never = one.high == math.inf
+                axes.plot(
+                    float(gain), one.steps, "^" if never else style[0], color=colour,
+                    fillstyle="none" if never else "full", markersize=9 if never else 5,
+                )  # fmt: skip
+        axes.plot(np.array(gains(results), float), middle, style[1:], color=colour, label=arm)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("initial weights, times the config's")
+    axes.set_ylabel(f"steps to {100 * LEVEL:.0f}% (triangle: not reached)")
+    axes.legend(fontsize=8)
+    return figure
+
+
+STUDY = Study(
+    name="init",
+    question="What of BN's gain does the initialization explain?",
+    follows="our own finding on Glorot's and He's weights (docs/results.md)",
+    minutes="14",
+    config="bn_x5:digits",
+    sizes={
+        "mlp": ("total_steps=2000", "steps_per_dispatch=50", "eval_every=50"),
+        "inception": ("total_steps=300", "eval_every=30", "eval_early=0", "checkpoint_every=300"),
+    },
+    parts=parts,
+    table=table,
+    draw=draw,
+)

@@ -1,0 +1,101 @@
+"""Which learning rates train? A grid of rates for BN and for the plain network under two kinds of
+initial weights; a run whose loss is no longer finite is marked with its step.
+"""
+
+import numpy as np
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from bn_jax.figures.plotting import subplots
+from bn_jax.studies.frame import (
+    Part,
+    Results,
+    Study,
+    Table,
+    diverged_at,
+    last_accuracy,
+    percent,
+)
+
+TIMES = (0.2, 1.0, 6.0, 40.0, 200.0)  # the config's rate: of bn_x5 up to 1.5
+
+
+def parts(config: ConfigDict) -> list[Part]:
+    """Every rate with BN and without it; of Inception from He's and from Glorot's weights."""
+    networks: dict[str, tuple[str, ...]] = {"bn": ("norm=batch_norm",)}
+    if "init" in config.model:
+        networks["plain_he"] = ("norm=none", "model.init=he")
+        networks["plain_glorot"] = ("norm=none", "model.init=glorot")
+    else:
+        networks["plain"] = ("norm=none",)
+    rates = [float(f"{config.learning_rate * times:.3g}") for times in TIMES]
+    return [
+        Part(f"{network}/learning_rate={rate:g}", (*settings, f"learning_rate={rate}"))
+        for network, settings in networks.items()
+        for rate in rates
+    ]
+
+
+def by_network(results: Results) -> tuple[list[str], list[str]]:
+    """The networks and the rates of a study, as the names of its parts have them."""
+    pairs = [part.split("/learning_rate=") for part in results]
+    return list(dict.fromkeys(p[0] for p in pairs)), list(dict.fromkeys(p[1] for p in pairs))
+
+
+def cell(results: Results, part: str) -> str:
+    """Accuracy of the seeds that were trained to the end, and where the others diverged."""
+    runs = [result.run for result in results[part].values()]
+    shares = [last_accuracy(run) for run in runs if run.status == "done"]
+    said = [percent(shares)] if shares else []
+    said += [word for run in runs if (word := diverged_at(run))]
+    return "; ".join(said)
+
+
+def table(results: Results) -> Table:
+    """One row a network, one column a rate."""
+    networks, rates = by_network(results)
+    rows = [[n, *(cell(results, f"{n}/learning_rate={r}") for r in rates)] for n in networks]
+    legend = "Accuracy of the last evaluation, with population statistics, by learning rate."
+    return Table(["network", *rates], rows, legend)
+
+
+def draw(results: Results) -> Figure:
+    """The map of accuracies, with the numbers in it; diverged runs are hatched."""
+    networks, rates = by_network(results)
+    figure, axes = subplots(figsize=(1.6 * len(rates) + 2, 0.8 * len(networks) + 1.6))
+    values = np.full((len(networks), len(rates)), np.nan)
+    for y, network in enumerate(networks):
+        for x, rate in enumerate(rates):
+            runs = [r.run for r in results[f"{network}/learning_rate={rate}"].values()]
+            shares = [100 * last_accuracy(run) for run in runs if run.status == "done"]
+            words = [f"{np.mean(shares):.1f}%"] if shares else []
+            words += [diverged_at(run).replace(" at ", "\n") for run in runs if diverged_at(run)][
+                :1
+            ]
+            if shares:
+                values[y, x] = np.mean(shares)
+            else:
+                axes.fill_between([x - 0.5, x + 0.5], y - 0.5, y + 0.5, hatch="//", alpha=0.2)
+            axes.text(x, y, "\n".join(words), ha="center", va="center", fontsize=8, color="black")
+    image = axes.imshow(values, vmin=0, vmax=100, cmap="YlGnBu", aspect="auto", alpha=0.6)
+    figure.colorbar(image, ax=axes, label="accuracy (%)")
+    axes.set_xticks(range(len(rates)), rates)
+    axes.set_yticks(range(len(networks)), networks)
+    axes.set_xlabel("learning rate")
+    return figure
+
+
+STUDY = Study(
+    name="rates",
+    question="Which learning rates train?",
+    follows="section 4.2.1; Bjorck et al. 2018 (arXiv:1806.02375)",
+    minutes="12",
+    config="bn_x5:digits",
+    sizes={
+        "mlp": ("total_steps=1000",),
+        "inception": ("total_steps=200", "eval_every=200", "eval_early=0", "checkpoint_every=200"),
+    },
+    parts=parts,
+    table=table,
+    draw=draw,
+)

@@ -1,0 +1,206 @@
+"""Is internal covariate shift reduced? The measure of Santurkar et al. for every layer, and how far
+the distribution of its activations has moved.
+
+Shift of a layer: how much its gradient changes when all layers before it take the step that they
+take together with it.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+from matplotlib.figure import Figure
+
+from bn_jax import step
+from bn_jax.activations import known_paths
+from bn_jax.activations.measure import Observer
+from bn_jax.experiment.build import Experiment
+from bn_jax.figures.activations import Shown, moved, spread
+from bn_jax.figures.plotting import subplots
+from bn_jax.studies.frame import Results, Study, Table, arms, states
+from bn_jax.studies.landscape import quotient
+from bn_jax.train import forward_order
+from bn_jax.uncertainty import written
+
+Flat = Mapping[str, Any]  # path of a parameter -> array
+
+
+class Shift(NamedTuple):
+    """distance: L2 norm of G' - G. cosine: of the angle between G and G'. norm: of G."""
+
+    distance: float
+    cosine: float
+    norm: float
+
+
+def layers_in_order(paths: Iterable[str]) -> dict[str, list[str]]:
+    """{layer: its parameters}: of inception_3a/1x1 the kernel, bias, scale and offset."""
+    layers: dict[str, list[str]] = {}
+    for path in paths:
+        parts = path.split("/")[:-1]
+        if parts[-1] in ("conv", "dense", "bn"):
+            parts.pop()
+        layers.setdefault("/".join(parts), []).append(path)
+    return layers
+
+
+def shifts(
+    gradient: Callable[[Flat], Flat],
+    before: Flat,
+    after: Flat,
+    layers: Mapping[str, Sequence[str]],
+) -> dict[str, Shift]:
+    """The shift of every layer, in a step that moves the parameters from `before` to `after`.
+
+    gradient: of the loss, by parameter. layers: their parameters, in the order of the forward pass.
+    G is a layer's gradient at `before`, G' that with all layers before it at `after`.
+    """
+    start = gradient(before)
+    there = start  # nothing stands before the first layer
+    current = dict(before)
+    found: dict[str, Shift] = {}
+    for layer, paths in layers.items():
+        if found:
+            there = gradient(current)
+        one = np.concatenate([np.ravel(start[path]) for path in paths]).astype(np.float64)
+        two = np.concatenate([np.ravel(there[path]) for path in paths]).astype(np.float64)
+        norms = np.linalg.norm(one) * np.linalg.norm(two)
+        cosine = float(one @ two / norms) if norms else 1.0
+        found[layer] = Shift(float(np.linalg.norm(two - one)), cosine, float(np.linalg.norm(one)))
+        current |= {path: after[path] for path in paths}
+    return found
+
+
+def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
+    """The shifts of the step after every kept one, and spread and movement of the activations."""
+    config = exp.config
+    size = config.batch_size
+    layers = layers_in_order(forward_order(exp))
+    gradients = jax.jit(functools.partial(step.gradients, model=exp.model))
+    train_step = jax.jit(functools.partial(step.train_step, model=exp.model))
+
+    by_step: list[dict[str, Any]] = []
+    for number, state in states(exp, workdir):
+        batch = exp.data.train_batch(number, size, slice(0, size), config.seed)
+        dropout = step.dropout_key(config.seed, number)
+
+        def gradient(flat, state=state, batch=batch, dropout=dropout):
+            params = traverse_util.unflatten_dict(flat, sep="/")
+            grads, _, _ = gradients(params, state.batch_stats, batch, dropout)
+            return traverse_util.flatten_dict(jax.device_get(grads), sep="/")
+
+        updated, _ = train_step(state, batch, exp.hyper, config.seed)
+        before, after = (traverse_util.flatten_dict(s.params, sep="/") for s in (state, updated))
+        found = shifts(gradient, before, after, layers)
+        by_step.append({"step": number, "layers": {k: v._asdict() for k, v in found.items()}})
+
+    numbers = [one["step"] for one in by_step]
+    examples = config.record.activation_examples
+    paths = known_paths(exp, examples)
+    observer = Observer(exp, workdir, paths, examples=examples)
+    shown = Shown(config.name, workdir, {k: observer.at(k)[0] for k in numbers})
+    activations = {p: {"spread": spread(shown, p), "moved": moved(shown, p)} for p in paths}
+    return {"steps": by_step, "activations": activations}
+
+
+def maps(measured: Mapping[str, Any]) -> dict[str, tuple[list[str], np.ndarray]]:
+    """What is drawn of a run: title -> (names of the rows, values [rows, steps])."""
+    names = list(measured["steps"][0]["layers"])
+    cells = [[one["layers"][name] for one in measured["steps"]] for name in names]
+    relative = [[float(c["distance"]) / max(float(c["norm"]), 1e-30) for c in row] for row in cells]
+    angles = [[float(c["cosine"]) for c in row] for row in cells]
+    inputs = [path for path in measured["activations"] if path.endswith("/input")]
+    gone = [measured["activations"][path]["moved"] for path in inputs]
+    return {
+        "L2 of G' - G, by that of G": (names, np.array(relative)),
+        "cosine of G and G'": (names, np.array(angles)),
+        "distance that the median moved": (inputs, np.array(gone, float)),
+    }
+
+
+def typical(results: Results, arm: str) -> dict[str, dict[int, float]]:
+    """{what: {seed: median over layers and kept steps}}; the first layer has no shift."""
+    found: dict[str, dict[int, float]] = {}
+    for seed, result in results[arm].items():
+        if not result.measured:
+            continue
+        distances = [
+            float(c["distance"])
+            for one in result.measured["steps"]
+            for c in list(one["layers"].values())[1:]
+        ]
+        found.setdefault("L2 of G' - G", {})[seed] = float(np.median(distances))
+        for name, (_, values) in maps(result.measured).items():
+            own = values if name.startswith("distance") else values[1:]
+            found.setdefault(name, {})[seed] = float(np.median(own))
+    return found
+
+
+def table(results: Results) -> Table:
+    """A row for every measure."""
+    bn = typical(results, "bn")
+    plain = typical(results, "plain")
+    rows = []
+    for name in bn or plain:
+        means = [
+            f"{np.mean(list(found[name].values())):.3g}" if name in found else "diverged"
+            for found in (bn, plain)
+        ]
+        times = "-"
+        if not name.startswith("cosine"):
+            times = written(quotient(plain.get(name, {}), bn.get(name, {})), ".3g", unit="x")
+        rows.append([name, *means, times])
+    legend = (
+        "Median over layers and kept steps. G: a layer's gradient; G': the same after all layers "
+        "before it have taken the step that they take together. Distance that the median moved: "
+        "of the inputs of nonlinearities, since step 0, in widths from the 15th to the 85th "
+        "percentile."
+    )
+    return Table(["", "BN", "plain", "plain / BN"], rows, legend)
+
+
+def draw(results: Results) -> Figure:
+    """Maps of layers x steps of the first seed, with BN in the upper row."""
+    shown = [(arm, seeds[0].measured) for arm, seeds in results.items() if seeds[0].measured]
+    figure, panels = subplots(
+        max(1, len(shown)), 3, figsize=(13, 3.6 * max(1, len(shown))), squeeze=False
+    )
+    for row, (arm, measured) in zip(panels, shown, strict=False):
+        steps = [one["step"] for one in measured["steps"]]
+        for axes, (title, (names, values)) in zip(row, maps(measured).items(), strict=True):
+            image = axes.imshow(values, aspect="auto", interpolation="nearest")
+            figure.colorbar(image, ax=axes)
+            few = np.unique(np.linspace(0, len(names) - 1, 12).round().astype(int))
+            axes.set_yticks(few, [names[k] for k in few], fontsize=6)
+            few = np.unique(np.linspace(0, len(steps) - 1, 5).round().astype(int))
+            axes.set_xticks(few, [f"{steps[k]:,}" for k in few], fontsize=7)
+            axes.set_title(f"{arm}: {title}", fontsize=9)
+            axes.set_xlabel("step")
+    return figure
+
+
+STUDY = Study(
+    name="shift",
+    question="Is internal covariate shift reduced?",
+    follows="Ioffe & Szegedy 2015; Santurkar et al. 2018 (arXiv:1805.11604), Definition 2.1",
+    minutes="2",
+    config="mnist_bn:digits",
+    sizes={
+        "mlp": (
+            *("total_steps=1500", "steps_per_dispatch=50", "eval_every=1500"),
+            *("checkpoint_every=100", "keep_every=100"),
+        ),
+        "inception": (
+            *("total_steps=400", "eval_every=400", "eval_early=0"),
+            *("checkpoint_every=80", "keep_every=80"),
+        ),
+    },
+    parts=arms,
+    table=table,
+    draw=draw,
+    measure=measure,
+)
