@@ -67,7 +67,7 @@ two: $(DEMO)  ## one run as two processes on this machine (launch/local.sh), a m
 	PYTHON=$(BIN)/python launch/local.sh 2 -- --config=mnist_bn:digits --config.total_steps=500 --config.steps_per_dispatch=10 --workdir=runs/two
 
 pod:  ## print what a job on a TPU slice would do (launch/tpu_pod.sh --dry-run)
-	launch/tpu_pod.sh resume --name=bn --zone=us-west4-a --project=PROJECT --type=v5litepod-64 --runtime=v2-alpha-tpuv5-lite --spot --bucket=BUCKET --dry-run -- --config=bn_x30:pod --config.data.dir=/mnt/bn_jax/data --workdir=/mnt/bn_jax/bn_x30
+	launch/tpu_pod.sh resume --name=bn --zone=us-west4-a --project=PROJECT --type=v5litepod-64 --runtime=v2-alpha-tpuv5-lite --spot --bucket=BUCKET --data-disk=DISK --dry-run -- --config=bn_x30:pod --config.data.dir=/mnt/bn_jax_data --workdir=/mnt/bn_jax/bn_x30
 
 test: setup  ## the tests, in two processes
 	$(RUN) pytest -m "not slow and not faults" -n 2 --dist loadfile

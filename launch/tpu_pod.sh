@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# One run on a Cloud TPU slice, as a queued resource:
+# One run on a Cloud TPU slice of v4, v5e, v5p or v6e, as a queued resource. Google fixes faults of the
+# Cloud TPU API but develops it no further, and TPU7x exists on GKE and Compute Engine only: see
+# launch/gke for both.
 #
 #   launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE --project=PROJECT [--dry-run] [OPTIONS]
 #
 #   create   asks for the slice      --type=v5litepod-64 --runtime=v2-alpha-tpuv5-lite [--spot]
+#            with the data set on a disk that all hosts read      [--data-disk=DISK]
 #   wait     returns once it is there; fails if it will not come
 #   install  this checkout, its locked packages and the bucket on every host    --bucket=BUCKET
 #   run      starts training on every host      -- OPTIONS OF bn_jax.main
@@ -15,8 +18,10 @@
 #
 # Training is a systemd unit of each host: it outlives the connection, gets SIGTERM when the host is
 # taken away, and is started again after a reboot and after exit codes that a restart mends
-# (docs/operations.md). The bucket is mounted at /mnt/bn_jax, before training starts and until it has
-# ended: a host's own disk is gone after a preemption.
+# (docs/operations.md). The bucket, for runs, is mounted at /mnt/bn_jax, before training starts and
+# until it has ended: a host's own disk is gone after a preemption. The data disk is one of the same
+# project and zone, with an ext4 file system of the label bn_jax_data (launch/README.md). It is
+# mounted at /mnt/bn_jax_data on every host, read-only.
 # --dry-run prints every command instead of running it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,7 +35,7 @@ COMMAND=${1:-}
 [[ $COMMAND =~ ^(create|wait|install|run|status|logs|stop|resume|delete)$ ]] ||
   fail "command '$COMMAND' is not one of create, wait, install, run, status, logs, stop, resume, delete"
 shift
-NAME='' ZONE='' PROJECT='' TYPE='' RUNTIME='' BUCKET='' SPOT=0 DRY_RUN=0
+NAME='' ZONE='' PROJECT='' TYPE='' RUNTIME='' BUCKET='' DATA_DISK='' SPOT=0 DRY_RUN=0
 while (($#)); do
   case $1 in
     --name=*) NAME=${1#*=} ;;
@@ -39,6 +44,7 @@ while (($#)); do
     --type=*) TYPE=${1#*=} ;;
     --runtime=*) RUNTIME=${1#*=} ;;
     --bucket=*) BUCKET=${1#*=} ;;
+    --data-disk=*) DATA_DISK=${1#*=} ;;
     --spot) SPOT=1 ;;
     --dry-run) DRY_RUN=1 ;;
     --)
@@ -69,6 +75,7 @@ do_it() {
 }
 
 need name zone project
+[[ $TYPE != tpu7x* ]] || fail "--type=$TYPE: the Cloud TPU API has no TPU7x; use launch/gke/tpu7x.yaml"
 PLACE=(--zone="$ZONE" --project="$PROJECT")
 QUEUED=(gcloud compute tpus queued-resources)
 
@@ -80,6 +87,9 @@ create() {
   need type runtime
   local request=("${QUEUED[@]}" create "$NAME" --node-id="$NAME" "${PLACE[@]}")
   request+=(--accelerator-type="$TYPE" --runtime-version="$RUNTIME")
+  if [[ -n $DATA_DISK ]]; then
+    request+=(--data-disk="source=projects/$PROJECT/zones/$ZONE/disks/$DATA_DISK,mode=read-only")
+  fi
   ((SPOT)) && request+=(--spot)
   do_it "${request[@]}"
 }
@@ -113,6 +123,7 @@ install() {
   local script=bn_jax/launch/tpu_host.sh
   on all "mkdir -p bn_jax && tar -xzf bn_jax.tar.gz -C bn_jax && bash $script install"
   on all "bash $script mount $(printf %q "$BUCKET")"
+  [[ -z $DATA_DISK ]] || on all "bash $script mount-data"
 }
 
 run() {

@@ -138,8 +138,34 @@ def test_slurm_s_tasks_get_their_cores_and_must_have_a_gpu(tmp_path, given, core
     fake(tmp_path, "srun", 'echo "srun $*"')
     done = run("bash launch/slurm.sbatch --config=bn_x30:pod", tmp_path, **given)
     assert f"--cpus-per-task={cores} " in done.stdout
-    assert "env JAX_PLATFORMS=cuda BN_JAX_STEP_TIMEOUT=300 python -m bn_jax.main" in done.stdout
+    variables = "env JAX_PLATFORMS=cuda BN_JAX_STEP_TIMEOUT=300 JAX_COMPILATION_CACHE_DIR="
+    assert f"{variables}{ROOT}/.compiled python -m bn_jax.main" in done.stdout
     assert "\n#SBATCH --cpus-per-task=8\n" in (LAUNCH / "slurm.sbatch").read_text()
+
+
+# Long options that sbatch(1) has, as far as they are used here.
+SBATCH = {
+    "job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "signal",
+    "requeue", "open-mode", "output",
+}  # fmt: skip
+
+
+def test_slurm_s_directives_are_options_of_sbatch():
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    directives = [line for line in lines if line.startswith("#SBATCH")]
+    found = [re.fullmatch(r"#SBATCH --([a-z-]+)(=[\w@:%.-]+)?", line) for line in directives]
+    assert all(found) and {match[1] for match in found if match} == SBATCH
+    # sbatch reads directives before the first command only.
+    first = next(k for k, line in enumerate(lines) if line and not line.startswith("#"))
+    assert all(line not in directives for line in lines[first:])
+
+
+@pytest.mark.parametrize(("given", "place"), [("", ""), ("/fast/disk", "/fast/disk")])
+def test_slurm_takes_another_place_for_compiled_programs_and_none(tmp_path, given, place):
+    fake(tmp_path, "srun", 'echo "srun $*"')
+    line = "bash launch/slurm.sbatch --config=bn_x30:pod"
+    done = run(line, tmp_path, JAX_COMPILATION_CACHE_DIR=given)
+    assert f" JAX_COMPILATION_CACHE_DIR={place} python " in done.stdout
 
 
 def units(folder: pathlib.Path) -> dict[str, str]:
@@ -148,18 +174,22 @@ def units(folder: pathlib.Path) -> dict[str, str]:
     fake(folder, "sudo", write)
     fake(folder, "gcsfuse", "")
     options = "--config=bn_x30:pod --workdir='/mnt/bn_jax/run two' --config.note='50% \"x\" $y'"
-    for command in ("mount bucket", f"start {options}"):
+    for command in ("mount bucket", "mount-data", f"start {options}"):
         done = run(f"bash launch/tpu_host.sh {command}", folder)
         assert done.returncode == 0, done.stderr
     assert (folder / "log").read_text().splitlines() == [
         "mkdir -p /mnt/bn_jax",
         "systemctl daemon-reload",
         "systemctl enable --now mnt-bn_jax.mount",
+        "mkdir -p /mnt/bn_jax_data",
+        "systemctl daemon-reload",
+        "systemctl enable --now mnt-bn_jax_data.mount",
         "systemctl daemon-reload",
         "systemctl enable bn_jax",
         "systemctl restart bn_jax",
     ]
-    return {name: (folder / name).read_text() for name in ("bn_jax.service", "mnt-bn_jax.mount")}
+    names = ("bn_jax.service", "mnt-bn_jax.mount", "mnt-bn_jax_data.mount")
+    return {name: (folder / name).read_text() for name in names}
 
 
 def test_a_tpu_host_trains_again_after_a_reboot_and_unmounts_after_the_save(tmp_path):
@@ -169,10 +199,47 @@ def test_a_tpu_host_trains_again_after_a_reboot_and_unmounts_after_the_save(tmp_
         assert "WantedBy=multi-user.target" in unit and "After=network-online.target" in unit
     # Ordered after the mount at boot, and so before its end at shutdown.
     place = re.search(r"^Where=(.+)$", mount, re.M)
-    assert place and f"RequiresMountsFor={place[1]}\n" in service
+    assert place and f"RequiresMountsFor={place[1]} " in service
     assert "TimeoutStopSec=120\n" in service and "Restart=on-failure\n" in service
     assert "Environment=BN_JAX_CLUSTER=1 JAX_PLATFORMS=tpu " in service
     assert '"--workdir=/mnt/bn_jax/run two" "--config.note=50%% \\"x\\" $$y"\n' in service
+
+
+def test_a_tpu_host_reads_the_data_from_a_disk_and_not_from_the_bucket_of_the_runs(tmp_path):
+    """140 GiB do not fit on a host's own disk of 100 GiB, so no cache of a bucket holds them."""
+    found = units(tmp_path)
+    data, runs = found["mnt-bn_jax_data.mount"], found["mnt-bn_jax.mount"]
+    place = re.search(r"^Where=(.+)$", data, re.M)
+    assert place and re.search(rf"^RequiresMountsFor=.* {place[1]}$", found["bn_jax.service"], re.M)
+    assert "Type=ext4\nOptions=ro,noload\n" in data and "Type=gcsfuse\n" in runs
+    # No metadata are cached of the runs: another host's heartbeat would not be seen.
+    options = yaml.safe_load((tmp_path / "bn_jax.gcsfuse.yaml").read_text())
+    assert options["metadata-cache"] == {"ttl-secs": 0, "negative-ttl-secs": 0}
+    assert "file-cache" not in options
+    # The label that the guide gives the disk is the one that is mounted.
+    label = re.search(r"^What=/dev/disk/by-label/(.+)$", data, re.M)
+    assert label and f"mkfs.ext4 -L {label[1]} " in (LAUNCH / "README.md").read_text()
+    assert len(label[1]) <= 16  # ext4's limit
+    create = "launch/tpu_pod.sh create --name=n --zone=z --project=p --type=t --runtime=r --dry-run"
+    disk = "--data-disk=source=projects/p/zones/z/disks/d\\,mode=read-only"
+    assert disk in run(f"{create} --data-disk=d").stdout
+    assert "data-disk" not in run(create).stdout
+
+
+def test_a_tpu_host_s_driver_may_lock_memory_and_its_programs_are_shared(tmp_path):
+    service = units(tmp_path)["bn_jax.service"]
+    assert "LimitMEMLOCK=infinity\n" in service
+    assert "Environment=JAX_COMPILATION_CACHE_DIR=/mnt/bn_jax/.compiled\n" in service
+
+
+def test_images_and_hosts_have_python_3_12():
+    """jax[cuda13] needs it."""
+    assert re.search(r"^ARG BASE=python:3\.12\.", (LAUNCH / "Dockerfile").read_text(), re.M)
+    assert (
+        "uv venv --quiet --clear --python 3.12 "
+        in run("bash launch/tpu_host.sh --dry-run install").stdout
+    )
+    assert "uv venv --clear --python 3.12 " in (LAUNCH / "sky.yaml").read_text()
 
 
 def test_systemd_understands_the_units(tmp_path):
@@ -219,6 +286,7 @@ def test_evaluation_is_launched_like_training(script):
         ("launch/tpu_pod.sh crate", "command 'crate' is not one of create"),
         ("launch/tpu_pod.sh create --name=x --zone=y", "create needs --project"),
         ("launch/tpu_pod.sh create --name=x --zone=y --project=p", "create needs --type"),
+        ("launch/tpu_pod.sh create --name=x --zone=y --project=p --type=tpu7x-32", "no TPU7x"),
         ("launch/tpu_pod.sh run --name=x --zone=y --project=p", "no options for bn_jax.main"),
         ("bash launch/tpu_host.sh stat", "command 'stat' is not one of"),
     ],
@@ -275,21 +343,32 @@ def launcher_rows() -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
+GKE = ("v5e", "v6e", "tpu7x", "h100")
 NAME = r"\b((?:JAX|BN_JAX|CUDA|LD)_[A-Z_]+)"
 
 
 def test_the_table_names_all_that_the_launchers_set():
     rows = launcher_rows()
     assert [row[0].strip("`") for row in rows] == [
-        "local.sh", "slurm.sbatch", "tpu_host.sh", "jobset.yaml", "jobset_gpu.yaml",
+        "local.sh", "slurm.sbatch", "tpu_host.sh", "gke/v5e.yaml`, v6e, tpu7x", "gke/h100.yaml",
+        "sky.yaml",
     ]  # fmt: skip
     for row in rows:
-        text = (LAUNCH / row[0].strip("`")).read_text()
+        text = (LAUNCH / row[0].strip("`").partition("`")[0]).read_text()
         code = re.sub(r"(^| )#.*$", "", text, flags=re.M)
         found = set(re.findall(rf"{NAME}=|- name: {NAME}", code))
         assert {a or b for a, b in found} == set(re.findall(NAME, " ".join(row[1:-1]))), row[0]
         seconds = re.search(r"\d+", row[-1])
-        assert seconds and re.search(rf"\b{seconds[0]}\b", text), row[0]
+        if row[0] == "`sky.yaml`":  # SkyPilot has no setting for it
+            assert not seconds
+        else:
+            assert seconds and re.search(rf"\b{seconds[0]}\b", text), row[0]
+
+
+def test_every_launcher_for_clusters_lets_slow_storage_take_its_time():
+    for path in ("slurm.sbatch", "tpu_host.sh", "sky.yaml", *(f"gke/{n}.yaml" for n in GKE)):
+        text = (LAUNCH / path).read_text()
+        assert re.search(r'BN_JAX_STEP_TIMEOUT(=|:-|\b.*\n +value: ")300\b', text), path
 
 
 # What the launchers' processes find in their environment, on this machine's CPU.
@@ -327,7 +406,7 @@ def test_slurm_s_environment_joins_the_tasks(tmp_path, n):
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_gpu_jobset_s_environment_joins_the_pods(tmp_path, n):
-    spec = yaml.safe_load((LAUNCH / "jobset_gpu.yaml").read_text())["spec"]["replicatedJobs"][0]
+    spec = yaml.safe_load((LAUNCH / "gke" / "h100.yaml").read_text())["spec"]["replicatedJobs"][0]
     [container] = spec["template"]["spec"]["template"]["spec"]["containers"]
     pods = []
     for index in range(n):
@@ -360,18 +439,36 @@ def test_local_ends_with_the_code_of_the_run(tmp_path):
     assert "learning_rate=-1.0" in out and "Traceback" not in out
 
 
-def typed() -> list[str]:
-    blocks = re.findall(r"^```sh\n(.*?)^```$", (LAUNCH / "README.md").read_text(), re.M | re.S)
+def typed(path: pathlib.Path) -> list[str]:
+    """The lines that a guide says to type."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", path.read_text(), re.M | re.S)
     return "".join(blocks).splitlines()
 
 
 def test_the_guide_and_make_say_the_same():
-    _, two, pod, slurm, *one_gpu = typed()  # the first is `activate`
+    lines = typed(LAUNCH / "README.md")
+    [two] = [line for line in lines if line.startswith("launch/local.sh")]
+    [pod] = [line for line in lines if line.startswith("launch/tpu_pod.sh")]
+    [slurm] = [line for line in lines if line.startswith("sbatch ")]
     assert make("two") == f"PYTHON=.venv/bin/python {two}" and make("pod") == pod
+    slurm = slurm.replace("sbatch --nodes=2", "bash").replace(".sbatch ", ".sbatch --dry-run ")
     for line in (pod, slurm):
         done = run(line)
         assert done.returncode == 0 and "bn_x30:pod" in done.stdout, done.stderr
-    assert run(pod).stdout.count("gcloud compute tpus") == 7
+    assert run(pod).stdout.count("gcloud compute tpus") == 8
+
+
+def test_the_files_that_the_guide_names_are_there():
+    lines = typed(LAUNCH / "README.md")
+    named = {word for line in lines for word in re.findall(r"launch/[\w/.]+", line)}
+    assert {"launch/gke/volumes.yaml", "launch/gke/v6e.yaml", "launch/sky.yaml"} <= named
+    for path in named:
+        assert (ROOT / path).is_file(), path
+    assert len((LAUNCH / "README.md").read_text().splitlines()) <= 100  # two screens
+
+
+def test_the_guide_to_one_gpu_says_what_the_script_takes():
+    one_gpu = typed(ROOT / "docs" / "gpu_check.md")
     assert len(one_gpu) == 3
     for line in one_gpu:
         done = run(f"{line.partition('#')[0]} --dry-run")
@@ -380,7 +477,8 @@ def test_the_guide_and_make_say_the_same():
 
 @pytest.mark.slow
 def test_two_processes_as_typed(tmp_path):
-    line = typed()[1].replace("runs/two", str(tmp_path / "two"))
+    [line] = [x for x in typed(LAUNCH / "README.md") if x.startswith("launch/local.sh")]
+    line = line.replace("runs/two", str(tmp_path / "two"))
     done = run(line, PYTHON=sys.executable, BN_JAX_SMOKE="1")
     assert done.returncode == 0, done.stderr
     assert "of 1,000 examples" in done.stdout
