@@ -57,7 +57,7 @@ table: $(DEMO)  ## Fig. 2 and the table of Fig. 3 on the digits: five networks, 
 	$(RUN) bn_jax.sweep --configs=inception,inception_best,bn_baseline,bn_x5,bn_x30,bn_x5_sigmoid --scale=digits --seeds=1 --workdir=runs/table
 	$(RUN) bn_jax.figures --workdir=runs/table
 
-STUDIES := population group_size landscape shift rates init
+STUDIES := population group_size landscape shift rates init noise
 studies: $(DEMO)  ## every study of docs/studies.md with three seeds, about two hours on 2 cores
 	for name in $(STUDIES); do \
 	  $(RUN) bn_jax.study $$name --seeds=3 --workdir=runs/studies/$$name || exit; \

@@ -100,7 +100,7 @@ def gradients(
             batch["image"],
             train=True,
             mask=mask,
-            rngs={"dropout": dropout},
+            rngs={"dropout": dropout, "noise": dropout},
             mutable=["batch_stats"],
         )
         logits, aux = outputs if isinstance(outputs, tuple) else (outputs, ())

@@ -55,6 +55,8 @@ def get_config(scale: str = "imagenet") -> ConfigDict:
     config.bn.group_size = 32  # examples that are normalized together (4.2: a worker's mini-batch)
     config.bn.epsilon = 1e-3  # added to the variance; not given in the paper
     config.bn.momentum = 0.99  # share of the running estimate kept each step (Flax's convention)
+    config.bn.noise = 0.0  # of the statistics in training, standard deviations (bn_jax.study)
+    config.bn.freeze_after = 0  # updates after which the running estimate is used; 0: never
     config.bn.per_activation = ()  # modules whose BN has a pair per activation (4.2.3)
 
     # Data

@@ -55,6 +55,8 @@ def get_config(scale: str = "mnist") -> ConfigDict:
     config.bn.group_size = 60  # examples that are normalized together: the mini-batch (4.1)
     config.bn.epsilon = 1e-3  # added to the variance; not given in the paper
     config.bn.momentum = 0.99  # share of the running estimate kept each step (Flax's convention)
+    config.bn.noise = 0.0  # of the statistics in training, standard deviations (bn_jax.study)
+    config.bn.freeze_after = 0  # updates after which the running estimate is used; 0: never
 
     # Data
     config.data = ConfigDict()

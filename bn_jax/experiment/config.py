@@ -463,6 +463,8 @@ def _check_network(config: ConfigDict, rules: _Rules) -> None:
     rules.number("dropout", "0.4 in Inception, 0 for none", below=1)
     rules.number("bn.epsilon", "1e-3 is usual")
     rules.number("bn.momentum", "0.99 is usual: the share that is kept", below=1)
+    rules.number("bn.noise", "0 for none, 1 is much", at_most=10)
+    rules.whole("bn.freeze_after", "0 for never", at_least=0)
     rules.choice("model.name", MODELS)
 
     if config.model.name == "mlp":

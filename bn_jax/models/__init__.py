@@ -12,6 +12,7 @@ from bn_jax.layers import BatchNorm
 from bn_jax.models.inception import Inception
 from bn_jax.models.initializers import BY_ACTIVATION, Gaussian
 from bn_jax.models.mlp import Mlp
+from bn_jax.models.perturbed import PerturbedBatchNorm
 
 ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid}
 # Of products and convolutions. None leaves the choice to jax's own setting, and to XLA.
@@ -67,10 +68,15 @@ def init_rule(config: ConfigDict) -> str:
 
 
 def _norm(config: ConfigDict, dtype: jnp.dtype):
-    return partial(
-        BatchNorm,
-        momentum=config.bn.momentum,
-        epsilon=config.bn.epsilon,
-        group_size=config.bn.group_size,
-        dtype=dtype,
-    )
+    options = {
+        "momentum": config.bn.momentum,
+        "epsilon": config.bn.epsilon,
+        "group_size": config.bn.group_size,
+        "dtype": dtype,
+    }
+    if config.bn.noise or config.bn.freeze_after:
+        noise = config.bn.noise
+        return partial(
+            PerturbedBatchNorm, noise=noise, freeze_after=config.bn.freeze_after, **options
+        )
+    return partial(BatchNorm, **options)

@@ -1,7 +1,7 @@
 """Studies of batch normalization: each one question, on the ordinary step, networks and data."""
 
-from bn_jax.studies import group_size, init, landscape, population, rates, shift
+from bn_jax.studies import group_size, init, landscape, noise, population, rates, shift
 from bn_jax.studies.frame import Study
 
-_MODULES = (population, group_size, landscape, shift, rates, init)
+_MODULES = (population, group_size, landscape, shift, rates, init, noise)
 STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in _MODULES}

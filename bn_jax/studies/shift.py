@@ -164,15 +164,22 @@ def table(results: Results) -> Table:
 
 
 def draw(results: Results) -> Figure:
-    """Maps of layers x steps of the first seed, with BN in the upper row."""
-    shown = [(arm, seeds[0].measured) for arm, seeds in results.items() if seeds[0].measured]
-    figure, panels = subplots(
-        max(1, len(shown)), 3, figsize=(13, 3.6 * max(1, len(shown))), squeeze=False
-    )
-    for row, (arm, measured) in zip(panels, shown, strict=False):
-        steps = [one["step"] for one in measured["steps"]]
-        for axes, (title, (names, values)) in zip(row, maps(measured).items(), strict=True):
-            image = axes.imshow(values, aspect="auto", interpolation="nearest")
+    """Maps of layers x steps of the first seed, with BN in the upper row; one scale a column."""
+    shown = {arm: seeds[0].measured for arm, seeds in results.items() if seeds[0].measured}
+    drawn = {arm: maps(measured) for arm, measured in shown.items()}
+    rows = max(1, len(shown))
+    figure, panels = subplots(rows, 3, figsize=(13, 3.6 * rows), squeeze=False)
+    for row, arm in zip(panels, shown, strict=False):
+        steps = [one["step"] for one in shown[arm]["steps"]]
+        for axes, (title, (names, values)) in zip(row, drawn[arm].items(), strict=True):
+            every = np.concatenate([found[title][1].ravel() for found in drawn.values()])
+            image = axes.imshow(
+                values,
+                aspect="auto",
+                interpolation="nearest",
+                vmin=np.nanmin(every),
+                vmax=np.nanmax(every),
+            )
             figure.colorbar(image, ax=axes)
             few = np.unique(np.linspace(0, len(names) - 1, 12).round().astype(int))
             axes.set_yticks(few, [names[k] for k in few], fontsize=6)

@@ -19,6 +19,8 @@ EVALUATIONS = "evaluations.jsonl"
 # Fields that older records lack, each with the value that describes what runs did then.
 ADDED = {
     "keep_every": 0,
+    "bn.noise": 0.0,
+    "bn.freeze_after": 0,
     "model.init": "glorot",
     "eval_early": 0,
     "eval_test": False,
