@@ -1,5 +1,6 @@
 """launch/: what the scripts would run, and local.sh in earnest."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.support import processes
+from tests.support import processes, tpu_hosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -403,22 +404,85 @@ def test_slurm_s_environment_joins_the_tasks(tmp_path, n):
     launched(tmp_path / "run", n)
 
 
+def run_as(tmp_path: pathlib.Path, environments: list[dict[str, str]]) -> None:
+    """Asserts that a process in each environment trains, and that they are one run; on CPU."""
+    # The jax of this process has noted in TPU_SKIP_MDS_QUERY that there are no chips here.
+    here = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TPU_"))}
+    children = []
+    for given in environments:
+        given = given | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "c")}
+        command = [sys.executable, "-m", "bn_jax.main", *shlex.split(" ".join(SETTINGS))]
+        command.append(f"--workdir={tmp_path / 'run'}")
+        children.append(processes.start(command, cwd=ROOT, env=here | given))
+    assert [child.wait(300) for child in children] == [0] * len(environments)
+    launched(tmp_path / "run", len(environments))
+
+
+def environment_of(jobset: str, number: int) -> dict[str, str]:
+    """What the JobSet sets in the pod of this number."""
+    spec = yaml.safe_load((LAUNCH / "gke" / jobset).read_text())["spec"]["replicatedJobs"][0]
+    [container] = spec["template"]["spec"]["template"]["spec"]["containers"]
+    return {entry["name"]: entry.get("value", str(number)) for entry in container["env"]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_gpu_jobset_s_environment_joins_the_pods(tmp_path, n):
-    spec = yaml.safe_load((LAUNCH / "gke" / "h100.yaml").read_text())["spec"]["replicatedJobs"][0]
-    [container] = spec["template"]["spec"]["template"]["spec"]["containers"]
-    pods = []
-    for index in range(n):
-        given = {entry["name"]: entry.get("value", str(index)) for entry in container["env"]}
+    pods = [environment_of("h100.yaml", number) for number in range(n)]
+    for given in pods:
         port = given["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2]
         given["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
-        given |= {"JAX_NUM_PROCESSES": str(n), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-        given["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "c")
-        command = [sys.executable, "-m", "bn_jax.main", *shlex.split(" ".join(SETTINGS))]
-        command.append(f"--workdir={tmp_path / 'run'}")
-        pods.append(processes.start(command, cwd=ROOT, env=os.environ | given))
-    assert [pod.wait(300) for pod in pods] == [0] * n
+        given["JAX_NUM_PROCESSES"] = str(n)
+    run_as(tmp_path, pods)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_the_tpu_jobset_s_environment_joins_the_pods(tmp_path, n):
+    """GKE adds names and a number; jax detects them where there are TPUs, and asks for slices."""
+    by_gke = {"TPU_WORKER_HOSTNAMES": ",".join(["localhost"] * n)}
+    by_gke |= {"JAX_COORDINATOR_PORT": str(processes.free_port())}  # 8482, where it is free
+    by_gke |= tpu_hosts.environment(tmp_path / "host")
+    pods = [environment_of("v6e.yaml", k) | by_gke | {"TPU_WORKER_ID": str(k)} for k in range(n)]
+    with tpu_hosts.metadata_server(0, n) as address:
+        run_as(tmp_path, [pod | {"GCE_METADATA_IP": address} for pod in pods])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_tpu_host_s_environment_joins_the_hosts(tmp_path, n):
+    """A TPU VM's environment says nothing: jax asks the metadata server."""
+    (tmp_path / "units").mkdir()
+    service = units(tmp_path / "units")["bn_jax.service"]
+    words = " ".join(re.findall(r"^Environment=(.+)$", service, re.M)).split()
+    given = dict(word.split("=", 1) for word in words)
+    given |= {"JAX_COORDINATOR_PORT": str(processes.free_port())}
+    given |= tpu_hosts.environment(tmp_path / "host")
+    with contextlib.ExitStack() as servers:
+        hosts = [tpu_hosts.metadata_server(number, n) for number in range(n)]
+        addresses = [servers.enter_context(host) for host in hosts]
+        run_as(tmp_path, [given | {"GCE_METADATA_IP": address} for address in addresses])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_skypilot_s_environment_joins_the_nodes(tmp_path, n):
+    """The task's own commands, with what SkyPilot sets on each node."""
+    script = yaml.safe_load((LAUNCH / "sky.yaml").read_text())["run"]
+    script = script.replace("JAX_PLATFORMS=cuda", "JAX_PLATFORMS=cpu")
+    script = script.replace("/runs/.compiled", str(tmp_path / "c"))
+    script = script.replace(":8476", f":{processes.free_port()}")
+    script = script.replace(".venv/bin/python", sys.executable)
+    options = [option for option in SETTINGS if '"' not in option]  # the shell splits $OPTIONS
+    options += ["--config.record.activation_every=6", f"--workdir={tmp_path / 'run'}"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    env |= {"SKYPILOT_NODE_IPS": "\n".join(["localhost"] * n), "SKYPILOT_NUM_NODES": str(n)}
+    env |= {"OPTIONS": " ".join(options)}
+    nodes = [
+        processes.start(["bash", "-c", script], cwd=ROOT, env=env | {"SKYPILOT_NODE_RANK": str(k)})
+        for k in range(n)
+    ]
+    assert [node.wait(300) for node in nodes] == [0] * n
     launched(tmp_path / "run", n)
 
 
