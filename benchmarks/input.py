@@ -7,6 +7,9 @@ lowest and highest: images per CPU-second (of all threads) and images per second
 
 Without --images (a folder of pictures, any depth) textures of 500 x 375 are made up. tf.data takes
 part where TensorFlow is installed, PIL where Pillow is.
+
+Then this pipeline's images/s on 1, 2, ... of this machine's CPUs, and by a model on up to 208,
+beside what hosts with H100s and TPUs would take in (`model`, `HOSTS`).
 """
 
 import argparse
@@ -19,15 +22,39 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 
-from bn_jax.data import crops, decode, distort, order, pipeline, tfds
+from benchmarks import cost_model
+from bn_jax.data import crops, decode, distort, order, pipeline, sources, tfds
+from bn_jax.distributed.cpus import usable_cpus
 from bn_jax.prepare import imagenet
 
 SIZE, BATCH = 224, 32
 Run = Callable[[int], int]  # round -> images read
+
+TINY = 8  # pixels of pictures that take no time to decode
+ON_PAPER = (16, 32, 64, 112, 208)  # CPUs
+
+
+class Host(NamedTuple):
+    """A machine that trains. cpus: Google's vCPUs, which are threads of cores."""
+
+    name: str
+    cpus: int
+    devices: int
+    tflops: float  # peak of a device, bfloat16
+    processes: int = 1  # as the launchers start them
+
+
+V5E, _, H100 = cost_model.MACHINES
+HOSTS = (
+    Host("v5e x 4, ct5lp-hightpu-4t, 1 process", 112, 4, V5E.tflops),
+    Host("H100 x 8, a3-highgpu-8g, 1 process", 208, 8, H100.tflops),
+    Host("H100 x 8, 208 CPUs, 8 processes", 208, 8, H100.tflops, processes=8),
+)
 
 
 def main() -> None:
@@ -43,8 +70,10 @@ def main() -> None:
     files = read_images(pathlib.Path(options.images)) if options.images else made_up(16)
     files = [files[k % len(files)] for k in range(options.count)]
     with tempfile.TemporaryDirectory() as temporary:
-        contenders = list_contenders(files, pathlib.Path(temporary))
+        folder = pathlib.Path(temporary)
+        contenders = list_contenders(files, folder)
         results = measure(contenders, options.rounds)
+        scaling = measure(list_cpus(folder, options.count), options.rounds)
     pixels = statistics.median(np.prod(simplejpeg.decode_jpeg_header(f)[:2]) for f in files)
     kib, source = statistics.median(map(len, files)) / 1024, options.images or "made-up textures"
     print(f"{len(set(files))} files of {source}, median {pixels:,.0f} pixels, {kib:.0f} KiB")
@@ -53,6 +82,80 @@ def main() -> None:
     for name, rates in results.items():
         columns = [f"{statistics.median(r):.0f} ({min(r):.0f}-{max(r):.0f})" for r in rates]
         print(f"{name:42}{columns[0]:>22}{columns[1]:>22}")
+    print()
+    print(scaling_table(scaling))
+
+
+def list_cpus(folder: pathlib.Path, count: int) -> dict[str, Run]:
+    """This pipeline on 1, 2, ... CPUs, and on one CPU with pictures that take no time to decode."""
+    data = open_set(folder / "array_record", distortion=1.0)
+    tiny = write_set([made_up(1, TINY, TINY)[0]] * count, folder / "tiny", "array_record")
+    bare = open_set(tiny, distortion=1.0, size=TINY)
+    found = {"Python alone": on_cpus(1, bare)}
+    n = 1
+    while n <= usable_cpus():
+        found[str(n)] = on_cpus(n, data)
+        n *= 2
+    return found
+
+
+def on_cpus(n: int, data: pipeline.Data) -> Run:
+    """Reads epochs with threads that may use n CPUs."""
+
+    def run(k: int) -> int:
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, set(sorted(allowed)[:n]))  # of this thread and those it starts
+        sources._threads.cache_clear()  # the threads of a batch's rows are started again
+        try:
+            return epoch(data, k)
+        finally:
+            sources._threads.cache_clear()
+            os.sched_setaffinity(0, allowed)
+
+    return run
+
+
+def model(cpus: float, per_cpu: float, python: float) -> float:
+    """Images/s of one process on paper: min(cpus * per_cpu, python).
+
+    Args:
+      cpus: that the process may use; none slower than those here.
+      per_cpu: images per CPU-second, measured: n times the CPUs decode n times as much.
+      python: images/s of what one thread at a time does, because it holds Python's lock. Measured
+        with pictures of 8 pixels on one CPU, all of whose time is counted as that; some of it is
+        not, so the true limit is higher.
+
+    Storage, memory and the copy to the devices are assumed to be faster.
+    """
+    return min(cpus * per_cpu, python)
+
+
+def needed(host: Host) -> float:
+    """Images/s that a host's devices take in at `cost_model.UTILIZATION` of their peak: assumed."""
+    flops = host.devices * host.tflops * 1e3 * cost_model.UTILIZATION
+    return flops / cost_model.GFLOP_AN_IMAGE
+
+
+def scaling_table(results: dict[str, tuple[list, list]]) -> str:
+    """Images/s against CPUs, measured and by the model, and what hosts need."""
+    measured = {name: statistics.median(rates) for name, (_, rates) in results.items()}
+    python = measured.pop("Python alone")
+    per_cpu = statistics.median(results[max(measured, key=int)][0])
+    share = f"{cost_model.UTILIZATION:.0%} of the peak"
+    lines = [
+        f"model of a process: min(CPUs x {per_cpu:.0f}, {python:,.0f}) images/s, from the measured",
+        f"{per_cpu:.0f} images per CPU-second and {python:,.0f} images/s of Python alone",
+        f"{'CPUs':42}{'images/s':>22}{'by the model':>22}",
+    ]
+    for name, rate in measured.items():
+        lines.append(f"{name:42}{rate:>22,.0f}{model(int(name), per_cpu, python):>22,.0f}")
+    for cpus in ON_PAPER:
+        lines.append(f"{cpus:<42}{'not measured':>22}{model(cpus, per_cpu, python):>22,.0f}")
+    lines.append(f"{'host':42}{f'needs at {share}':>22}{'by the model':>22}")
+    for host in HOSTS:
+        gives = host.processes * model(host.cpus / host.processes, per_cpu, python)
+        lines.append(f"{host.name:42}{needed(host):>22,.0f}{gives:>22,.0f}")
+    return "\n".join(lines)
 
 
 def read_images(folder: pathlib.Path) -> list[bytes]:
@@ -71,12 +174,12 @@ def read_images(folder: pathlib.Path) -> list[bytes]:
     return usual
 
 
-def made_up(n: int) -> list[bytes]:
-    """JPEG files of smooth noise, about as large as ImageNet's."""
+def made_up(n: int, height: int = 375, width: int = 500) -> list[bytes]:
+    """JPEG files of smooth noise, by default about as large as ImageNet's."""
     rng = np.random.default_rng(0)
     files = []
     for _ in range(n):
-        noise = rng.normal(size=(375, 500, 3)).cumsum(0).cumsum(1)
+        noise = rng.normal(size=(height, width, 3)).cumsum(0).cumsum(1)
         noise = 127 + 60 * noise / noise.std() + rng.normal(scale=12, size=noise.shape)
         pixels = np.clip(noise, 0, 255).astype(np.uint8)
         files.append(simplejpeg.encode_jpeg(pixels, quality=90, colorsubsampling="420"))
@@ -145,9 +248,9 @@ def write_set(files: list[bytes], folder: pathlib.Path, file_format: str) -> pat
     return folder
 
 
-def open_set(folder: pathlib.Path, distortion: float) -> pipeline.Data:
+def open_set(folder: pathlib.Path, distortion: float, size: int = SIZE) -> pipeline.Data:
     """The set as training sees it."""
-    view = distort.Augmentation(SIZE, crop=0.08, mirror=True, distortion=distortion)
+    view = distort.Augmentation(size, crop=0.08, mirror=True, distortion=distortion)
     return pipeline.Data(tfds.source("imagenet2012", str(folder)), view, shuffle="within_shard")
 
 

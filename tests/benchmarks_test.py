@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import fair, peers_bn, report
+from benchmarks import fair, input, peers_bn, report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -35,6 +35,22 @@ def test_smoke_run(name, tmp_path):
 @pytest.mark.parametrize("name", ["startup", "reproducible", "memory", "scale", "peers_bn"])
 def test_longer_smoke_run(name, tmp_path):
     assert smoke(name, tmp_path)
+
+
+def test_input_on_many_cpus_is_a_formula_of_what_was_measured():
+    assert input.model(16, per_cpu=700, python=20_000) == 11_200
+    assert input.model(208, per_cpu=700, python=20_000) == 20_000
+    v5e = input.HOSTS[0]
+    assert input.needed(v5e) == pytest.approx(4 * 197e12 * 0.3 / 11.96e9)  # 30%: an assumption
+    rates = {"1": ([700], [690]), "2": ([700], [1300]), "Python alone": ([1], [20_000])}
+    lines = input.scaling_table(rates).splitlines()
+    assert "min(CPUs x 700, 20,000)" in lines[0]
+    cells = {line[:42].strip(): line[42:].split() for line in lines}
+    assert cells["1"] == ["690", "700"] and cells["2"] == ["1,300", "1,400"]
+    assert cells["208"] == ["not", "measured", "20,000"]
+    assert cells[v5e.name] == ["19,766", "20,000"]
+    one, eight = (cells[host.name] for host in input.HOSTS[1:])
+    assert one[1] == "20,000" and eight[1] == f"{8 * 26 * 700:,}" and one[0] == eight[0]
 
 
 def test_a_record_with_a_peer_that_is_not_here_stays(tmp_path, monkeypatch):
