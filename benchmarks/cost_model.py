@@ -102,3 +102,12 @@ def evaluation_share(devices: int) -> float:
 
     steps = (scoring + statistics) / 3
     return steps / (config.eval_every + steps)
+
+
+def evaluation_text() -> str:
+    """Evaluation's share of a run at scale `pod`, for the page."""
+    shares = ", ".join(f"{n} devices {100 * evaluation_share(n):.1f}%" for n in SIZES)
+    return (
+        f"BN-x30 at scale `pod`: evaluations of {IMAGENET_VALIDATION:,} images and population"
+        f" statistics, counted in training steps, take {shares}. Not measured."
+    )

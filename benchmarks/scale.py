@@ -1,6 +1,7 @@
 """What one training step sends between devices, and what that costs at scale, without any of them.
 
     python -m benchmarks.scale             # Inception at 224 px on 8, 64, 512 virtual CPU devices
+    python -m benchmarks.scale --devices=8@2    # with statistic groups over two devices
     python -m benchmarks.scale --smoke     # the MLP on 8 virtual devices, seconds
     python -m benchmarks.scale --devices= --topologies=v5e:2x4,v4:2x2x4 --out=FILE
     python -m benchmarks.scale --devices= --topologies=cuda:8 --out=FILE
@@ -8,10 +9,13 @@
 The last two compile ahead of time for TPUs and for the H100s of one host. None need be there, but
 libtpu (pip install 'jax[tpu]') or jax's CUDA plugin (`make cuda`) must be. --smoke with topologies
 compiles for these instead of the virtual devices. The step is compiled, not run, with the forms of
-`bn_jax.ops` for the backend, 32 examples and one statistic group a device. Read from the compiled
-program: collectives by kind, their bytes, dtypes (for CPUs those of the program as it is cut for
-the devices, too) and memory a device. A cost model (ring all-reduce) turns bytes into weak scaling.
-Writes results/bench/scale.md, but for --smoke, and ends with 1 if a claim does not hold.
+`bn_jax.ops` for the backend, 32 examples and one statistic group a device, or, with @2 behind a
+target, one for two devices: then statistics travel in every layer, and nothing is claimed.
+
+Read from the compiled program: collectives by kind, their bytes, dtypes (for CPUs those of the
+program as it is cut for the devices, too) and memory a device. A cost model (ring all-reduce) turns
+bytes into weak scaling. Writes results/bench/scale.md, but for --smoke, and ends with 1 if a claim
+does not hold.
 """
 
 import argparse
@@ -73,15 +77,21 @@ def compiled(lowered: Any, options: dict[str, Any]) -> tuple[Any, list[Collectiv
         return program, collectives(cut.read_text())
 
 
-def step_config(devices: int, args: argparse.Namespace):
-    """BN-x30 in bfloat16, or the MLP: 32 examples and one group a device."""
+def place_of(target: str) -> tuple[str, int]:
+    """A target without its end, and the devices that a statistic group lies on: "8@2" -> "8", 2."""
+    place, _, across = target.partition("@")
+    return place, int(across or 1)
+
+
+def step_config(devices: int, across: int, args: argparse.Namespace):
+    """BN-x30 in bfloat16, or the MLP: 32 examples a device, a group on `across` devices."""
     from ml_collections import ConfigDict
 
     from configs import bn_x30, mnist_bn
 
     config = ConfigDict((mnist_bn if args.smoke else bn_x30).get_config("synthetic").to_dict())
     config.batch_size = EXAMPLES * devices
-    config.bn.group_size = EXAMPLES
+    config.bn.group_size = EXAMPLES * across
     config.steps_per_dispatch = 1
     config.record.activations = ()
     config.dtype = "bfloat16"
@@ -115,12 +125,13 @@ def devices_of(target: str) -> list[Any]:
 def require_compilers(targets: list[str]) -> None:
     """Exits with 2 and a line that says what is missing for one of the targets."""
     for target in targets:
-        backend = backend_of(target)
+        place, _ = place_of(target)
+        backend = backend_of(place)
         missing = ""
         if backend == "tpu" and importlib.util.find_spec("libtpu") is None:
             missing = "libtpu is not installed (a TPU is not needed): pip install 'jax[tpu]'"
         if backend == "gpu":
-            if not re.fullmatch(r"cuda:[1-9]\d*", target):
+            if not re.fullmatch(r"cuda:[1-9]\d*", place):
                 missing = "write cuda:N for N H100s of one host"
             elif not cuda.installed():
                 missing = cuda.MISSING
@@ -138,11 +149,12 @@ def compile_here(target: str, args: argparse.Namespace) -> dict[str, Any]:
     from bn_jax.distributed import mesh
     from bn_jax.experiment import build
 
-    backend = backend_of(target)
+    place, across = place_of(target)
+    backend = backend_of(place)
     versions = [f"jax {jax.__version__}", f"commit {fair.commit()}"]
     versions += [f"libtpu {importlib.metadata.version('libtpu')}"] if backend == "tpu" else []
-    devices = devices_of(target)
-    config = step_config(len(devices), args)
+    devices = devices_of(place)
+    config = step_config(len(devices), across, args)
     exp = build.build(config)._replace(mesh=mesh.make(list(devices)))
     state = build.abstract_state(exp)
     batch = build.abstract_batch(exp, config.batch_size, train=False)
@@ -166,8 +178,9 @@ def compile_here(target: str, args: argparse.Namespace) -> dict[str, Any]:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     return {
-        "target": {"cpu": "virtual CPU", "tpu": f"TPU {target}", "gpu": "H100"}[backend],
+        "target": {"cpu": "virtual CPU", "tpu": f"TPU {place}", "gpu": "H100"}[backend],
         "devices": len(devices),
+        "across": across,
         "collectives": collectives(program.as_text()),
         "dtypes": sorted({dtype for c in cut for dtype in c.bytes}),
         "params": size(state.params),
@@ -182,7 +195,7 @@ def compile_here(target: str, args: argparse.Namespace) -> dict[str, Any]:
 def compile_apart(target: str, args: argparse.Namespace) -> dict[str, Any]:
     """`compile_here` in a process of its own: the number of devices is fixed when jax starts."""
     env = dict(os.environ) | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    count = "1" if ":" in target else target
+    count = "1" if ":" in target else place_of(target)[0]
     env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
     command = [sys.executable, "-m", "benchmarks.scale", f"--child={target}"]
     command += [f"--width={args.width}", f"--image_size={args.image_size}"]
@@ -201,7 +214,9 @@ def payload(report: dict[str, Any]) -> int:
 
 
 def claims(report: dict[str, Any]) -> dict[str, bool]:
-    """What must hold of a program, and whether it does."""
+    """What must hold of a program whose groups lie on one device each, and whether it does."""
+    if report["across"] > 1:
+        return {}
     found, state = report["collectives"], report["params"] + report["statistics"]
     share = payload(report) / state
     dtypes = {*report["dtypes"], *(dtype for c in found for dtype in c.bytes)}
@@ -217,15 +232,14 @@ def claims(report: dict[str, Any]) -> dict[str, bool]:
 
 def table(reports: list[dict[str, Any]]) -> str:
     """The reports as Markdown."""
-    lines = [
-        "| for | devices | collectives | MB a step | state | arguments, temporary | compiled in |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = ["for", "devices", "a group on", "collectives", "MB a step", "state"]
+    columns += ["arguments, temporary", "compiled in"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for r in reports:
         kinds = Counter(c.kind for c in r["collectives"])
         shown = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none"
         lines.append(
-            f"| {r['target']} | {r['devices']} | {shown} | {payload(r) / 1e6:.3f} "
+            f"| {r['target']} | {r['devices']} | {r['across']} | {shown} | {payload(r) / 1e6:.3f} "
             f"| {(r['params'] + r['statistics']) / 1e6:.3f} "
             f"| {r['arguments'] / 1e6:.0f}, {r['temporary'] / 1e6:.0f} "
             f"| {r['compile_seconds']:.0f} s |"
@@ -252,12 +266,15 @@ def document(reports: list[dict[str, Any]], args: argparse.Namespace) -> str:
     network = "the MLP of 4.1" if args.smoke else network
     intro = (
         f"Written by `python -m benchmarks.scale`. Compiled, not run: {network}, {EXAMPLES}"
-        f" examples and one statistic group a device; {reports[0]['versions']}. State is parameters"
-        " and statistics; it, arguments and temporary memory are MB (1e6 bytes) a device."
+        f" examples a device, statistic groups on one device or two; {reports[0]['versions']}. State"
+        " is parameters and statistics; it, arguments and temporary memory are MB (1e6 bytes) a"
+        " device."
         f" {origin_of_dtypes(reports)}"
     )
     parts = ["# What a step sends between devices", intro, table(reports)]
     for r in reports:
+        if r["across"] > 1:
+            continue  # nothing is claimed
         parts.append(f"{r['target']}, {r['devices']} devices:")
         parts.append(
             "\n".join(f"* {'holds' if ok else 'DOES NOT HOLD'}: {c}" for c, ok in claims(r).items())
@@ -265,13 +282,14 @@ def document(reports: list[dict[str, Any]], args: argparse.Namespace) -> str:
     if args.width == 1 and args.image_size == 224 and not args.smoke:
         parts += ["## Weak scaling, by a model", cost_model.explanation()]
         parts.append(cost_model.table(payload(reports[0]), EXAMPLES))
+        parts += ["## Evaluation's share of a run, by arithmetic", cost_model.evaluation_text()]
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
     """Compiles for every target, prints and writes the document."""
     parser = argparse.ArgumentParser("python -m benchmarks.scale", description=__doc__)
-    parser.add_argument("--devices", default="8,64,512", help="numbers of virtual CPU devices")
+    parser.add_argument("--devices", default="8,64,512,8@2", help="numbers of virtual CPU devices")
     parser.add_argument(
         "--topologies", default="", help="TPU slices (v5e:2x4,v4:2x2x4), H100s (cuda:8)"
     )
@@ -287,7 +305,7 @@ def main() -> None:
         print(json.dumps(compile_here(args.child, args)))
         return
     if args.smoke:
-        args.devices = "" if args.topologies else "8"
+        args.devices = "" if args.topologies else "8,8@2"
     targets = [t for t in (args.devices + "," + args.topologies).split(",") if t]
     require_compilers(targets)
     reports = []

@@ -1,6 +1,8 @@
 """benchmarks.scale: what is read from a compiled program, the cost model, and the step itself."""
 
+import argparse
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -38,7 +40,8 @@ def test_an_asynchronous_collective_hands_in_its_operands():
 
 
 def report(*found: scale.Collective, dtypes=("f32",)):
-    return {"collectives": list(found), "dtypes": dtypes, "params": 4000, "statistics": 288}
+    numbers = {"across": 1, "params": 4000, "statistics": 288}
+    return {"collectives": list(found), "dtypes": dtypes, **numbers}
 
 
 def test_claims_fail_where_they_should():
@@ -117,6 +120,25 @@ def test_a_number_of_gpus_that_is_none_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         scale.main()
     assert "cuda:2x4: write cuda:N" in capsys.readouterr().err
+
+
+def test_groups_over_two_devices_are_reported_and_nothing_is_claimed_of_them(smoke):
+    assert scale.place_of("8@2") == ("8", 2) and scale.place_of("v5e:2x4") == ("v5e:2x4", 1)
+    assert scale.claims(report(*scale.collectives(HLO)) | {"across": 2}) == {}
+    rows = [line.split("|")[1:6] for line in smoke.stdout.splitlines() if "virtual CPU |" in line]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    assert [row[:3] for row in cells] == [["virtual CPU", "8", "1"], ["virtual CPU", "8", "2"]]
+    one, two = (sum(map(int, re.findall(r"\d+", row[3]))) for row in cells)
+    assert one <= 2 < two  # statistics travel in every layer
+
+
+def test_the_page_has_evaluation_s_share_of_a_run(tmp_path):
+    args = argparse.Namespace(width=1, image_size=224, smoke=False)
+    found = report(scale.Collective("all-reduce", {"f32": 4288}))
+    found |= {"target": "virtual CPU", "devices": 8, "versions": "", "arguments": 0}
+    text = scale.document([found | {"temporary": 0, "compile_seconds": 0}], args)
+    share = f"8 devices {100 * cost_model.evaluation_share(8):.1f}%"
+    assert "## Evaluation's share of a run, by arithmetic" in text and share in text
 
 
 def test_a_target_names_its_backend():
