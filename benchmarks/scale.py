@@ -266,8 +266,8 @@ def document(reports: list[dict[str, Any]], args: argparse.Namespace) -> str:
     network = "the MLP of 4.1" if args.smoke else network
     intro = (
         f"Written by `python -m benchmarks.scale`. Compiled, not run: {network}, {EXAMPLES}"
-        f" examples a device, statistic groups on one device or two; {reports[0]['versions']}. State"
-        " is parameters and statistics; it, arguments and temporary memory are MB (1e6 bytes) a"
+        f" examples a device, statistic groups on one device or two; {reports[0]['versions']}."
+        " State is parameters and statistics; it, arguments and temporary memory are MB (1e6 bytes) a"
         " device."
         f" {origin_of_dtypes(reports)}"
     )
