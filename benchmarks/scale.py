@@ -267,8 +267,8 @@ def document(reports: list[dict[str, Any]], args: argparse.Namespace) -> str:
     intro = (
         f"Written by `python -m benchmarks.scale`. Compiled, not run: {network}, {EXAMPLES}"
         f" examples a device, statistic groups on one device or two; {reports[0]['versions']}."
-        " State is parameters and statistics; it, arguments and temporary memory are MB (1e6 bytes) a"
-        " device."
+        " State is parameters and statistics; it, arguments and temporary memory are MB (1e6 bytes)"
+        " a device."
         f" {origin_of_dtypes(reports)}"
     )
     parts = ["# What a step sends between devices", intro, table(reports)]
