@@ -1,6 +1,6 @@
-"""Errors that a user can act on. Each carries the process exit code of docs/operations.md.
+"""Errors that a user can act on. Each has its exit code, as docs/operations.md lists them.
 
-A message is one line: what is wrong, the value, the limit, the remedy.
+A message is one line that says what is wrong, the value, the limit and the remedy.
 """
 
 import argparse
@@ -17,13 +17,13 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Base of all errors that end a command with one line and no traceback."""
+    """The base of all errors that end a command with one line and no traceback."""
 
     exit_code = 1
 
 
 class ConfigError(UserError):
-    """Command line, config or data location cannot be used."""
+    """The command line, the config or the data's location cannot be used."""
 
     exit_code = 2
 
@@ -35,19 +35,19 @@ class DataError(UserError):
 
 
 class DivergedError(UserError):
-    """Loss or gradient is no longer finite: a result, not a fault."""
+    """The loss or gradient is no longer finite, which is a result and not a fault."""
 
     exit_code = 4
 
 
 class CheckpointError(UserError):
-    """No usable checkpoint."""
+    """No checkpoint can be used."""
 
     exit_code = 5
 
 
 class PeerLostError(UserError):
-    """Another process of this run died or hangs."""
+    """Another process of this run has died or hangs."""
 
     exit_code = 6
 
@@ -70,17 +70,17 @@ class Preempted(UserError):  # noqa: N818 (not an error: the state is saved)
     exit_code = 75
 
 
-# What the commands share: a user's error is one line on stderr and an exit code, no traceback.
+# What the commands share: a UserError becomes one line on stderr and an exit code.
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser with one line for a command line that it refuses.
+    """Parses as argparse does, but refuses a command line in one line.
 
-    Its own usage message of several lines hides what is wrong.
+    argparse's own usage message has several lines, which hide what is wrong.
     """
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program."""
+        """Ends the program with the message and the exit code of a ConfigError."""
         fail(f"{message}; {self.prog} --help names the options", ConfigError.exit_code)
 
 
@@ -88,26 +88,28 @@ def run_command(main: Callable[[], None]) -> None:
     """Runs a command. A UserError becomes one line and its exit code; Ctrl-C exits with 130."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name may be in no encoding
+            stream.reconfigure(errors="backslashreplace")  # the stream may lack a name's characters
     try:
         require_paths(sys.argv[1:])
         main()
     except UserError as error:
-        # A compilation in another thread is waited for. A second Ctrl-C ends it without traceback.
+        # Python waits for a compilation in another thread. Ctrl-C then ends it without traceback.
         if threading.current_thread() is threading.main_thread():  # not the watchdog
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:
-        # Whoever read the output (`| head`) has enough. Python would fail once more as it flushes.
+        # The reader of the output (`| head`) has ended. Python would fail again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None  # as a shell says of a program that SIGPIPE ended
+        raise SystemExit(141) from None  # what a shell reports for a program that SIGPIPE ended
 
 
 def expand_path(text: str) -> pathlib.Path:
-    """A path with ~ as the user's home. Raises ConfigError for a user without a home directory,
-    as some containers have."""
+    """Replaces ~ in a path by the user's home.
+
+    Raises ConfigError if the user has no home directory, as in some containers.
+    """
     try:
         return pathlib.Path(text).expanduser()
     except RuntimeError:
@@ -117,8 +119,11 @@ def expand_path(text: str) -> pathlib.Path:
 
 
 def printable(path: str | pathlib.Path) -> str:
-    """A path for people: bytes that are not UTF-8 are escaped, so that any stream can print it, and
-    control characters, so that it stays one line and commands no terminal."""
+    """Escapes what cannot be printed in a path.
+
+    Bytes that are not UTF-8 are escaped, so that any stream can print the path. Control characters
+    are escaped, so that it stays one line and does not control the terminal.
+    """
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
@@ -137,7 +142,7 @@ def reading(path: str | pathlib.Path) -> Iterator[None]:
 def require_paths(argv: Sequence[str]) -> None:
     """Raises ConfigError for an option's value such as gs://bucket/run, which is not a local path.
 
-    As a path it would be a new folder `gs:` here, of which a pod's other machines know nothing.
+    Used as a path, it would make a folder `gs:` here, which a pod's other machines do not see.
     """
     for word in argv:
         url = re.search(r"(?:^|[=,])(\w+)://([^,]*)", word)

@@ -1,9 +1,10 @@
 """Writes a network to a file: `python -m bn_jax.export --workdir=A --format=onnx --batch=any`.
 
-The file has the inference network of Algorithm 2 with population statistics, with each BN folded
-into the layer before it. Preprocessing is part of it: it takes uint8 images and returns logits. The
-file is run and compared with the network before it is moved into place. Formats: stablehlo
-(`jax.export`), onnx, safetensors (kernels and biases), flax (params and batch_stats, not folded).
+The file holds the inference network of Algorithm 2 with population statistics; each BN is folded
+into the layer before it. Preprocessing is included: the network takes uint8 images and returns
+logits. The file is run and compared with the network before it is moved into place. The formats are
+stablehlo (`jax.export`), onnx, safetensors (kernels and biases) and flax (params and batch_stats,
+not folded).
 """
 
 import pathlib
@@ -17,7 +18,7 @@ from bn_jax.weights.exporting import TOLERANCE, batch_size, export_run
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exports a run's newest checkpoint, or the one of a given step."""
+    """Reads the command line and exports a run's newest checkpoint, or that of a given step."""
     names = tuple(exporting.formats())
     parser = errors.Parser("python -m bn_jax.export", description=__doc__)
     parser.add_argument(

@@ -1,8 +1,8 @@
 """Makes a run from other weights: `python -m bn_jax.import_weights --from=FILE ...`.
 
 FILE is .safetensors, .npz or .msgpack; docs/weights.md says how to make one. The command writes a
-workdir with a config and a checkpoint at step 0, which evaluate, predict and export use like a
-trained one. Nothing is unpickled, and nothing is written unless every tensor fits.
+workdir with a config and a checkpoint at step 0. bn_jax.evaluate, predict and export use it like
+that of a trained run. Nothing is unpickled, and nothing is written unless every tensor fits.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from bn_jax.weights.mapping import common_prefix
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Imports a file."""
+    """Reads the command line and imports a file."""
     parser = errors.Parser("python -m bn_jax.import_weights", description=__doc__)
     parser.add_argument("--from", required=True, dest="file", type=pathlib.Path, metavar="FILE")
     parser.add_argument(
@@ -84,9 +84,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _names(path: pathlib.Path | None, classes: int) -> list[str]:
-    """The lines of --classes; [] without it, and classes are then their numbers.
+    """Reads the lines of --classes; returns [] without it, and classes then only have numbers.
 
-    A byte order mark and empty lines at the end, which editors leave, are no names.
+    A byte order mark and empty lines at the end, which editors leave, are ignored.
     """
     if path is None:
         return []

@@ -1,4 +1,8 @@
-"""Thin Flax (Linen) modules around the pure functions: BatchNorm, ConvBN, DenseBN, LRN; folding."""
+"""Thin Flax (Linen) modules around `batch_norm`: BatchNorm, ConvBN, DenseBN and LRN.
+
+Functions on whole networks follow: Algorithm 2's statistics (`population_stats`), trees of Flax's
+statistics (`adopt_stats`, `flax_stats`), and folding (`fold_variables`).
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,25 +21,27 @@ from bn_jax.ops import mixed
 class BatchNorm(nn.Module):
     """`batch_norm.normalize` with `flax.linen.BatchNorm`'s arguments, defaults and leaf names.
 
-    docs/batch_norm.md lists the differences. Parameters `scale` and `bias`, and in `batch_stats`
-    `mean` and `var`, all of the shape of the feature axes, and `count`, the number of updates. A
-    tree without `count`, as Flax writes it, is taken as it is, counts as converged and keeps its
-    structure; `adopt_stats` gives it a count. `init` does not check groups.
+    docs/batch_norm.md lists the differences. The parameters are `scale` and `bias`; `batch_stats`
+    holds `mean` and `var`, all of the shape of the feature axes, and `count`, the number of
+    updates. A tree without `count`, as Flax writes it, works too: it keeps its structure, and its
+    statistics are treated as a converged moving average; `adopt_stats` gives it a count. `init`
+    does not check `group_size`.
 
     Attributes:
-      use_running_average: normalize with `batch_stats` (inference, or frozen statistics) and not
-        with the batch; set here or in the call.
+      use_running_average: whether to normalize by `batch_stats` (inference, or frozen statistics)
+        and not by the batch's statistics; set it here or in the call.
       axis: feature axes; the first other axis holds the examples.
-      momentum: share of the running estimate kept at an update (PyTorch's is 1 minus this). It may
-        be traced, as may epsilon.
-      epsilon: added to the variance.
+      momentum: the share of the running estimate that an update keeps (PyTorch's is 1 minus this).
+        It may be traced, as may epsilon.
+      epsilon: added to the variance, in the unit of x squared.
       dtype: of the result; None promotes input and parameters, as Flax does.
-      axis_name: the axis of `shard_map`, `pmap` or `vmap` that shares out the batch; under `jit`
-        with sharded arrays none is needed.
-      axis_index_groups: None. Anything else is a ValueError: `group_size` does this under `jit`.
-      use_fast_variance, force_float32_reductions: taken and without effect. The variance is always
-        the exact one, and statistics are in float32 at least.
-      group_size: examples that share statistics, by their place in the global batch; None: all.
+      axis_name: the axis of `shard_map`, `pmap` or `vmap` over which the batch is split; `jit` with
+        sharded arrays does not need it.
+      axis_index_groups: must be None, else ValueError; use `group_size` under `jit` instead.
+      use_fast_variance, force_float32_reductions: accepted without effect. The variance is always
+        computed without cancellation, and statistics are float32 or wider.
+      group_size: the number of consecutive examples of the global batch that share statistics;
+        None: all share them.
     """
 
     use_running_average: bool | None = None
@@ -71,7 +77,7 @@ class BatchNorm(nn.Module):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape, self.param_dtype)
 
-        # Statistics that come without a count are somebody's converged moving average.
+        # Statistics that come without a count were written by Flax: a converged moving average.
         loaded = self.has_variable("batch_stats", "mean")
         counted = not loaded or self.has_variable("batch_stats", "count")
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
@@ -109,7 +115,7 @@ class BatchNorm(nn.Module):
 
 
 class ConvBN(nn.Module):
-    """g(BN(W x)): convolution, normalization, nonlinearity, in the paper's order (section 3.2).
+    """Computes g(BN(W x)): convolution, normalization, nonlinearity, in the paper's order (3.2).
 
     BN replaces the bias of the convolution. Without `norm` the layer is g(W x + b).
 
@@ -117,9 +123,10 @@ class ConvBN(nn.Module):
       norm: `norm(name="bn")` makes the normalization; None leaves it out.
       activation: the nonlinearity g.
       precision: of the convolution, as `lax.conv_general_dilated` takes it.
+      (the others): as in `flax.linen.Conv`.
 
-    Where the collection `activations` is mutable (but not by `init`), the layer records what enters
-    the normalization as `pre_bn` and what enters the nonlinearity as `input`.
+    If the collection `activations` is mutable, except in `init`, the layer records the input of the
+    normalization as `pre_bn` and the input of the nonlinearity as `input`.
     """
 
     features: int
@@ -134,7 +141,7 @@ class ConvBN(nn.Module):
     precision: Any = None
 
     def setup(self):
-        """The submodules `conv` and `bn`."""
+        """Makes the submodules `conv` and `bn`."""
         self.conv = mixed.Conv(
             self.features,
             self.kernel_size,
@@ -150,22 +157,22 @@ class ConvBN(nn.Module):
         self.bn = None if self.norm is None else self.norm(name="bn")
 
     def __call__(self, x, *, train: bool, mask=None):
-        """x: [N, H, W, C]; mask: bool [N]. Returns [N, H', W', features]."""
+        """Applies the layer to x [N, H, W, C]; mask: bool [N]. Returns [N, H', W', features]."""
         return _normalize_and_activate(self, self.conv(x), train, mask)
 
     def kernel(self):
-        """W, [h, w, C / feature_group_count, features]."""
+        """Returns W, of shape [h, w, C / feature_group_count, features]."""
         return self.conv.variables["params"]["kernel"]
 
     def from_product(self, product, *, train: bool, mask=None):
-        """The layer's output, from W x [N, H', W', features] that was computed elsewhere."""
+        """Computes the output from the product W x [N, H', W', features] that the caller made."""
         if self.norm is None:
             product = product + self.conv.variables["params"]["bias"]
         return _normalize_and_activate(self, product, train, mask)
 
 
 class DenseBN(nn.Module):
-    """g(BN(W x)) of a dense layer. Attributes and recorded activations are as in `ConvBN`."""
+    """Computes g(BN(W x)) of a dense layer. Attributes and recorded activations: see `ConvBN`."""
 
     features: int
     norm: Callable | None = BatchNorm
@@ -175,7 +182,7 @@ class DenseBN(nn.Module):
     precision: Any = None
 
     def setup(self):
-        """The submodules `dense` and `bn`."""
+        """Makes the submodules `dense` and `bn`."""
         self.dense = mixed.Dense(
             self.features,
             use_bias=self.norm is None,
@@ -186,12 +193,12 @@ class DenseBN(nn.Module):
         self.bn = None if self.norm is None else self.norm(name="bn")
 
     def __call__(self, x, *, train: bool, mask=None):
-        """x: [N, inputs]; mask: bool [N]. Returns [N, features]."""
+        """Applies the layer to x [N, inputs]; mask: bool [N]. Returns [N, features]."""
         return _normalize_and_activate(self, self.dense(x), train, mask)
 
 
 def _normalize_and_activate(layer, u, train, mask):
-    """g(BN(u)) of a ConvBN or DenseBN, whose linear part has given u; records the activations."""
+    """Computes g(BN(u)) of a ConvBN or DenseBN from its linear part u; records the activations."""
     if layer.dtype is not None:
         u = u.astype(layer.dtype)  # a float32 bias has widened it
     recording = layer.is_mutable_collection("activations") and not layer.is_initializing()
@@ -199,7 +206,7 @@ def _normalize_and_activate(layer, u, train, mask):
     if layer.bn is not None:
         if recording:
             layer.sow("activations", "pre_bn", u)
-        # Our BN applies ReLU itself, which saves memory, but then the input of ReLU is not seen.
+        # Our BN can apply the ReLU itself, which saves memory, but then its input is not recorded.
         if isinstance(layer.bn, BatchNorm) and layer.activation is nn.relu and not recording:
             return layer.bn(u, use_running_average=not train, mask=mask, relu=True)
         u = layer.bn(u, use_running_average=not train, mask=mask)
@@ -210,11 +217,11 @@ def _normalize_and_activate(layer, u, train, mask):
 
 
 class LocalResponseNorm(nn.Module):
-    """x / (k + alpha/size * sum of x^2 over `size` neighbouring channels)**beta, across channels.
+    """Computes x / (k + alpha/size * sum of x^2 over `size` neighbouring channels)**beta.
 
-    Constants, and the division of alpha by the size, as in BVLC Caffe's LRN layer and its
-    models/bvlc_googlenet/train_val.prototxt. AlexNet (section 3.3), the operation's source, has
-    k = 2 and does not divide.
+    The constants, and the division of alpha by the size, are those of BVLC Caffe's LRN layer and
+    its models/bvlc_googlenet/train_val.prototxt. AlexNet, where the operation comes from (section
+    3.3), has k = 2 and does not divide.
     """
 
     size: int = 5
@@ -223,7 +230,7 @@ class LocalResponseNorm(nn.Module):
     k: float = 1.0
 
     def __call__(self, x):
-        """x: [..., channels], like the result. Windows at the edge hold fewer channels."""
+        """Normalizes x [..., channels]; windows at the first and last channels are smaller."""
         window = (1,) * (x.ndim - 1) + (self.size,)
         square = jnp.square(x.astype(jnp.promote_types(jnp.float32, x.dtype)))
         total = lax.reduce_window(square, 0.0, lax.add, window, (1,) * x.ndim, "SAME")
@@ -231,19 +238,19 @@ class LocalResponseNorm(nn.Module):
 
 
 def fresh_stats(batch_stats):
-    """The tree before any update: one training-mode pass turns it into that batch's moments."""
+    """Returns a tree before any update; one training-mode pass turns it into a batch's moments."""
     return _map_layers(lambda s: batch_norm.init_stats(s.mean.shape, s.mean.dtype), batch_stats)
 
 
 def counted(batch_stats, times: int):
-    """The tree with counts `times` as large: of a batch that stands for so many."""
+    """Multiplies the counts of a tree by `times`, for a batch that stands for so many batches."""
     if times == 1:
         return batch_stats
     return _map_layers(lambda s: s._replace(count=s.count * times), batch_stats)
 
 
 def merge_stats(total, batch):
-    """Algorithm 2 for all layers of a network: averages two `batch_stats` trees by their counts.
+    """Averages two `batch_stats` trees by their counts: Algorithm 2 for all layers of a network.
 
         total = fresh_stats(batch_stats)
         for images in training_batches:  # each pass starts afresh, so it yields its batch's moments
@@ -259,33 +266,35 @@ def merge_stats(total, batch):
 def population_stats(
     apply: Callable, variables, batches: Iterable, *, examples: Callable | None = None
 ):
-    """Algorithm 2 (lines 9 to 11) for a network, ours or Flax's: "precise BN".
+    """Computes Algorithm 2 (lines 9 to 11), "precise BN", for a network of ours or of Flax.
 
         train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
         variables["batch_stats"] = population_stats(jax.jit(train), variables, batches)
 
-    Every batch is run through the network once in training mode and counts by its examples, so
-    batches may differ in size. Sums are in float64. Several processes may each bring batches of
-    their own; all of them then get the same result, and all must call.
+    Every batch is run through the network once in training mode and is weighted by its number of
+    examples, so batches may differ in size. Sums are in float64. Several processes may each have
+    batches of their own; then every process must call, and all get the same result.
 
-    Layers without a `count`, as Flax's, only give an update of a moving average. It is linear, so
-    two passes, from statistics 0 and 1, tell the momentum and the batch's own moments; the variance
-    is then that of the layer, in Flax the biased one.
+    Layers without a `count`, such as Flax's, only return an updated moving average. The update is
+    linear in the old value, so two passes, from statistics of 0 and of 1, determine the momentum
+    and the batch's own moments. The variance is then the layer's, which in Flax is the biased one.
 
     Args:
-      apply: (variables, batch) -> (anything, updates) with `updates["batch_stats"]`. For an NNX
+      apply: (variables, batch) -> (anything, updates) with `updates["batch_stats"]`; for an NNX
         model (model, batch) -> anything.
-      variables: with `batch_stats`, whose values do not matter; or an NNX model, which is left as
-        it was.
-      examples: batch -> the number of its valid examples. By default the sum of `batch["mask"]`
-        where there is one, else the length of the first array.
+      variables: hold `batch_stats`, whose values do not matter. Or an NNX model, which is left
+        unchanged.
+      batches: what `apply` takes, batch by batch.
+      examples: maps a batch to the number of its valid examples. The default is the sum of
+        `batch["mask"]` if there is one, else the length of the batch's first array.
 
     Returns:
-      A tree like `variables["batch_stats"]`, with the number of batches as `count`; of an NNX model
-      a state for `nnx.update(model, state)`.
+      A tree like `variables["batch_stats"]`, with the number of batches as `count`; for an NNX
+      model a state for `nnx.update(model, state)`.
 
     Raises:
-      ValueError: there is no batch, or a layer's momentum is 1, so that no update tells anything.
+      ValueError: there is no batch, or a layer's momentum is 1, so that its updates do not depend
+        on the batch.
     """
     if not isinstance(variables, Mapping):
         return _population_of_nnx(apply, variables, batches, examples)
@@ -325,16 +334,16 @@ def _population_of_nnx(apply, model, batches, examples):
 
 
 def _filled(leaves, value):
-    """Statistics of that value everywhere, before the first update."""
+    """Fills statistics with one value, and sets their count to 0."""
     return {k: jnp.full_like(v, 0 if k == "count" else value) for k, v in leaves.items()}
 
 
 def _population(update: Callable, stats, batches: Iterable, examples: Callable):
-    """`update(batch, value)` gives the tree after a pass that started from statistics `value`."""
+    """Averages what `update(batch, value)` returns: the tree after a pass that began at `value`."""
     layers = jax.tree.leaves(stats, is_leaf=_is_layer)
     structure: Any = jax.tree.structure(stats, is_leaf=_is_layer)
     two_passes = any("count" not in leaves for leaves in layers)
-    # Of each layer the sums of: examples, means, variances, batches.
+    # For each layer, the sums of: examples, means, variances, batches.
     sums: list[list[Any]] = [[0.0, 0.0, 0.0, 0.0] for _ in layers]
     for batch in batches:
         n = float(examples(batch))
@@ -353,40 +362,40 @@ def _population(update: Callable, stats, batches: Iterable, examples: Callable):
     found = []
     for leaves, (weight, mean, var, number) in zip(layers, sums, strict=True):
         if weight == 0:
-            raise ValueError("population_stats: no batch with two valid values; give some batches")
+            raise ValueError("population_stats: no batch with two valid values; give at least one")
         new = {"mean": mean / weight, "var": var / weight, "count": number}
         found.append({k: jnp.asarray(new[k], leaves[k].dtype) for k in leaves})
     return jax.tree.unflatten(structure, found)
 
 
 def _moments_of_update(low, high):
-    """A batch's mean and variance, and whether it had any: from updates of statistics 0 and 1."""
+    """Computes a batch's mean, variance, usability (0 or 1) from updates of statistics 0 and 1."""
     if "count" in low:
         return low["mean"], low["var"], float(low["count"] > 0)
     momentum = np.median(high["mean"] - low["mean"])
     if not momentum < 1 - 1e-6:
         raise ValueError(
-            f"population_stats: a layer without count has momentum {momentum:g}, and its updates "
-            "say nothing of the batch; build it with a momentum below 1"
+            f"population_stats: a layer without count has momentum {momentum:g}, so its updates do "
+            "not depend on the batch; build it with a momentum below 1"
         )
     return low["mean"] / (1 - momentum), low["var"] / (1 - momentum), 1.0
 
 
 def _host(leaves):
-    """Statistics as float64; an array over several processes is the same on all devices."""
+    """Copies statistics to the host as float64. They are replicated, so one device's are enough."""
     local = {k: x.addressable_data(0) if isinstance(x, jax.Array) else x for k, x in leaves.items()}
     return {k: np.asarray(x, np.float64) for k, x in local.items()}
 
 
 def _gather_processes(sums, layers):
-    """The sums of all processes, each part [processes, ...]; a process may have had no batch."""
+    """Gathers the sums of all processes, each [processes, ...]; a process may have had no batch."""
     from jax.experimental import multihost_utils
 
     parts = []
     for total, leaves in zip(sums, layers, strict=True):
         shape = leaves["mean"].shape
         parts.append([total[0], *(np.broadcast_to(t, shape) for t in total[1:3]), total[3]])
-    # As bytes: jax would make float32 of float64.
+    # They are sent as bytes, because jax would convert float64 to float32.
     raw = jax.tree.map(lambda p: np.array(p, np.float64).reshape(-1).view(np.uint8), parts)
     gathered = multihost_utils.process_allgather(raw)
 
@@ -403,11 +412,11 @@ def _examples(batch) -> int:
 
 
 def adopt_stats(batch_stats, count: float = batch_norm.CONVERGED):
-    """A tree of Flax's `batch_stats` as one of ours: every layer gets a `count` of updates.
+    """Turns a tree of Flax's `batch_stats` into one of ours: every layer gets a `count` of updates.
 
-    count: how many updates the estimate stands for. The default is that of a long moving average,
-    which every update changes by the share 1 - momentum. Layers that have a count keep it. Flax's
-    variance is the biased one, m/(m-1) times smaller than ours.
+    count: the number of updates that the estimate stands for. The default stands for a long moving
+    average, in which every update has the weight 1 - momentum. Layers that have a count keep it.
+    The values do not change, and Flax's variance is biased: m/(m-1) times smaller than ours.
     """
 
     def adopt(leaves):
@@ -417,7 +426,7 @@ def adopt_stats(batch_stats, count: float = batch_norm.CONVERGED):
 
 
 def flax_stats(batch_stats):
-    """A tree of our `batch_stats` as Flax writes it: `mean` and `var`, and no `count`."""
+    """Turns a tree of our `batch_stats` into Flax's: `mean` and `var`, and no `count`."""
     return _map_leaves(lambda leaves: {k: leaves[k] for k in ("mean", "var")}, batch_stats)
 
 
@@ -443,14 +452,14 @@ def fold_variables(variables, *, epsilon: float):
     """Folds every `conv` + `bn` and `dense` + `bn` of a network (Alg. 2, line 12).
 
     Args:
-      variables: `params` and `batch_stats`, best those of the population.
+      variables: `params` and `batch_stats`, preferably those of `population_stats`.
       epsilon: that of the network's BatchNorm layers.
 
     Returns:
-      Variables of the same network built with `norm=None`: kernels and biases, no BN.
+      Variables of the same network built with `norm=None`: kernels and biases, without BN.
 
     Raises:
-      ValueError: a `bn` that stands beside no or several linear layers, or is per activation.
+      ValueError: a `bn` has no linear layer beside it, or several, or it is per activation.
     """
     params = traverse_util.flatten_dict(variables["params"])
     stats = traverse_util.flatten_dict(variables["batch_stats"])
@@ -461,7 +470,7 @@ def fold_variables(variables, *, epsilon: float):
         if len(linear) != 1:
             raise ValueError(
                 f"fold_variables: /{'/'.join(layer)} has a bn beside {len(linear)} layers named "
-                "conv or dense, but needs exactly 1"
+                "conv or dense; it needs exactly 1"
             )
         bn = {path[-1]: leaf for path, leaf in stats.items() if path[:-1] == (*layer, "bn")}
         kernel, bias = batch_norm.fold(

@@ -14,7 +14,7 @@ from bn_jax.experiment import config as configs
 
 
 def main() -> None:
-    """The command line."""
+    """Reads the command line and trains."""
     parser = errors.Parser(
         "python -m bn_jax.main",
         description=__doc__,
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def draw(workdir: pathlib.Path) -> None:
-    """Draws a finished run, with matplotlib, which is imported at the end."""
+    """Draws a finished run. It imports matplotlib, which training does not need."""
     from bn_jax.figures import run
 
     for path in run.draw_run(workdir, workdir / "figures"):

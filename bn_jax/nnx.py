@@ -25,12 +25,14 @@ class BatchNorm(nnx.Module):
     Args:
       num_features: size of the feature axis, or, if `axis` names several, their sizes.
       axis: feature axes; the first other axis holds the examples.
-      momentum: share of the running estimate kept at an update (PyTorch's is 1 minus this). It may
-        be traced, as may epsilon.
-      axis_index_groups: None. Anything else is a ValueError: `group_size` does this under `jit`.
-      use_fast_variance: taken and without effect: the variance is always the exact one.
-      promote_dtype: as in Flax; what it makes of mean and var is not used, which stay float32.
-      group_size: examples that share statistics, by their place in the global batch; None: all.
+      momentum: the share of the running estimate that an update keeps (PyTorch's is 1 minus this).
+        It may be traced, as may epsilon.
+      axis_index_groups: must be None, else ValueError; use `group_size` under `jit` instead.
+      use_fast_variance: accepted without effect; the variance is always computed without
+        cancellation.
+      promote_dtype: as in Flax, but mean and var stay float32, whatever it makes of them.
+      group_size: the number of consecutive examples of the global batch that share statistics;
+        None: all share them.
       (the others): as in Flax.
     """
 
@@ -123,14 +125,14 @@ class BatchNorm(nnx.Module):
             axis_name=self.axis_name,
         )
         if not frozen:
-            # The estimates are state, and no part of what is differentiated.
+            # The estimates are state, which is not differentiated.
             self.mean[...] = jax.lax.stop_gradient(stats.mean)
             self.var[...] = jax.lax.stop_gradient(stats.var)
             self.count[...] = jax.lax.stop_gradient(stats.count)
         return y
 
     def set_view(self, use_running_average: bool | None = None):
-        """Called by `nnx.view`, as Flax's."""
+        """Sets `use_running_average`; `nnx.view` calls it, as it does Flax's."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
@@ -138,8 +140,9 @@ class BatchNorm(nnx.Module):
 def adopt_stats(model: nnx.Module, count: float = batch_norm.CONVERGED) -> None:
     """Marks the statistics of every `BatchNorm` in a model as a long moving average.
 
-    For a model whose `mean` and `var` were filled from a Flax, Haiku or torch model: otherwise the
-    next update, as the first one, would replace them. See `bn_jax.layers.adopt_stats`.
+    It is meant for a model whose `mean` and `var` come from a Flax, Haiku or torch model. Otherwise
+    the next update would count as the first one and replace them. count: see
+    `bn_jax.layers.adopt_stats`.
     """
     for _, module in nnx.iter_modules(model):
         if isinstance(module, BatchNorm):

@@ -1,6 +1,6 @@
-"""The optimizer's numbers: learning rate schedule, momentum and L2 (paper section 4.2).
+"""The optimizer: learning rate schedule, momentum SGD and L2 (paper section 4.2).
 
-The numbers are data, not constants of the compiled program, so that networks which differ only in
+Its numbers are data, not constants of the compiled program, so that networks that differ only in
 them (BN-x5, BN-x30, "decay 6 times faster") share one program. A network without any L2 has a
 program of its own.
 """
@@ -19,12 +19,15 @@ from bn_jax.ops import vectors
 class Hyper(NamedTuple):
     """The numbers of an experiment that enter the compiled step as data (float32 scalars).
 
-    learning_rate: the initial rate. decay_rate, decay_examples: the rate is multiplied by
-    `decay_rate` every `decay_examples` training examples (continuously). l2: coefficient of the L2
-    loss, or None for none, which saves its passes over the weights. momentum: share of the velocity
-    that a step keeps (GoogLeNet's 0.9; the paper gives none). warmup_from, warmup_examples: the
-    first step has this share of the rate, which grows to the whole over so many examples (0: the
-    whole at once).
+    Attributes:
+      learning_rate: the initial rate.
+      decay_rate, decay_examples: the rate is multiplied by `decay_rate` every `decay_examples`
+        training examples, continuously.
+      l2: the coefficient of the L2 loss; None for no L2, which saves passes over the weights.
+      momentum: the share of the velocity that a step keeps (0.9 in GoogLeNet; the paper does not
+        say).
+      warmup_from, warmup_examples: the first step has the share `warmup_from` of the rate, which
+        grows to 1 over `warmup_examples` examples; 0 for no warm-up.
     """
 
     learning_rate: jax.typing.ArrayLike
@@ -37,7 +40,7 @@ class Hyper(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Any) -> "Hyper":
-        """The numbers of an experiment's config whose batch_size is the run's own."""
+        """Takes the numbers from an experiment's config, whose batch_size is the run's."""
         factor = rate_factor(config.learning_rate_scaling, config.batch_size, config.bn.group_size)
         return cls(
             learning_rate=np.float32(config.learning_rate * factor),
@@ -51,14 +54,15 @@ class Hyper(NamedTuple):
 
 
 def rate_factor(scaling: str, batch_size: int, mini_batch: int | None) -> float:
-    """The factor by which a rate for mini-batches of `mini_batch` grows for `batch_size` examples.
+    """Returns the factor that scales a rate for `mini_batch` examples to one for `batch_size`.
 
-    "linear": batch_size / mini_batch (Goyal et al. 2017, arXiv:1706.02677, section 2.1). "sqrt":
-    its square root, which keeps the variance of a step (Krizhevsky 2014, arXiv:1404.5997, section
-    5). "none": 1.
+    scaling: "linear" for batch_size / mini_batch (Goyal et al. 2017, arXiv:1706.02677, section
+    2.1); "sqrt" for its square root, which keeps the variance of a step (Krizhevsky 2014,
+    arXiv:1404.5997, section 5); "none" for 1.
 
-    Differs from the paper: `learning_rate_scaling` and `warmup_examples`, off by default, fit a
-    rate for mini-batches of 32 to batches of many of them (arXiv:1706.02677, arXiv:1404.5997).
+    Differs from the paper: `learning_rate_scaling` and `warmup_examples`, which are off by default,
+    adapt a rate for mini-batches of 32 to batches of many of them (arXiv:1706.02677,
+    arXiv:1404.5997).
     """
     if scaling == "none" or mini_batch is None:
         return 1.0
@@ -68,11 +72,12 @@ def rate_factor(scaling: str, batch_size: int, mini_batch: int | None) -> float:
 
 
 def decayed_rate(hyper: Hyper, step: jax.Array, batch_size: int) -> jax.Array:
-    """Rate of step `step` (0 for the first): learning_rate * decay_rate^(examples/decay_examples).
+    """Computes the rate of a step: learning_rate * decay_rate^(examples / decay_examples).
 
-    GoogLeNet lowers its rate by 4% every 8 epochs; the modified networks do so 6 times faster
-    (section 4.2.1). Differs from the paper: the decay is continuous, not a staircase, because the
-    paper does not say which. Equal to `optax.exponential_decay`, which takes no traced numbers.
+    step: 0 for the first. GoogLeNet lowers its rate by 4% every 8 epochs; the modified networks do
+    so 6 times faster (section 4.2.1). Differs from the paper: the decay is continuous; the paper
+    does not say whether it is that or a staircase. It equals `optax.exponential_decay`, which does
+    not accept traced numbers.
 
     A scaled rate (`rate_factor`) can be warmed up: it rises linearly from the unscaled one over
     `warmup_examples` examples (Goyal et al. 2017, section 2.2, over 5 epochs).
@@ -83,14 +88,14 @@ def decayed_rate(hyper: Hyper, step: jax.Array, batch_size: int) -> jax.Array:
     warmed = jnp.where(
         examples < hyper.warmup_examples, examples / jnp.maximum(hyper.warmup_examples, 1), 1
     )
-    # Exactly 1 after the warm-up, and without one.
+    # The factor is exactly 1 after the warm-up, and without one.
     warmup = jnp.where(warmed < 1, hyper.warmup_from + (1 - hyper.warmup_from) * warmed, 1)
 
     return decay * hyper.learning_rate * warmup
 
 
 def init_velocity(params: optax.Params) -> optax.TraceState:
-    """The optimizer's state before the first step: a velocity of 0, for any momentum."""
+    """Makes the optimizer's state before the first step: a velocity of 0, for any momentum."""
     return optax.trace(decay=0.0).init(params)
 
 
@@ -102,9 +107,10 @@ def momentum_step(
     learning_rate: jax.Array | float,
     momentum: jax.Array | float,
 ) -> tuple[optax.Params, optax.TraceState]:
-    """SGD with momentum: v = momentum * v + g; w = w - rate * v (not Nesterov). New params, state.
+    """Takes a step of SGD: v = momentum * v + g; w = w - rate * v (not Nesterov's momentum).
 
-    It is `optax.sgd(learning_rate, momentum)` with the two numbers as data.
+    Returns the new params and the new velocity. It is `optax.sgd(learning_rate, momentum)` with the
+    two numbers as data.
     """
     trace, velocity = optax.trace(decay=momentum).update(grads, velocity)
     updates = jax.tree.map(lambda v: -learning_rate * v, trace)
@@ -112,10 +118,10 @@ def momentum_step(
 
 
 def l2_penalty(params: optax.Params) -> jax.Array:
-    """(1/2) * sum of squares over the kernels of convolutions and dense layers, a float32 scalar.
+    """Sums w^2 / 2 over the kernels of convolutions and dense layers, to a float32 scalar.
 
-    Scale, offset and biases are not decayed. The paper gives no form for its "L2 weight
-    regularization"; this one makes the gradient `l2 * w`.
+    Scales, offsets and biases are not decayed. The paper does not define its "L2 weight
+    regularization"; with this form the gradient is `l2 * w`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     kernels = [leaf.astype(jnp.float32) for path, leaf in leaves if _decays(path)]
@@ -123,7 +129,7 @@ def l2_penalty(params: optax.Params) -> jax.Array:
 
 
 def add_decay(grads: optax.Updates, params: optax.Params, l2: jax.typing.ArrayLike) -> Any:
-    """The gradients plus that of `l2 * l2_penalty(params)`."""
+    """Adds the gradient of `l2 * l2_penalty(params)` to the gradients."""
 
     def add(path, g, w):
         return g + l2 * w if _decays(path) else g

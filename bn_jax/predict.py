@@ -1,11 +1,12 @@
 """Classifies pictures: `python -m bn_jax.predict --workdir=DIR IMAGE...`.
 
 Prints the five most probable classes of each picture with names and probabilities. The data set is
-not needed: run.json has its classes, and population statistics lie beside the checkpoint once
-bn_jax.evaluate has run. Otherwise give `--statistics=running`.
+not needed: run.json has its classes, and bn_jax.evaluate has kept the population statistics beside
+the checkpoint. If it has not run, give `--statistics=running`.
 
-A picture is preprocessed as in evaluation: the centre crop, or the mean over 10 or 144 crops. For
-networks of small grey images (the digits: white on black) its centre square is converted to grey.
+A picture is preprocessed as in evaluation: the network sees its centre crop, or probabilities are
+averaged over 10 or 144 crops. For networks of small grey images (the digits are white on black) the
+centre square is converted to grey.
 """
 
 import json
@@ -32,7 +33,7 @@ _AT_ONCE = 64  # pictures that are held in memory
 
 
 class Picture(NamedTuple):
-    """A picture under its views: uint8 [views, H, W, C], weights float32 [views]."""
+    """The views of a picture: uint8 [views, H, W, C], with weights float32 [views]."""
 
     name: str
     image: np.ndarray
@@ -40,7 +41,7 @@ class Picture(NamedTuple):
 
 
 def read(name: str, exp: Experiment, crops: int) -> Picture:
-    """A picture file as the network wants it. Raises DataError, with the name, if it is none."""
+    """Reads a picture file and makes its views. Raises DataError, with the name, if it cannot."""
     size, _, channels = exp.data.image_shape
     mirror = exp.config.data.mirror
     warnings: list[str] = []
@@ -60,7 +61,7 @@ def read(name: str, exp: Experiment, crops: int) -> Picture:
 
 
 def _grey(data: bytes, size: int, warnings: list[str]) -> np.ndarray:
-    """uint8 [size, size, 1]: the centre square's luminance; a picture of this size is unchanged."""
+    """Returns the centre square's luminance, uint8 [size, size, 1], resized if need be."""
     pixels = decode.pixels(data, decode.frame(data), warnings=warnings)
     height, width, _ = pixels.shape
     side = min(height, width)
@@ -73,7 +74,7 @@ def _grey(data: bytes, size: int, warnings: list[str]) -> np.ndarray:
 
 
 def rows(pictures: list[Picture], size: int) -> Iterator[views.Rows]:
-    """Batches of `size` views, as `data.views.batches` makes them of a split."""
+    """Yields batches of `size` views, as `data.views.batches` does for a split."""
     nothing = np.zeros((), np.int32)
     examples = (
         {"image": p.image, "weight": p.weight, "label": nothing, "example": np.asarray(place)}
@@ -83,7 +84,7 @@ def rows(pictures: list[Picture], size: int) -> Iterator[views.Rows]:
 
 
 def top(probabilities: np.ndarray, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The most probable classes, the lower of equal ones first: class, name, probability."""
+    """Returns the most probable classes: class, name, probability; of equals the lower first."""
     best = np.argsort(-probabilities, kind="stable")[:TOP]
     return [
         {"class": int(k), "name": names[k], "probability": float(probabilities[k])} for k in best
@@ -91,7 +92,7 @@ def top(probabilities: np.ndarray, names: tuple[str, ...]) -> list[dict[str, Any
 
 
 def show(name: str, found: list[dict[str, Any]], as_json: bool) -> None:
-    """A picture's classes as text or as one line of JSON."""
+    """Prints a picture's classes as text or as one line of JSON."""
     if as_json:
         print(json.dumps({"image": name, "top": found}), flush=True)
         return
@@ -101,12 +102,14 @@ def show(name: str, found: list[dict[str, Any]], as_json: bool) -> None:
 
 
 def load(run: pathlib.Path, statistics: str, data_dir: str | None = None) -> Member:
-    """A trained network, without its data set where that is not needed. Raises ConfigError for a
-    folder without a run, CheckpointError for a run without a checkpoint."""
+    """Loads a trained network, without its data set unless that is needed.
+
+    Raises ConfigError for a folder without a run, CheckpointError for a run without a checkpoint.
+    """
     exp = build.without_data(run, data_dir)
     try:
         return load_member(run, None, statistics, exp, say=_say)
-    except ConfigError as error:  # the data set is needed for the statistics, and is not there
+    except ConfigError as error:  # the statistics need the data set, which is absent
         raise ConfigError(
             f"{error}; or run bn_jax.evaluate once where the data are, or use --statistics=running"
         ) from None
@@ -117,7 +120,7 @@ def _say(line: str) -> None:
 
 
 def main() -> None:
-    """Names what is in pictures."""
+    """Reads the command line and classifies the pictures."""
     parser = errors.Parser("python -m bn_jax.predict", description=__doc__)
     parser.add_argument("--workdir", required=True, help="a run; several are an ensemble")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG, BMP or WebP files")

@@ -1,6 +1,6 @@
 """The training step and the evaluation step: pure functions of (state, batch).
 
-Neither knows of devices, files or flags. `train.py` compiles them.
+Neither depends on devices, files or flags. `train.py` compiles them.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ AUX_WEIGHT = 0.3  # weight of each auxiliary head's loss (GoogLeNet, section 5)
 
 
 class TrainState(NamedTuple):
-    """All that a run carries from step to step.
+    """The state that a run carries from step to step.
 
     step: int32 scalar, the number of steps taken. params, batch_stats: the model's trees (float32).
     opt_state: the optimizer's.
@@ -32,11 +32,11 @@ class TrainState(NamedTuple):
 def init_state(
     model: nn.Module, seed: jax.typing.ArrayLike, image_shape: tuple[int, int, int]
 ) -> TrainState:
-    """The state before the first step; initial weights depend on `seed` alone.
+    """Makes the state before the first step; initial weights depend only on `seed`.
 
     image_shape: (height, width, channels).
     """
-    # A training-mode pass so that layers that exist only in training (auxiliary heads) get weights.
+    # In training mode, so that layers that exist only in training (auxiliary heads) get weights.
     images = jnp.zeros((1, *image_shape), jnp.uint8)
     keys = {"params": jax.random.key(seed), "dropout": jax.random.key(seed)}
     variables = model.init(keys, images, train=True)
@@ -50,13 +50,13 @@ def init_state(
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """-log p(label) in nats, summed over the valid rows and divided by all N rows.
+    """Sums -log p(label), in nats, over the valid rows, and divides by the number N of all rows.
 
-    [N, K], [N], [N] -> scalar. Without a mask this is the mean; with one it becomes the mean when
-    multiplied by N / (number of valid rows), which `gradients` does.
+    logits: [N, K]. labels, mask: [N]. Without a mask the result is the mean. With one, `gradients`
+    multiplies it by N / (number of valid rows), which makes it the mean.
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    # `where`, not a product: a masked row may hold anything, infinity included.
+    # `where`, not a product: a masked row may hold anything, including infinity.
     return jnp.mean(losses if mask is None else jnp.where(mask, losses, 0.0))
 
 
@@ -68,15 +68,19 @@ def train_step(
     *,
     model: nn.Module,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step of momentum SGD on one global batch.
+    """Takes one step of momentum SGD on one global batch.
 
     Differs from the paper: updates are synchronous; the paper's workers update asynchronously.
 
-    batch: image [N, H, W, C] in 0..255, label int32 [N], and where rows may be missing mask bool
-    [N] (False: the row takes part in nothing). seed: the run's, an integer. Returns the next state
-    and metrics: `loss` (with the L2 and auxiliary terms) and `cross_entropy` in nats, `top1` (share
-    of the batch), `learning_rate`, `gradient_square` [leaves of params] (their sum is the squared
-    norm).
+    Args:
+      batch: image [N, H, W, C] in 0..255, label int32 [N], and, if rows may be missing, mask bool
+        [N]; a row whose mask is False has no influence.
+      seed: of the run, an integer.
+
+    Returns:
+      The next state and metrics: `loss` (with the L2 and auxiliary terms) and `cross_entropy`, both
+      in nats, `top1` (a share of the valid rows), `learning_rate`, and `gradient_square` [leaves of
+      params], whose sum is the squared norm of the gradient.
     """
     key = dropout_key(seed, state.step)
     grads, means, batch_stats = gradients(state.params, state.batch_stats, batch, key, model=model)
@@ -86,10 +90,10 @@ def train_step(
 def gradients(
     params: Any, batch_stats: Any, batch: dict[str, jax.Array], dropout: jax.Array, *, model
 ) -> tuple[Any, dict[str, jax.Array], Any]:
-    """Means over the valid rows of a batch: gradient without L2, metrics; updated batch_stats.
+    """Computes (gradient without L2, metrics, updated batch_stats) of a batch.
 
-    batch: as for `train_step`. dropout: the key of its dropout. Metrics: `loss` (with the auxiliary
-    terms, without L2), `cross_entropy`, `top1`.
+    Gradient and metrics are means over the valid rows. batch: as for `train_step`. dropout: the key
+    of its dropout. Metrics: `loss` (with the auxiliary terms, without L2), `cross_entropy`, `top1`.
     """
     labels = batch["label"]
     mask = batch.get("mask")
@@ -117,9 +121,9 @@ def gradients(
     if mask is None:
         return grads, means, updated
 
-    # So far the sums are divided by all N rows. The number of valid rows comes in here, at the end:
-    # everything is linear in it, so devices add it up together with the gradients, in float32 like
-    # these, and the backward pass need not wait for it.
+    # So far the sums were divided by the number of all rows. The number of valid rows is applied
+    # here, at the end, which gives the same since everything is linear. So devices can add it up
+    # together with the gradients (in float32, like these), and the backward pass need not wait.
     scale = mask.size / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
     grads, means = jax.tree.map(lambda x: x * scale, (grads, means))
     return grads, means, updated
@@ -133,7 +137,7 @@ def update(
     hyper: optim.Hyper,
     batch_size: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The next state and `train_step`'s metrics, from what `gradients` gives; L2 is added here."""
+    """Makes the next state and `train_step`'s metrics from what `gradients` returned; adds L2."""
     params, velocity, grads = vectors.raveled((state.params, state.opt_state, grads))
     if hyper.l2 is not None:
         penalty = optim.l2_penalty(params)
@@ -142,7 +146,7 @@ def update(
     squares = vectors.squares(jax.tree.leaves(grads))
 
     rate = optim.decayed_rate(hyper, state.step, batch_size)
-    # On GPUs every weight is read before one is overwritten: XLA would copy it for a later reader.
+    # On GPUs all weights must be read before the first is overwritten; otherwise XLA copies them.
     known = jnp.sum(squares) + means["loss"]
     rate, momentum = vectors.after(known, rate, hyper.momentum)
     updated = optim.momentum_step(grads, velocity, params, learning_rate=rate, momentum=momentum)
@@ -159,7 +163,7 @@ def update(
 
 
 def dropout_key(seed: jax.typing.ArrayLike, step: jax.typing.ArrayLike) -> jax.Array:
-    """The key of one step's dropout, from another stream than the initial weights."""
+    """Returns the key of a step's dropout, from another stream than the initial weights."""
     dropout_stream = jax.random.fold_in(jax.random.key(seed), 1)
     return jax.random.fold_in(dropout_stream, step)
 
@@ -174,11 +178,11 @@ def train_steps(
     *,
     model: nn.Module,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Several steps in one dispatch, on a data set that stays on the device.
+    """Takes K steps in one dispatch, on a data set that stays on the device.
 
-    images [examples, H, W, C], labels [examples]; indices int32 [K, N]: the examples of K batches.
-    Metrics gain a leading axis of K. On CPU for dense networks only: there XLA runs convolutions
-    inside a loop 3.5 times slower.
+    images: [examples, H, W, C]. labels: [examples]. indices: int32 [K, N], the examples of K
+    batches. The metrics of `train_step` get a leading axis of K. On CPU this is for dense networks
+    only, because XLA runs convolutions in a loop 3.5 times slower there.
     """
 
     def body(state, index):
@@ -189,26 +193,26 @@ def train_steps(
 
 
 def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Place of the true class among the logits, 0 for the highest. [N, K], [N] -> int32 [N].
+    """Returns the rank of the true class among the logits, int32 [N]; 0 is the highest.
 
-    Ties go to the lower class, so a constant network scores chance, not 100%. A row with a logit
-    that is not finite ranks last.
+    logits: [N, K]. labels: [N]. Ties go to the lower class, so a constant network is at chance, not
+    at 100%. A row with a logit that is not finite ranks last.
     """
     true = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     classes = jnp.arange(logits.shape[-1])
     ahead = (logits > true) | ((logits == true) & (classes < labels[:, None]))
     rank = jnp.sum(ahead, axis=-1)
 
-    last = max(logits.shape[-1], 5)  # not among the first five, even where there are three classes
+    last = max(logits.shape[-1], 5)  # not among the first five, even of fewer classes
     return jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), rank, last)
 
 
 def eval_step(
     params: Any, batch_stats: Any, batch: dict[str, jax.Array], *, model: nn.Module
 ) -> dict[str, jax.Array]:
-    """Sums over the valid rows of one batch: `cross_entropy` (nats), `top1`, `top5`, `examples`.
+    """Sums `cross_entropy` (nats), `top1`, `top5` and `examples` over the valid rows of a batch.
 
-    Sums and counts, never means, so that batches of any size add up to the exact figure.
+    These are sums and counts, not means, so that batches of any size add up to the exact result.
     """
     labels = batch["label"]
     mask = batch["mask"]
@@ -236,10 +240,10 @@ def statistics_step(
     model: nn.Module,
     mini_batches: int = 1,
 ) -> Any:
-    """Algorithm 2, lines 9 and 10: adds a training batch to `total`, the population's statistics.
+    """Adds a training batch to `total`, the population's statistics (Algorithm 2, lines 9 and 10).
 
-    mini_batches: how many the batch stands for, each a statistic group of it. `total` begins as
-    `layers.fresh_stats(batch_stats)`. All batches of a run have the same dropout.
+    `total` begins as `layers.fresh_stats(batch_stats)`. mini_batches: how many mini-batches the
+    batch holds, each of them a statistic group. All batches of a run have the same dropout.
     """
     _, updates = model.apply(
         {"params": params, "batch_stats": layers.fresh_stats(batch_stats)},

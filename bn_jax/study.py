@@ -1,8 +1,8 @@
-"""One question about batch normalization: `python -m bn_jax.study NAME --workdir=DIR`.
+"""Answers a question about batch normalization: `python -m bn_jax.study NAME --workdir=DIR`.
 
-Trains the networks of a study, measures them, and writes a table and a picture; --list says what
-each study asks. The same command again resumes it, and draws it anew when all is there. Fields of
-all its networks can be changed: --config.total_steps=1000
+It trains the networks of a study, measures them, and writes a table and a picture; --list says what
+each study asks. The same command resumes a study, and draws a finished one again. Fields of all its
+networks can be changed: --config.total_steps=1000
 """
 
 import argparse
@@ -15,7 +15,7 @@ from bn_jax.studies import STUDIES, frame
 
 
 def main() -> None:
-    """The command line."""
+    """Reads the command line and runs a study."""
     parser = errors.Parser(
         "python -m bn_jax.study",
         description=__doc__,
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def listing() -> str:
-    """Three lines a study."""
+    """Describes each study in three lines."""
     return "\n".join(
         f"{study.name:12} {study.question}\n"
         f"{'':12} follows {study.follows}\n"

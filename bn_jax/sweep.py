@@ -1,9 +1,9 @@
-"""Many experiments with many seeds, as many processes: `python -m bn_jax.sweep --configs=A,B ...`.
+"""Runs many experiments with many seeds: `python -m bn_jax.sweep --configs=A,B ...`.
 
-Every member is the plain command, `python -m bn_jax.main`, in its own folder DIR/CONFIG/seed_K with
-its output in member.log. The same sweep again skips members that are done or have diverged, and
-resumes those that were stopped. A grid of values adds a folder: DIR/CONFIG/FIELD=VALUE/seed_K.
-With --halving the best points of a grid are found on held-out examples.
+Every member is a process `python -m bn_jax.main` in its own folder DIR/CONFIG/seed_K, with its
+output in member.log. The same sweep again skips members that are done or have diverged, and resumes
+those that were stopped. A grid of values adds a folder: DIR/CONFIG/FIELD=VALUE/seed_K. With
+--halving the best points of a grid are found on held-out examples.
 """
 
 import argparse
@@ -26,18 +26,18 @@ def halve(
     workdir: pathlib.Path,
     jobs: int | None,
 ) -> None:
-    """Tries all points of a grid in two rounds, and writes the table of them.
+    """Tries all points of a grid in two rounds, and writes a table of them.
 
     Args:
       first: the points with the steps of the first round.
-      full: the same points with all steps; those that are kept go on in the same folders.
-      keep: how many points of each experiment have all steps.
-      workdir: the sweep's folder, of the table, too.
-      jobs: as `run`, which also says what is raised.
+      full: the same points with all steps; those that are kept continue in the same folders.
+      keep: how many points of each experiment get all steps.
+      workdir: the sweep's folder, in which the table is written, too.
+      jobs: as in `run`, which also says what is raised.
     """
     steps = first[0].config.total_steps, full[0].config.total_steps
 
-    # A point that was kept before may be beyond the first round by now: it is not begun again.
+    # In a resumed sweep a kept point may be beyond the first round; it is not begun again.
     run([m for m in first if tuning.accuracy(m.workdir, steps[0]) is None], jobs, full)
     kept = tuning.best(_points(first, steps), keep)
     run([m for m in full if m.name in kept], jobs, full)
@@ -57,7 +57,7 @@ def halve(
 
 
 def _points(found: Sequence[SweepMember], steps: tuple[int, int]) -> dict[str, tuning.Point]:
-    """The members as points of the grid, by their names."""
+    """Turns members into points of the grid, by their names."""
     points = {}
     for member in found:
         experiment, *values, _ = member.name.split("/")
@@ -73,20 +73,20 @@ def _points(found: Sequence[SweepMember], steps: tuple[int, int]) -> dict[str, t
 
 
 def _halving(args: argparse.Namespace, grid: Mapping[str, Sequence[str]]) -> tuple[int, int]:
-    """Steps of the first round and how many points are kept. Raises ConfigError."""
+    """Parses --halving: the steps of the first round, and how many points are kept."""
     text = args.halving
     steps, comma, keep = text.partition(",")
     if not (comma and steps.isdecimal() and keep.isdecimal() and int(steps) and int(keep)):
         raise ConfigError(f"--halving={text}: write STEPS,N, two positive numbers such as 1000,3")
     if args.seeds != 1 or not grid:
-        raise ConfigError(f"--halving={text}: needs --grid and one seed; leave out --seeds")
+        raise ConfigError(f"--halving={text} needs --grid and one seed; leave out --seeds")
     if args.done is not None:
         raise ConfigError(f"--halving={text}: all points are trained here; leave out --done")
     return int(steps), int(keep)
 
 
 def _check_halving(text: str, steps: int, found: Sequence[SweepMember]) -> None:
-    """Raises ConfigError for members on which halving cannot be done."""
+    """Raises ConfigError for members to which halving cannot be applied."""
     for member in found:
         total = member.config.total_steps
         if steps >= total:
@@ -97,7 +97,7 @@ def _check_halving(text: str, steps: int, found: Sequence[SweepMember]) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Reads the command line and runs the sweep."""
     parser = errors.Parser("python -m bn_jax.sweep", description=__doc__)
     add = parser.add_argument
     add("--configs", required=True, help="of bn_jax.main --list, with commas: inception,bn_x5")

@@ -1,8 +1,8 @@
-"""The training loop: batches in, steps out; records, evaluations and checkpoints every k steps.
+"""The training loop: it takes steps, and records, evaluates and saves every so many of them.
 
-The state after step k is a function of (config, k): what a step sees depends on (seed, step) only,
-so on CPU a run that is stopped and resumed ends with the same bits as one that never stopped; on
-GPUs with `deterministic`.
+The state after step k is a function of (config, k), because the data of a step depend only on
+(seed, step). So a run that is stopped and resumed ends with the same bits as one that never
+stopped: on CPU always, on GPUs with `deterministic`.
 """
 
 import contextvars
@@ -50,18 +50,20 @@ def run(
     """Trains `config` in `workdir`, or resumes an earlier run of it there.
 
     Programs are compiled in other threads. Context managers of jax around this call, such as
-    `jax.enable_x64(True)`, do not reach these threads; jax.config and the environment do.
+    `jax.enable_x64(True)`, have no effect there; jax.config and the environment have.
 
     Args:
-      watch: watches the other processes; the caller has entered it. Default: nothing is watched.
+      watch: watches the loop and the other processes; the caller has entered it. By default nothing
+        is watched.
       draw: called with `workdir` at the end, on process 0.
 
     Returns:
-      The last evaluation's scores.
+      The last evaluation's scores: `top1`, `top5` (shares), `cross_entropy` (nats), `examples`.
 
     Raises:
-      ConfigError: before anything is compiled or written.
-      UserError: one of the other errors in `bn_jax.errors`, such as DivergedError and Preempted.
+      ConfigError: the config, the data or the workdir cannot be used; nothing is compiled or
+        written then.
+      UserError: another error of `bn_jax.errors`, such as DivergedError or Preempted.
     """
     begun = guard.as_begun(config, workdir)
     older = begun.to_dict() != config.to_dict()
@@ -102,17 +104,17 @@ def run(
     return scores
 
 
-# Dispatches after which `Loop.say_days` reports how fast a CPU is; the first one does not count.
+# After so many dispatches `Loop.say_days` reports how fast a CPU is; the first one is not timed.
 FIRST_DISPATCHES = 3
 
 
 class Loop:
-    """One attempt at a run: from the newest checkpoint, or the start, to the last step.
+    """One attempt at a run: from the newest checkpoint, or from the start, to the last step.
 
     Attributes:
-      dispatch: steps in one call of the device (`steps_per_dispatch`).
-      begun: the last step of the dispatch that has begun last.
-      scores: those of the last evaluation, with its `step`.
+      dispatch: the number of steps in one call of the device (`steps_per_dispatch`).
+      begun: the last step of the latest dispatch that has begun.
+      scores: the last evaluation's scores, with its `step`.
     """
 
     def __init__(
@@ -137,9 +139,9 @@ class Loop:
         self.scores: dict[str, Any] = {}
         self.prepared: Prepared  # made by `prepare`
 
-        # What follows a step, and every how many steps. The order matters: activations stand before
-        # the evaluation of the same step in metrics.jsonl, and the checkpoint comes last, because
-        # one of step k promises that all lines of step k are written.
+        # (every how many steps, what follows such a step). The order matters: in metrics.jsonl the
+        # activations of a step come before its evaluation, and the checkpoint comes last, because a
+        # checkpoint of step k promises that all lines of step k are written.
         every = exp.config
         self.events: list[tuple[int, Callable[[int, TrainState], None]]] = [
             (every.record.activation_every, self.record_activations),
@@ -151,7 +153,7 @@ class Loop:
         self.scores_test = every.eval_test and exp.data.test is not None
 
     def start(self) -> tuple[int, TrainState]:
-        """The step and state to train from: the newest good checkpoint's, or new ones."""
+        """Returns the step and state to train from: of the newest good checkpoint, or new ones."""
         with self.records.timed("startup"):
             found = self.checkpoints.restore(build.abstract_state(self.exp))
             if found is not None:
@@ -180,7 +182,7 @@ class Loop:
         before = read_record(workdir)
         if step == total and before is not None and before["status"] == "done":
             self.records.keep_place()
-            return  # nothing is left to do, and the rest of the record stays as it is
+            return  # nothing is left to do, and the other records stay as they are
 
         self.records.begin(step)
         self.records.say(f"resumed from step {step:,}")
@@ -188,7 +190,7 @@ class Loop:
             self.prepare(step)
 
     def prepare(self, step: int) -> None:
-        """Begins to compile what the dispatch after `step` needs; a new state is made meanwhile."""
+        """Starts compiling what the dispatch after `step` needs, in other threads."""
         exp = self.exp
         data = self.exp.data
         size = sum(leaf.size for leaf in jax.tree.leaves(build.abstract_state(exp).params))
@@ -213,7 +215,7 @@ class Loop:
         return self.scores
 
     def train(self, start: int, state: TrainState, signals: preempt.Signals) -> None:
-        """Takes the steps after `start`. Raises Preempted where a signal stops the run."""
+        """Takes the steps after `start`. Raises Preempted if a signal stops the run."""
         records = self.records
         size = self.dispatch
         total = self.exp.config.total_steps
@@ -223,8 +225,9 @@ class Loop:
         if start == 0:
             self.record_activations(0, state)
         with records.timed("compile"):
-            self.evaluator.begin()  # its programs are compiled beside the first steps
-            # The watchdog must not see a process wait in its first step for another that compiles.
+            self.evaluator.begin()  # its programs are compiled during the first steps
+            # Otherwise a process would wait in its first step for another that still compiles, and
+            # the watchdog would take that for a stall.
             wait_for_all("compiled")
 
         batches = self.prepared.batches()
@@ -235,11 +238,11 @@ class Loop:
             self.begun = step
             with records.timed("step"):
                 state, metrics = take_step(state, *fed, *self.prepared.rest)
-                # Metrics are fetched a dispatch late, while the device works on the next one.
+                # Metrics are fetched one dispatch late, while the device works on the next one.
                 self.report(pending)
             pending = step, metrics
 
-            # A save or a compilation that has failed meanwhile ends the run now.
+            # If a save or a compilation in another thread has failed, the run ends now.
             self.checkpoints.check()
             self.evaluator.check()
 
@@ -254,12 +257,12 @@ class Loop:
             if self.stopping and step < total:
                 self.stop(step, signals.reason)
             if due:
-                # Process 0 alone writes. The others wait for it here and not in their next step.
+                # Only process 0 writes. The others wait for it here and not in their next step.
                 with records.timed("save"):
                     wait_for_all("saved")
 
     def due(self, step: int, stopping: bool) -> list[Callable[[int, TrainState], None]]:
-        """The events that follow `step`, in their order: all of them after the last step."""
+        """Returns the events that follow `step`, in order; after the last step they are all."""
         last = step == self.exp.config.total_steps
         early = [self.evaluate] if step in self.early else []
         due = [e for every, e in self.events if last or step % every == 0 or e in early]
@@ -293,7 +296,7 @@ class Loop:
             self.say_days(last)
 
     def say_days(self, step: int) -> None:
-        """On a CPU says how long a network of the paper's size would take from `step` on."""
+        """Says, if a network of the paper's size runs on a CPU, how long the rest will take."""
         config = self.exp.config
         platform = jax.default_backend()
         seconds = self.dispatches.mean() / self.dispatch
@@ -330,14 +333,14 @@ class Loop:
             self.score_test(step, state, population)
 
     def score_test(self, step: int, state: TrainState, population: Any) -> None:
-        """Scores the test split, which has played no part until now, once."""
+        """Scores the test split once, at the end; until then it is not used."""
         with self.records.timed("evaluate"):
             scores = self.evaluator.scores(state.params, population, self.exp.data.tested())
         self.scores["test"] = scores
         self.records.write("test", step, **scores)
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves a checkpoint; where that takes long, the next steps run meanwhile."""
+        """Saves a checkpoint; if that takes long, the next steps run meanwhile."""
         if self.too_soon(step):
             return
         self.saved_clock = time.monotonic()
@@ -346,17 +349,17 @@ class Loop:
             metric = self.scores["top1"] if self.scores.get("step") == step else None
             self.checkpoints.save(step, state, metric=metric, meta={"scores": self.scores})
 
-            # A save that is quick is on disk before the next step, so that a kill costs no more
-            # than one interval. "Quick" is a share of the time trained since the save before.
+            # A quick save is waited for, so that a kill costs no more than one interval. It is
+            # quick if it takes at most this share of the training time since the previous save.
             before = self.saved_at
             self.saved_at = self.records.at()[1]
             self.checkpoints.settle(self.exp.config.checkpoint_wait * (self.saved_at - before))
             self.checkpoints.check()
 
     def too_soon(self, step: int) -> bool:
-        """Whether `write_seconds` have not passed since the last save, and `step` can do without.
+        """Whether to leave out a save: `write_seconds` have not passed, and `step` may go unsaved.
 
-        Each process goes by its own clock: only process 0 writes, and none waits for another here.
+        Each process decides by its own clock, since only process 0 writes, and none waits here.
         """
         config = self.exp.config
         kept = config.keep_every and step % config.keep_every == 0
@@ -365,7 +368,7 @@ class Loop:
         return time.monotonic() - self.saved_clock < config.write_seconds
 
     def stop(self, step: int, reason: str) -> None:
-        """Ends a run that was asked to stop, once its save is on disk: raises Preempted."""
+        """Raises Preempted, which ends a run that was asked to stop, once its save is on disk."""
         with self.records.timed("save"):
             self.checkpoints.wait()
         raise Preempted(
@@ -376,26 +379,26 @@ class Loop:
     # For the watchdog.
 
     def place(self) -> watchdog.Place:
-        """Where the loop is, for `Watchdog.follow`."""
+        """Returns where the loop is, for `Watchdog.follow`."""
         return watchdog.Place(self.begun, self.records.at()[0], self.dispatches.slowest())
 
     def abandon(self, error: BaseException) -> None:
-        """Leaves whole records, and a save under way if it is quick, when the loop is stuck."""
+        """Completes the records when the loop is stuck, and a save under way if it is quick."""
         self.checkpoints.settle(3.0)
         self.records.fail(error)
 
 
-# One call of the device: a single step on a batch that is fed, or many on data that stay there.
+# One call of the device: a single step on a batch that is fed, or many on data that stay on it.
 
 
-FEW = 5  # steps in a program of several processes: over a slow network 0.16 s each
+FEW = 5  # steps in a program of several processes, which take 0.16 s each over a slow network
 
 
 def steps_per_dispatch(config: ConfigDict, start: int = 0) -> int:
-    """Steps in one compiled program of a run that begins, or resumes, after step `start`.
+    """Returns the number of steps in one program of a run that begins, or resumes, after `start`.
 
-    Every interval and the end must fall between two programs. Several processes take few steps at a
-    time: a request to stop waits for two programs, and each step waits for the network.
+    Every interval, and the last step, must end with a program. Several processes take few steps at
+    a time, because a request to stop waits for two programs, and each step waits for the network.
     """
     if config.steps_per_dispatch == 1:
         return 1
@@ -409,11 +412,11 @@ def steps_per_dispatch(config: ConfigDict, start: int = 0) -> int:
 
 
 def training_step(exp: Experiment, dispatch: int) -> tuple[Callable, Callable]:
-    """The training step, (state, *fed, hyper, seed) -> (state, metrics [dispatch, ...]), and how it
-    is jitted.
+    """Returns the training step, and `jax.jit` with its shardings.
 
-    The state and all numbers are replicated, batches are cut over the devices. The state that the
-    step is called with is donated: its memory is used again.
+    The step maps (state, *fed, hyper, seed) to (state, metrics [dispatch, ...]). The state and all
+    numbers are replicated, and batches are split over the devices. The state that is passed in is
+    donated: its memory is used again.
     """
     everywhere = replicated(exp.mesh)
     batch = along_batch(exp.mesh)
@@ -436,7 +439,7 @@ def training_step(exp: Experiment, dispatch: int) -> tuple[Callable, Callable]:
 
 
 def compile_step(exp: Experiment, dispatch: int, *arguments: Any) -> Callable:
-    """The training step, compiled for these arguments, or for their shapes."""
+    """Compiles the training step for these arguments, or for their shapes."""
     if exp.config.reproducible:
         return reproducible.Step(exp).lower(*arguments).compile()
     function, jit = training_step(exp, dispatch)
@@ -444,10 +447,10 @@ def compile_step(exp: Experiment, dispatch: int, *arguments: Any) -> Callable:
 
 
 class Prepared:
-    """What the first dispatch of a run after step `start` needs, begun in other threads.
+    """What a run's first dispatch after step `start` needs; other threads prepare it.
 
-    rest: the last arguments of every dispatch, hyper-parameters and seed. beside: also called in a
-    thread.
+    rest: the last arguments of every dispatch, which are the optimizer's numbers and the seed.
+    beside: also called in a thread.
     """
 
     def __init__(self, exp: Experiment, start: int, dispatch: int, beside: Callable[[], None]):
@@ -456,9 +459,9 @@ class Prepared:
         self.rest = put_replicated(exp.mesh, (exp.hyper, np.uint32(exp.config.seed)))
 
         arguments = (exp, dispatch, abstract_state(exp), *self._first, *self.rest)
-        alone = jax.default_backend() == "gpu"  # there XLA times kernels as it compiles
+        alone = jax.default_backend() == "gpu"  # XLA times kernels there while it compiles
         threads = ThreadPoolExecutor(1 if alone else 2)
-        copy = contextvars.copy_context  # with what `ops.plain` has set
+        copy = contextvars.copy_context  # keeps what `ops.plain` has set
         self._program = threads.submit(copy().run, compile_step, *arguments)
         self._beside = threads.submit(copy().run, beside)
         threads.shutdown(wait=False)
@@ -466,12 +469,12 @@ class Prepared:
             self._program.result()
 
     def program(self) -> Callable:
-        """The compiled training step, once all that was begun is ready. Raises what it met."""
+        """Waits for all that was begun, raises its errors, and returns the compiled step."""
         self._beside.result()
         return self._program.result()
 
     def batches(self) -> Iterator[tuple]:
-        """As `feed` gives them."""
+        """Yields the arguments of each dispatch, as `feed` does."""
         first = self._first
         self._first = None
         yield first
@@ -479,7 +482,7 @@ class Prepared:
 
 
 def feed(exp: Experiment, start: int, dispatch: int) -> Iterator[tuple]:
-    """The arguments of each dispatch after step `start`, already on the devices."""
+    """Yields the arguments of each dispatch after step `start`, already on the devices."""
     mesh = exp.mesh
     data = exp.data
     seed = exp.config.seed
@@ -498,11 +501,11 @@ def feed(exp: Experiment, start: int, dispatch: int) -> Iterator[tuple]:
 
 
 def early_evaluations(first: int, every: int, dispatch: int = 1) -> frozenset[int]:
-    """Steps of the evaluations before those `every` so many steps; none if `first` is 0.
+    """Returns the steps of early evaluations, which come before those after `every` steps.
 
-    They begin with step `first` and grow by a tenth, until a tenth is `every` steps, so that the
-    step at which a level is reached is known to a tenth of it. They fall between two programs of
-    `dispatch` steps.
+    The first is after step `first`, and each further one a tenth later, until a tenth is `every`
+    steps. So the step at which a level is reached is known to a tenth of it. Each is rounded up to
+    the end of a program of `dispatch` steps. If `first` is 0, there are none.
     """
     steps = set()
     step = first
@@ -512,15 +515,15 @@ def early_evaluations(first: int, every: int, dispatch: int = 1) -> frozenset[in
     return frozenset(steps)
 
 
-# A loss or gradient that is not finite: at which step, and where in the network it begins.
+# For a loss or gradient that is not finite: at which step, and where in the network it begins.
 
 
 def forward_order(exp: Experiment) -> list[str]:
-    """Paths of the parameters, 'inception_3a/1x1/conv/kernel', as the forward pass meets them."""
+    """Returns the paths of the parameters ('dense_0/dense/kernel') in the forward pass's order."""
     names: list[str] = []
 
     def initial():
-        # Before jax sorts the keys, parameters stand in the order in which they were made.
+        # jax has not sorted the keys yet: parameters are in the order in which they were made.
         state = build.initial_state(exp)
         names.extend(traverse_util.flatten_dict(state.params, sep="/"))
         return state
@@ -530,7 +533,7 @@ def forward_order(exp: Experiment) -> list[str]:
 
 
 def leaf_names(exp: Experiment) -> list[str]:
-    """Paths of the parameters in the order of the tree, as a step's `gradient_square` has them."""
+    """Returns the paths of the parameters in the tree's order, which `gradient_square` has."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_state(exp).params)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
@@ -538,10 +541,11 @@ def leaf_names(exp: Experiment) -> list[str]:
 def diverged_error(
     step: int, loss: float, squares: np.ndarray, leaves: Sequence[str], forward: Sequence[str]
 ) -> DivergedError:
-    """The error that ends the run.
+    """Makes the error that ends a run that has diverged.
 
-    squares: sums of squares of the gradients [parameters], in the order of `leaves` (the tree's);
-    forward: the same paths in the order of the forward pass, whose first one is named.
+    squares: [parameters], sums of squares of the gradients, in the order of `leaves` (the tree's).
+    forward: the same paths in the order of the forward pass; the message names the first of them
+    whose gradient is not finite.
     """
     pairs = zip(leaves, squares, strict=True)
     bad = {name for name, square in pairs if not np.isfinite(square)}

@@ -1,7 +1,7 @@
-"""How sure a number is: intervals for counts, effects over seeds, and verdicts on a claim.
+"""Says how certain a number is: intervals of counts, effects over seeds, verdicts on a claim.
 
-Every interval is one of 95%. Intervals over seeds are Student's t with n - 1 degrees of freedom of
-values paired by seed. They describe other seeds on the same images, not other images.
+Every interval is a 95% interval. Those over seeds are Student's t with n - 1 degrees of freedom, of
+values paired by seed. They hold for other seeds on the same images, not for other images.
 """
 
 import math
@@ -13,11 +13,11 @@ from scipy import special
 
 TAIL = 0.025  # probability on each side of an interval
 
-# Effects within these are called none. They were fixed before any run was compared.
+# An effect within these margins counts as none. They were fixed before any run was compared.
 MARGIN_POINTS = 0.005  # of accuracy: half a point
 MARGIN_RATIO = 1.1  # of steps: 10%
 
-MOST_SEEDS = 1000  # what is not decided by so many is called undecidable here
+MOST_SEEDS = 1000  # a question that more seeds would be needed for counts as undecidable
 
 
 class Interval(NamedTuple):
@@ -33,9 +33,9 @@ class Interval(NamedTuple):
 
 
 def wilson(count: int, examples: int) -> Interval:
-    """Wilson's score interval for the share behind a count (E. B. Wilson, JASA 22, 1927).
+    """Computes Wilson's score interval of the share behind a count (E. B. Wilson, JASA 22, 1927).
 
-    Unlike p +- sqrt(p (1 - p) / n), it has a width at 0 of n, too.
+    Unlike p +- sqrt(p (1 - p) / n), it is wider than 0 at a count of 0, too.
     """
     z = float(special.ndtri(1 - TAIL))
     share = count / examples
@@ -49,16 +49,16 @@ def wilson(count: int, examples: int) -> Interval:
 
 
 def counted(share: float, examples: int) -> str:
-    """A share of `examples` in percent with Wilson's interval: '2.10% (1.38 to 3.19)'."""
+    """Writes a share of `examples` in percent with Wilson's interval: '2.10% (1.38 to 3.19)'."""
     low, high = wilson(round(share * examples), examples)
     return f"{100 * share:.2f}% ({100 * low:.2f} to {100 * high:.2f})"
 
 
 def counted_difference(ours: float, theirs: float, examples: int) -> Interval:
-    """The interval of ours - theirs, two shares of `examples`, as if they were independent.
+    """Computes the interval of ours - theirs, two shares of `examples`, as if independent.
 
-    Newcombe's method 10 (Statistics in Medicine 17, 1998): from the Wilson intervals of both. It
-    knows nothing of other seeds.
+    This is Newcombe's method 10 (Statistics in Medicine 17, 1998), from the Wilson intervals of
+    both. It does not account for other seeds.
     """
     a = wilson(round(ours * examples), examples)
     b = wilson(round(theirs * examples), examples)
@@ -76,9 +76,9 @@ def counted_difference(ours: float, theirs: float, examples: int) -> Interval:
 class Effect(NamedTuple):
     """A difference or ratio that was measured once for each seed.
 
-    The truth of seed i lies between lows[i] and highs[i]; for accuracies both are values[i]. A
-    ratio of steps is known only as closely as evaluations follow each other, and where a network
-    never reaches a level, only one end is known: the other is 0 or infinite.
+    The true value of seed i lies between lows[i] and highs[i]; for accuracies both are values[i]. A
+    ratio of steps is only known to the distance between evaluations. If a network never reaches a
+    level, only one end is known, and the other is 0 or infinite.
 
     Ratios are averaged on the logarithmic scale: the mean is geometric.
     """
@@ -95,14 +95,16 @@ class Effect(NamedTuple):
 
     @property
     def value(self) -> float:
-        """The mean over seeds; where some seeds give only a bound (see `bound`), the mean bound."""
+        """The mean over seeds; if some seeds only give a bound (see `bound`), the mean bound."""
         ends = {"at least": self.lows, "at most": self.highs}
         return _mean(ends.get(self.bound, self.values), self.ratio)
 
     @property
     def bound(self) -> str:
-        """'' for a value, 'at least' or 'at most' for a bound, 'unknown' if seeds give bounds on
-        both sides."""
+        """What the seeds give: '' for a value, 'at least' or 'at most' for a bound, or 'unknown'.
+
+        It is 'unknown' if there are bounds on both sides.
+        """
         below = any(high == math.inf for high in self.highs)
         above = self.ratio and any(low == 0 for low in self.lows)
         if below and above:
@@ -113,8 +115,9 @@ class Effect(NamedTuple):
     def interval(self) -> Interval | None:
         """The 95% interval of the mean; None with fewer than two seeds.
 
-        Its ends are those of the lows' and of the highs' own intervals, so that it also covers what
-        is not known of a single seed. An end is 0 or infinite where some seeds have only a bound.
+        It goes from the low end of the lows' interval to the high end of the highs' interval, so
+        that it also covers what is not known of each seed. If some seeds have only a bound, an end
+        is 0 or infinite.
         """
         if self.n < 2:
             return None
@@ -123,7 +126,7 @@ class Effect(NamedTuple):
         return Interval(low, high)
 
     def p_value(self, threshold: float) -> float | None:
-        """Two-sided p of the hypothesis that the mean is `threshold`; None below two seeds."""
+        """Returns the two-sided p that the mean is `threshold`; None with fewer than two seeds."""
         if self.n < 2:
             return None
         above = _tail(self.lows, threshold, +1, self.ratio)
@@ -132,14 +135,14 @@ class Effect(NamedTuple):
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Effect:
-    """ours - theirs for each seed that both have; {seed: value}."""
+    """Takes ours - theirs, both {seed: value}, for each seed that both have."""
     seeds = sorted(ours.keys() & theirs.keys())
     values = tuple(ours[seed] - theirs[seed] for seed in seeds)
     return Effect(values, values, values)
 
 
 def single(values: Sequence[float]) -> Effect:
-    """A quantity by itself, such as the accuracy of each seed."""
+    """Makes an Effect of a single quantity, such as the accuracy of each seed."""
     return Effect(tuple(values), tuple(values), tuple(values))
 
 
@@ -150,25 +153,25 @@ def _mean(values: Sequence[float], ratio: bool) -> float:
 
 
 def _moments(values: Sequence[float], ratio: bool) -> tuple[float, float]:
-    """Mean and standard error of the mean, on the scale on which values are averaged."""
+    """Returns the mean and its standard error, on the scale on which values are averaged."""
     scaled = np.log(values) if ratio else np.asarray(values, float)
     return float(np.mean(scaled)), float(np.std(scaled, ddof=1)) / math.sqrt(len(scaled))
 
 
 def _known(values: Sequence[float], ratio: bool) -> bool:
-    """Whether every seed has this end: 0 and infinity stand for an end that is not known."""
+    """Whether this end is known for every seed; 0 and infinity stand for an unknown end."""
     return all(v < math.inf and not (ratio and v == 0) for v in values)
 
 
 def _limit(values: Sequence[float], side: int, ratio: bool) -> float:
-    """One end (side -1 or +1) of the t interval of the mean; 0 or infinite if it is not known."""
+    """Returns one end (side -1, +1) of the mean's t interval; 0 or infinite if it is unknown."""
     if not _known(values, ratio):
         return math.inf if side > 0 else 0.0
     return _end(values, len(values), side, ratio)
 
 
 def _tail(values: Sequence[float], threshold: float, side: int, ratio: bool) -> float:
-    """One-sided p of 'the mean is not above (side +1) or below (side -1) `threshold`'."""
+    """Returns the one-sided p of 'the mean is not above (side +1) or below (-1) `threshold`'."""
     if not _known(values, ratio):
         return 1.0
     mean, error = _moments(values, ratio)
@@ -179,14 +182,14 @@ def _tail(values: Sequence[float], threshold: float, side: int, ratio: bool) -> 
 
 
 def _quantile(n: int) -> float:
-    """Student's t with n - 1 degrees of freedom, above which 2.5% lie."""
+    """Returns the value of Student's t, with n - 1 degrees of freedom, above which 2.5% lie."""
     return float(special.stdtrit(n - 1, 1 - TAIL))
 
 
 def written(
     effect: Effect, form: str, *, factor: float = 1, unit: str = "", sign: bool = False
 ) -> str:
-    """An effect for a table: '+0.4 (-0.7 to 1.4)', 'at least 5.3x (3.1 or more)'.
+    """Writes an effect for a table: '+0.4 (-0.7 to 1.4)', 'at least 5.3x (3.1 or more)'.
 
     form: of a number, such as '.2f'; factor: 100 for points; sign: whether a plus is written.
     """
@@ -214,9 +217,9 @@ def written(
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjusted p values (Scand. J. Statist. 6, 1979), in the given order; None stays None.
+    """Computes Holm's adjusted p values (Scand. J. Statist. 6, 1979), in order; None stays None.
 
-    A comparison whose adjusted value is below 0.05 holds although so many were made.
+    A comparison with an adjusted value below 0.05 holds even though several were made.
     """
     places = sorted((p, k) for k, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
@@ -233,10 +236,10 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def paired_bootstrap(gains: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> Interval:
-    """Percentile interval of the mean of `gains` [N], one for each image, over other images.
+    """Computes a percentile interval, over other images, of the mean of `gains` [N], one per image.
 
     Both networks see the same images, so the difference of each image is drawn again, not each
-    network's accuracy. Images of equal gain are interchangeable: their numbers are drawn.
+    network's accuracy. Images of equal gain are interchangeable, so only their numbers are drawn.
     """
     values, counts = np.unique(np.asarray(gains, float), return_counts=True)
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -259,7 +262,7 @@ NOT_TESTABLE = "not testable here"
 
 
 def margin(ratio: bool) -> Interval:
-    """Within this an effect is called none: 0.5 points, or 10% of the steps."""
+    """Returns the interval within which an effect counts as none: 0.5 points, or 10% of steps."""
     if ratio:
         return Interval(1 / MARGIN_RATIO, MARGIN_RATIO)
     return Interval(-MARGIN_POINTS, MARGIN_POINTS)
@@ -268,16 +271,17 @@ def margin(ratio: bool) -> Interval:
 def verdict(
     effect: Effect, threshold: float, adjusted_p: float | None, *, harmless: bool = False
 ) -> str:
-    """What an effect says of the claim that it is above `threshold`.
+    """Judges the claim that an effect is above `threshold`.
 
     Args:
       effect: measured, with the sign that the claim gives it.
       threshold: 0 or 1 for 'more', 2 for 'less than half the steps', ...
       adjusted_p: of `effect.p_value(threshold)` by `holm`, over all claims.
-      harmless: the claim is that something may be left out: that the effect is not below the
-        margin. An effect within the margin then supports it.
+      harmless: whether the claim is that something may be left out, i.e. that the effect is not
+        below the margin. An effect within the margin then supports it.
 
-    Returns: one of the words above; 'undecided' with its reason.
+    Returns:
+      One of the words above; UNDECIDED with its reason.
     """
     if not effect.n:
         return NOT_RUN
@@ -300,10 +304,10 @@ def verdict(
 
 
 def seeds_to_decide(effect: Effect, threshold: float, *, harmless: bool = False) -> int | None:
-    """How many seeds would decide, if mean and spread stayed as they are.
+    """Returns how many seeds would decide, if mean and spread stayed as they are.
 
-    None for more than MOST_SEEDS, and where it cannot be told: fewer than two seeds, or a bound.
-    The correction for several comparisons is left out.
+    It is None for more than MOST_SEEDS, and if it cannot be known: from fewer than two seeds, or
+    from a bound. The correction for several comparisons is not applied.
     """
     if effect.n < 2 or effect.bound:
         return None
@@ -318,7 +322,7 @@ def seeds_to_decide(effect: Effect, threshold: float, *, harmless: bool = False)
 
 
 def _end(values: Sequence[float], n: int, side: int, ratio: bool) -> float:
-    """The end of the interval that n seeds of the same mean and spread would have."""
+    """Returns an end of the interval that n seeds of the same mean and spread would have."""
     mean, error = _moments(values, ratio)
     place = mean + side * _quantile(n) * error * math.sqrt(len(values) / n)
     return math.exp(place) if ratio else place

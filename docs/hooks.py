@@ -1,8 +1,8 @@
 """Hooks of the documentation site (mkdocs.yml): pages that lie outside docs/, and links to them.
 
-README.md is the start page, and PAGES are pages of the navigation; tables and pictures under
-results/ come along. A link to anything else of the checkout (a script, a folder)
-stays as its text: the site holds documents, not code.
+README.md is the start page, and PAGES are pages of the navigation; the site also has tables and
+pictures under results/. A link to anything else in the checkout (a script, a folder) becomes plain
+text, because the site has documents and no code.
 """
 
 import pathlib
@@ -19,8 +19,10 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }
+# Pages with wide tables give the room of their table of contents to them.
+WIDE = re.compile(r"(claims|launch|results/\w+/fig[34])\.md")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
-BLOCK = re.compile(r"<pre.*?</pre>", re.DOTALL)
+CODE = re.compile(r"<pre.*?</pre>|<code>[^<]*</code>", re.DOTALL)
 OPTION = re.compile(r"(?<![\w-])--\w[\w.-]*")
 
 
@@ -40,23 +42,25 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Turns the links of a page of docs/ to where their targets are on the site."""
+    """Changes the links of a page of docs/ to those of the site, and makes room for wide tables."""
+    if WIDE.fullmatch(page.file.src_uri):
+        page.meta["hide"] = ["toc"]
     here = (ROOT / "docs" / page.file.src_uri).is_file()
     return links(markdown, f"docs/{page.file.src_uri}") if here else markdown
 
 
 def on_page_content(html, page, config, files):
-    """Lets the lines of commands break after commas, not after the hyphens of `--workdir`."""
+    """Lets lines of code break after commas, but not after the hyphens of `--workdir`."""
 
-    def mark(block: re.Match) -> str:
-        marked = OPTION.sub(r'<span class="option">\g<0></span>', block[0])
+    def mark(code: re.Match) -> str:
+        marked = OPTION.sub(r'<span class="option">\g<0></span>', code[0])
         return re.sub(r",(?=\w)", ",<wbr>", marked)
 
-    return BLOCK.sub(mark, html)
+    return CODE.sub(mark, html)
 
 
 def links(markdown: str, path: str) -> str:
-    """The text of the file `path` of the checkout with its links as the site needs them."""
+    """Changes the links in the text of the file `path` to those of the site."""
     here = posixpath.dirname(uri_of(path) or path)
 
     def turn(match: re.Match) -> str:
@@ -75,7 +79,7 @@ def links(markdown: str, path: str) -> str:
 
 
 def uri_of(place: str) -> str | None:
-    """Where the site has a file of the checkout; None if it has not."""
+    """Returns where the site has a file of the checkout; None if it does not have it."""
     if place in PAGES:
         return PAGES[place]
     if place.startswith("docs/") and place.endswith(".md"):

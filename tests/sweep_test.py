@@ -264,7 +264,7 @@ def test_dry_run_of_halving_lists_the_first_round(tmp_path, monkeypatch, capsys)
     [
         (["--halving=20", "--grid=l2=0,1"], "--halving=20: write STEPS,N"),
         (["--halving=0,1", "--grid=l2=0,1"], "--halving=0,1: write STEPS,N"),
-        (["--halving=20,1"], "--halving=20,1: needs --grid"),
+        (["--halving=20,1"], "--halving=20,1 needs --grid"),
         (["--halving=20,1", "--grid=l2=0,1", "--seeds=2"], "one seed"),
         (["--halving=20,1", "--grid=l2=0,1"], "add --set=data.holdout=0.1"),
         (["--halving=50000,1", "--grid=l2=0,1"], "a whole run has 50,000 steps; choose fewer"),

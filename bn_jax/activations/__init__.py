@@ -1,4 +1,4 @@
-"""Percentiles of chosen activations on one fixed batch (Fig. 1b,c): how distributions move."""
+"""Percentiles of chosen activations on one fixed batch, to see how distributions move (Fig. 1)."""
 
 import difflib
 import functools
@@ -21,12 +21,12 @@ from bn_jax.workdir.lines import PERCENTILES
 class RecordedActivations:
     """The activations that a run records, and the program that computes their percentiles.
 
-    A path names a layer and what is recorded of it: `dense_2/input` is what enters the nonlinearity
-    of dense_2, `dense_2/pre_bn` what enters its BN. The batch is `record.activation_examples`
+    A path names a layer and what is recorded of it: `dense_2/input` is what the nonlinearity reads,
+    `dense_2/pre_bn` what the BN reads. The batch consists of `record.activation_examples`
     training examples, the same at every step and on every device. The network runs in training
     mode, so a BN layer normalizes with the statistics of the batch's groups, as in a training step.
 
-    Raises ConfigError at construction for a path that the model does not have, before compiling.
+    The constructor raises ConfigError for a path that the model does not have.
     """
 
     def __init__(self, exp: Experiment):
@@ -45,7 +45,7 @@ class RecordedActivations:
                 )
 
     def compile(self) -> None:
-        """Compiles what `percentiles` runs, if anything; may be called from another thread."""
+        """Compiles the program of `percentiles`, if paths are recorded; any thread may call it."""
         if not self.paths:
             return
         self._program = programs.compiled(
@@ -58,7 +58,7 @@ class RecordedActivations:
         )
 
     def percentiles(self, state: TrainState) -> dict[str, dict[str, list[float]]]:
-        """Percentiles by path: `p15`, `p50`, `p85`, each one value a unit (channel)."""
+        """Returns, for each path, `p15`, `p50` and `p85`: lists with one value for each unit."""
         if self._program is None:
             self.compile()
         if self._images is None:
@@ -71,13 +71,13 @@ class RecordedActivations:
         }
 
     def _percentiles(self, params, batch_stats, images) -> dict[str, jax.Array]:
-        """Percentiles [3, units] by path."""
+        """Computes the percentiles [3, units] of each path."""
         found = activations(self.exp, params, batch_stats, images)
         return {path: percentiles(by_unit(found[path])) for path in self.paths}
 
 
 def known_paths(exp: Experiment, examples: int) -> list[str]:
-    """Paths of all activations that the model has, sorted."""
+    """Returns the sorted paths of all activations that the model has."""
     arguments = abstract_arguments(exp, examples)
     config = exp.config.to_dict()
 
@@ -90,7 +90,7 @@ def known_paths(exp: Experiment, examples: int) -> list[str]:
 
 
 def abstract_arguments(exp: Experiment, examples: int) -> tuple[Any, Any, Any]:
-    """Shapes and shardings of params, batch_stats and a batch of images."""
+    """Returns (params, batch_stats, images) as shapes with shardings, for compiling."""
     state = abstract_state(exp)
     everywhere = mesh.replicated(exp.mesh)
     shape = (examples, *exp.data.image_shape)
@@ -99,8 +99,10 @@ def abstract_arguments(exp: Experiment, examples: int) -> tuple[Any, Any, Any]:
 
 
 def fixed_images(exp: Experiment, examples: int) -> jax.Array:
-    """The images on which activations are observed, uint8 [examples, H, W, C]: always the same
-    training examples of a run, on every device."""
+    """Returns the images on which activations are observed: uint8 [examples, H, W, C].
+
+    They are always the same training examples of a run, and every device has all of them.
+    """
     batch = next(exp.data.statistics(1, examples, slice(0, examples), seed=exp.config.seed))
     return mesh.put_replicated(exp.mesh, batch["image"])
 
@@ -108,7 +110,7 @@ def fixed_images(exp: Experiment, examples: int) -> jax.Array:
 def activations(
     exp: Experiment, params: Any, batch_stats: Any, images: jax.Array
 ) -> dict[str, jax.Array]:
-    """Every activation [N, ..., units] by path, of the network in training mode."""
+    """Computes every activation [N, ..., units], by path, with the network in training mode."""
     _, updates = exp.model.apply(
         {"params": params, "batch_stats": batch_stats},
         images,
@@ -121,15 +123,15 @@ def activations(
 
 
 def by_unit(x: jax.Array) -> jax.Array:
-    """[N, ..., units] -> float32 [values, units]."""
+    """Reshapes [N, ..., units] to float32 [values, units]."""
     return x.astype(jnp.float32).reshape(-1, x.shape[-1])
 
 
 def percentiles(values: jax.Array) -> jax.Array:
-    """[values, units] -> the PERCENTILES of each unit, [3, units]."""
+    """Computes the PERCENTILES of each unit: [values, units] to [3, units]."""
     return jnp.percentile(values, jnp.array(PERCENTILES, jnp.float32), axis=0)
 
 
 def _rounded(values: np.ndarray) -> list[float]:
-    """Six significant digits, to keep the file small."""
+    """Rounds to six significant digits, to keep the file small."""
     return [float(f"{v:.6g}") for v in values]

@@ -1,10 +1,10 @@
 """Activations of a trained run: `python -m bn_jax.activations --workdir=A[,B] --layers=GLOB`.
 
-Any activation of any kept checkpoint, also one that was not recorded while training: percentiles,
-mean, standard deviation, a histogram, the shares of dead units and of saturated values, on one
-fixed batch of training images. LAYER/pre_bn is what enters a layer's BN, LAYER/input what enters
-its nonlinearity. They are kept in WORKDIR/activations and drawn in WORKDIR/figures. Two workdirs,
-such as a network without and one with BN, are drawn side by side.
+Measures any activation of any kept checkpoint, whether or not it was recorded during training:
+percentiles, mean, standard deviation, a histogram, and the shares of dead units and of saturated
+values, on one fixed batch of training images. LAYER/pre_bn is the input of a layer's BN,
+LAYER/input that of its nonlinearity. The measurements are kept in WORKDIR/activations and drawn in
+WORKDIR/figures. Two workdirs, such as a network without BN and one with, are drawn side by side.
 """
 
 import pathlib
@@ -19,7 +19,7 @@ from bn_jax.workdir import files
 
 
 def main() -> None:
-    """Measures, prints a table and draws."""
+    """Measures the activations, prints a table and draws pictures."""
     parser = errors.Parser("python -m bn_jax.activations", description=__doc__)
     add = parser.add_argument
     add("--workdir", required=True, help="a run, or two with a comma")
@@ -52,7 +52,7 @@ def main() -> None:
             print(f"{workdir}: steps {', '.join(map(str, measure.kept_steps(workdir)))}")
         return
 
-    # Everything is refused before anything is compiled.
+    # All arguments are checked before anything is compiled.
     if len(workdirs) == 2:
         one, other = experiments
         measure.require_comparable(one, other, number)

@@ -1,8 +1,8 @@
 """Activations of a run's kept checkpoints, measured afterwards and kept in the workdir.
 
-WORKDIR/activations/STEP.npz has, for every path that was asked for so far, what `Measured` has. The
-images are the same for all steps, so that what moves is the network. A file of another checkpoint
-or number of images, or one that cannot be read, is made again.
+WORKDIR/activations/STEP.npz holds a `Measured` for every path that was asked for so far. The images
+are the same for all steps, so that only the network changes. A file is made again if it cannot be
+read, or if it is of another checkpoint or number of images.
 """
 
 import difflib
@@ -42,14 +42,14 @@ _HEADER = "header"
 
 
 class Measured(NamedTuple):
-    """One activation at one step, over all images and places of a fixed batch, as arrays.
+    """One activation at one step, over all images and positions of a fixed batch, as arrays.
 
     Attributes:
       percentiles: the 15th, 50th and 85th of each unit (channel), float32 [3, units].
       mean, std: of each unit, float32 [units].
-      counts: how many values of all units lie in each bin, int32 [BINS].
+      counts: the number of values, of all units, in each bin, int32 [BINS].
       edges: of the bins, which are equally wide, float32 [BINS + 1].
-      dead: share of units that are never above 0, which a ReLU therefore never passes.
+      dead: share of units that are never above 0, so that a ReLU never passes them.
       saturated: share of values beyond +-SATURATED, where a sigmoid is flat.
     """
 
@@ -63,11 +63,13 @@ class Measured(NamedTuple):
 
 
 def summary(x: jax.Array) -> Measured:
-    """What is kept of an activation [N, ..., units]; works under jit."""
+    """Computes what is kept of an activation [N, ..., units]; it works under jit."""
     values = by_unit(x)
     low = jnp.min(values)
     high = jnp.max(values)
-    high = jnp.where(high > low, high, low + jnp.maximum(jnp.abs(low), 1) * 1e-3)  # a constant
+    # A constant activation gets bins that are wider than 0.
+    above = low + jnp.maximum(jnp.abs(low), 1) * 1e-3
+    high = jnp.where(high > low, high, above)
 
     place = jnp.floor((values - low) / (high - low) * BINS).astype(jnp.int32)
     counts = jnp.zeros(BINS, jnp.int32).at[jnp.clip(place, 0, BINS - 1).ravel()].add(1)
@@ -89,7 +91,7 @@ class Observer:
     Args:
       exp: the run's experiment, with its data set.
       workdir: the run.
-      paths: what is measured, of `known_paths`. Nothing else of the network is kept.
+      paths: the activations to measure, out of `known_paths`.
       examples: images of the batch; a multiple of `bn.group_size` where that is given.
       out: folder of the files (WORKDIR/activations).
     """
@@ -114,16 +116,16 @@ class Observer:
 
     @property
     def memory(self) -> int:
-        """Bytes that the program takes besides the network and the images; 0 if none was needed."""
+        """Bytes that the program needs besides network and images; 0 if it was not compiled."""
         if self._program is None:
             return 0
         return self._program.memory_analysis().temp_size_in_bytes
 
     def at(self, step: int) -> tuple[dict[str, Measured], bool]:
-        """The measurements at a step by path, and whether all were read from the file.
+        """Returns the measurements at a step, by path, and whether all were read from the file.
 
-        Step 0 is the initial network, which the run's seed gives. Raises CheckpointError for a
-        checkpoint that cannot be restored, DiskError where the file cannot be written.
+        Step 0 is the initial network, made from the run's seed. Raises CheckpointError for a
+        checkpoint that cannot be restored, DiskError if the file cannot be written.
         """
         file = self.folder / f"{step}.npz"
         origin = self._origin(step)
@@ -183,7 +185,7 @@ def _save(file: pathlib.Path, origin: dict[str, Any], found: dict[str, Measured]
 
 
 def _load(file: pathlib.Path, origin: dict[str, Any] | None) -> dict[str, Measured]:
-    """What the file has; nothing if it is absent, damaged or of another origin (None: of any)."""
+    """Reads a file; returns {} if it is absent, damaged or of another origin (None: of any)."""
     if not file.exists():
         return {}
     try:
@@ -199,7 +201,7 @@ def _load(file: pathlib.Path, origin: dict[str, Any] | None) -> dict[str, Measur
 
 
 def read(folder: pathlib.Path) -> dict[int, dict[str, Measured]]:
-    """All measurements that a folder (WORKDIR/activations) has: step -> path -> Measured."""
+    """Reads all measurements in a folder (WORKDIR/activations): step -> path -> Measured."""
     steps = sorted(int(file.stem) for file in folder.glob("*.npz") if file.stem.isdecimal())
     return {step: _load(folder / f"{step}.npz", None) for step in steps}
 
@@ -208,7 +210,7 @@ def read(folder: pathlib.Path) -> dict[int, dict[str, Measured]]:
 
 
 def check_examples(exp: Experiment, examples: int) -> None:
-    """Raises ConfigError for a number of images that the network or the data set cannot give."""
+    """Raises ConfigError for a number of images that does not fit the network or the data set."""
     group = exp.config.bn.group_size
     most = exp.data.num_train
     if not 2 <= examples <= most or (group and examples % group):
@@ -219,9 +221,9 @@ def check_examples(exp: Experiment, examples: int) -> None:
 
 
 def choose_paths(exp: Experiment, globs: str, examples: int) -> list[str]:
-    """The paths that match patterns with commas, such as `inception_5b/*,dense_2`.
+    """Returns the paths that match a list of patterns, such as `inception_5b/*,dense_2`.
 
-    A pattern stands for paths or for whole layers. Raises ConfigError for one without a match, with
+    A pattern matches paths or whole layers. Raises ConfigError for a pattern without a match, with
     the ten nearest names.
     """
     known = known_paths(exp, examples)
@@ -239,7 +241,7 @@ def choose_paths(exp: Experiment, globs: str, examples: int) -> list[str]:
 
 
 def _matches(path: str, glob: str) -> bool:
-    """Whether a pattern is that of the path, or of a layer that it lies in."""
+    """Whether a pattern matches the path, or a layer that contains it."""
     parts = path.split("/")
     above = ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
     return any(fnmatch.fnmatchcase(name, glob) for name in above)
@@ -250,12 +252,12 @@ def _distance(glob: str, path: str) -> float:
 
 
 def kept_steps(workdir: pathlib.Path) -> list[int]:
-    """Steps that can be measured: 0, and those with a checkpoint."""
+    """Returns the steps that can be measured: 0, and those with a checkpoint."""
     return [0, *Steps(workdir / "checkpoints", read_only=True).numbers()]
 
 
 def choose_steps(workdir: pathlib.Path, asked: str) -> list[int]:
-    """Steps from `all`, `newest` or numbers with commas. Raises ConfigError for one not kept."""
+    """Parses `all`, `newest` or steps with commas; ConfigError for a step without checkpoint."""
     kept = kept_steps(workdir)
     if asked == "all":
         return kept
@@ -289,6 +291,6 @@ def require_comparable(one: Experiment, other: Experiment, examples: int) -> Non
 def measure(
     observer: Observer, steps: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, Measured], bool]]:
-    """(step, measurements by path, whether they were read) of each step, as they come."""
+    """Yields (step, measurements by path, whether they were read from a file) for each step."""
     for step in steps:
         yield step, *observer.at(step)

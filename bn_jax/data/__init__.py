@@ -1,1 +1,1 @@
-"""The input: which example is seen when, where it comes from, how it is decoded and distorted."""
+"""Provides the input: which example is seen when, where it lies, how it is decoded, distorted."""

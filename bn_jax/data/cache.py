@@ -1,6 +1,6 @@
 """Keeps arrays between runs, in the user's cache directory.
 
-They say what is known of the files of a data set, which would take minutes to find out again.
+They are indices of a data set's files, which would take minutes to build again.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def directory() -> pathlib.Path | None:
-    """$BN_JAX_CACHE, or bn_jax in the user's cache directory, or None for a user without a home."""
+    """Returns $BN_JAX_CACHE, else bn_jax in the user's cache; None for a user without a home."""
     if "BN_JAX_CACHE" in os.environ:
         return pathlib.Path(os.environ["BN_JAX_CACHE"])
     try:
@@ -28,7 +28,7 @@ def directory() -> pathlib.Path | None:
 
 
 def path_for(kind: str, state: object) -> pathlib.Path | None:
-    """The cache file for data files in this state (names, sizes, times)."""
+    """Returns the cache file for data files in this state (names, sizes, times), or None."""
     folder = directory()
     if folder is None:
         logging.warning("there is no home directory, so the %s index is not kept", kind)
@@ -38,8 +38,10 @@ def path_for(kind: str, state: object) -> pathlib.Path | None:
 
 
 def load(path: pathlib.Path | None, is_whole: Callable[[Arrays], bool]) -> Arrays | None:
-    """The arrays of a file, or None if it is absent, damaged or not whole: then they are made
-    again."""
+    """Reads the arrays of a file; returns None if it is absent, damaged or not whole.
+
+    The caller then makes them again.
+    """
     if path is None:
         return None
     try:
@@ -49,13 +51,13 @@ def load(path: pathlib.Path | None, is_whole: Callable[[Arrays], bool]) -> Array
             return arrays
     except FileNotFoundError:
         return None
-    except Exception as e:  # whatever is wrong with a cache, it is made again
+    except Exception as e:  # a damaged cache must never end a run
         logging.warning("%s cannot be read (%s) and is made again", path, e)
     return None
 
 
 def store(path: pathlib.Path | None, **arrays: np.ndarray) -> None:
-    """Writes the file whole or not at all. Without a writable cache nothing is kept."""
+    """Writes the file, whole or not at all. If the cache cannot be written, a warning is logged."""
     if path is None:
         return
     try:

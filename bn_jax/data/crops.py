@@ -12,11 +12,11 @@ SIDES = (256, 288, 320, 352)  # shorter sides of multicrop evaluation at 224 px 
 
 
 def random_box(height: int, width: int, draws: tuple[float, ...], min_area: float) -> Box:
-    """A random crop of min_area..1 of the image's area, of aspect 3/4..4/3 (GoogLeNet, sec. 6).
+    """Draws a crop of min_area..1 of the image's area, of aspect 3/4..4/3 (GoogLeNet, sec. 6).
 
-    A box that does not fit is cut to the image and then to the allowed aspects. Differs from the
-    paper: other implementations draw again (TF-slim up to 100 times), and GoogLeNet does not say;
-    with one draw, the box is a plain function of its numbers.
+    Differs from the paper: a box that does not fit is cut to the image and then to the allowed
+    aspects, so that it is a pure function of four numbers; other implementations draw again
+    (TF-slim up to 100 times), and GoogLeNet does not say what it does.
 
     Args:
       height, width: of the image, in pixels.
@@ -41,14 +41,14 @@ def random_box(height: int, width: int, draws: tuple[float, ...], min_area: floa
     widest = max(math.floor(h * wide), 1)
     w = min(w, widest)
 
-    # Every place from the first row and column to the last has the same probability.
+    # All positions of the box in the image have the same probability.
     top = int(draws[2] * (height - h + 1))
     left = int(draws[3] * (width - w + 1))
     return top, left, h, w
 
 
 def center_box(height: int, width: int) -> Box:
-    """The centre square of 87.5% of the shorter side.
+    """Returns the centre square of 87.5% of the shorter side.
 
     Resized to 224, it is the centre 224 of an image whose shorter side was resized to 256.
     """
@@ -76,18 +76,18 @@ class Crop(NamedTuple):
 
 
 def views(height: int, width: int, crops: int, size: int, mirror: bool) -> Counter[Crop]:
-    """GoogLeNet's 144 crops of an image (its section 7), or AlexNet's 10 (its section 4.1).
+    """Lists GoogLeNet's 144 crops of an image (its section 7), or AlexNet's 10 (its section 4.1).
 
-    For 144 crops the shorter side is resized to four sizes (`SIDES` at 224 px, in this ratio at any
-    `size`). Of each size the left, centre and right square are taken (of a portrait the top, centre
-    and bottom one). Of each square the four corners and the centre of `size` pixels are taken, and
-    the square resized to `size`. All of these are also mirrored.
+    For 144 crops the shorter side is resized to four lengths (`SIDES` at 224 px, and in this ratio
+    at any `size`). At each length there are three squares: left, centre and right, or top, centre
+    and bottom. Each square gives six crops of `size` pixels: its four corners, its centre, and the
+    whole square resized. Each crop is also mirrored.
 
     The 10 crops are the corners and the centre of the centre square at the smallest size, and their
     mirror images.
 
-    Crops that coincide are counted: the three squares of a square image are one, and each crop of
-    it has the count 3. The counts sum to `crops`, or to half of it without `mirror`.
+    The counter holds how often a crop occurs: the three squares of a square image coincide, so each
+    of its crops has the count 3. The counts sum to `crops`, or to half of it without `mirror`.
     """
     squares = _squares(height, width)
     scales: tuple[int, ...] = SIDES
@@ -113,7 +113,7 @@ def views(height: int, width: int, crops: int, size: int, mirror: bool) -> Count
 
 
 def _squares(height: int, width: int) -> list[Box]:
-    """The squares of the shorter side at the start, centre and end of the longer one."""
+    """Returns the squares of the shorter side at the start, centre and end of the longer one."""
     side = min(height, width)
     spare = abs(height - width)
     places = (0, spare // 2, spare)

@@ -1,9 +1,9 @@
 """Decodes images to RGB pixels: JPEG by simplejpeg (libjpeg-turbo), all others by OpenCV.
 
 The header is read first, so that an image whose decoding would need more than MAX_BYTES is refused
-before any of it is unpacked. libjpeg-turbo itself reads the header of a JPEG, and Pillow, which
-decodes nothing until it is asked to, those of other files. A file is decoded wherever Pillow and
-OpenCV agree on it; docs/data.md says what happens to the others.
+before any of it is unpacked. libjpeg-turbo reads the header of a JPEG. Pillow reads those of other
+files; it decodes no pixels until it is asked to. A file is decoded if Pillow and OpenCV agree on
+it; docs/data.md says what happens to others.
 
 Pixels are as stored: an EXIF orientation is ignored, as tf.io.decode_jpeg and torchvision do. Grey,
 palette, 16-bit, CMYK and transparent images become 8-bit RGB.
@@ -30,7 +30,7 @@ class BadImageError(ValueError):
 
 
 class Frame(NamedTuple):
-    """What the header says. `bytes_per_pixel`: memory that decoding takes."""
+    """The contents of a header. `bytes_per_pixel`: the memory that decoding needs."""
 
     kind: str
     height: int
@@ -54,8 +54,11 @@ def frame(data: bytes) -> Frame:
 
 
 def _jpeg_frame(data: bytes) -> Frame | None:
-    """The header of a JPEG, or None for other files and for a few that libjpeg-turbo's own
-    interface refuses although the library decodes them."""
+    """Reads the header of a JPEG; returns None for other files.
+
+    It also returns None for a few JPEGs that simplejpeg refuses although libjpeg-turbo decodes
+    them.
+    """
     if data[:2] != b"\xff\xd8":
         return None
     try:
@@ -67,9 +70,11 @@ def _jpeg_frame(data: bytes) -> Frame | None:
 
 
 def _jpeg(data: bytes, height: int, width: int, components: int) -> Frame:
-    """The frame of a JPEG. One of several scans keeps all its coefficients, of two bytes, until it
-    is complete; whether there are several takes a search of the file, which only a large image is
-    worth."""
+    """Makes the Frame of a JPEG.
+
+    A JPEG of several scans needs more memory: two bytes for each coefficient until all scans are
+    read. The file is searched for further scans only if the image is so large that it matters.
+    """
     least = Frame("jpeg", height, width, components, components)
     if height * width * 3 * components <= MAX_BYTES:
         return least
@@ -80,7 +85,7 @@ def _jpeg(data: bytes, height: int, width: int, components: int) -> Frame:
 
 
 def _png_frame(data: bytes) -> Frame | None:
-    """The header of a PNG, whose numbers have fixed places; None for other files.
+    """Reads the header of a PNG, whose numbers have fixed positions; returns None for other files.
 
     Pillow would check all chunks before the pixels, more strictly than OpenCV's libpng does.
     """
@@ -94,7 +99,7 @@ def _png_frame(data: bytes) -> Frame | None:
 
 @functools.cache
 def _formats() -> list[tuple[bytes, str, Callable[[io.BytesIO], Any]]]:
-    """The first bytes of a file, its kind, and the part of Pillow that reads its header.
+    """Returns, for each kind of file: its first bytes, its name, and Pillow's reader of the header.
 
     Image.open would try all of Pillow's formats, and warn of large images, which are refused here.
     """
@@ -127,7 +132,7 @@ def _formats() -> list[tuple[bytes, str, Callable[[io.BytesIO], Any]]]:
 
 
 def _pillow_frame(data: bytes) -> Frame:
-    """The header as Pillow reads it. Raises BadImageError."""
+    """Reads the header with Pillow. Raises BadImageError if it is damaged or of an unknown kind."""
     known = next((f for f in _formats() if data.startswith(f[0]) or data[4:12] == f[0]), None)
     if known is None:
         raise BadImageError(
@@ -137,7 +142,7 @@ def _pillow_frame(data: bytes) -> Frame:
     _, kind, reader = known
     try:
         image = reader(io.BytesIO(data))
-    except Exception as e:  # of many kinds: SyntaxError, struct.error, OSError, ...
+    except Exception as e:  # Pillow raises many kinds: SyntaxError, struct.error, OSError, ...
         reason = " ".join(str(e).split())
         raise BadImageError(f"its header cannot be read as {kind.upper()}: {reason}") from None
     width, height = image.size
@@ -156,16 +161,18 @@ def pixels(
     exact: bool = True,
     warnings: list[str] | None = None,
 ) -> np.ndarray:
-    """uint8 [height/reduce, width/reduce, 3], rounded up, of the image whose header is `found`.
+    """Decodes an image, uint8 [height / reduce, width / reduce, 3], rounded up.
 
     Args:
       data: the encoded image.
       found: its `frame`.
-      reduce: 1, 2, 4 or 8; a JPEG is reduced while it is decoded, which is cheaper and averages.
-      exact: the accurate inverse DCT, 5% slower than the fast one (which is off by a level or two).
-      warnings: what libjpeg says of a JPEG that it decodes nevertheless is appended to it. Pixels
-        may then be wrong, as they may be without a warning: JPEG has no checksum, and most flipped
-        bits give another picture that is as valid.
+      reduce: 1, 2, 4 or 8. A JPEG is reduced while it is decoded, which is cheaper than resizing
+        and averages pixels as well.
+      exact: whether to use the accurate inverse DCT, which takes 5% longer than the fast one; the
+        fast one is off by a level or two.
+      warnings: receives libjpeg's warnings of a JPEG that it decodes nevertheless. Pixels may then
+        be wrong. They may also be wrong without a warning: JPEG has no checksum, and most flipped
+        bits give another valid picture.
 
     Raises:
       BadImageError: the image is damaged.
@@ -176,9 +183,9 @@ def pixels(
             return _by_simplejpeg(data, found, reduce, exact, warnings)
         except ValueError as e:
             reason = str(e)
-        if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):  # the end is before the last scan
+        if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):  # no end mark behind the last scan
             raise BadImageError(f"the JPEG is cut ({reason})")
-        # OpenCV uses the library itself, which decodes more than simplejpeg's interface to it.
+        # OpenCV uses libjpeg-turbo, too, and decodes some files that simplejpeg refuses.
     image = _by_opencv(data, found, reason)
     if reason and warnings is not None:
         warnings.append(reason)
@@ -191,7 +198,7 @@ def pixels(
 def _by_simplejpeg(
     data: bytes, found: Frame, reduce: int, exact: bool, warnings: list[str] | None
 ) -> np.ndarray:
-    """The pixels of a JPEG. Raises ValueError where libjpeg-turbo refuses it, or it is cut."""
+    """Decodes a JPEG. Raises ValueError if libjpeg-turbo refuses it, or if it is cut."""
     options = {
         "colorspace": "CMYK" if found.components == 4 else "RGB",
         "fastdct": not exact,
@@ -202,8 +209,8 @@ def _by_simplejpeg(
     try:
         image = simplejpeg.decode_jpeg(data, **options)
     except ValueError as e:
-        # libjpeg warns of what it can live with: stray bytes, a missing restart. But the end of a
-        # file that is cut would be grey.
+        # libjpeg only warns of stray bytes or a missing restart, and decodes the image. Of a file
+        # that is cut, the rest of the image would be grey.
         if "Premature end of JPEG" in str(e):
             raise
         image = simplejpeg.decode_jpeg(data, strict=False, **options)
@@ -213,16 +220,16 @@ def _by_simplejpeg(
 
 
 def _rgb_from_cmyk(cmyk: np.ndarray) -> np.ndarray:
-    """RGB of ink values, which are stored inverted: 255 is no ink.
+    """Converts ink values to RGB; they are stored inverted, so that 255 means no ink.
 
-    Adobe's files say so by a marker; Pillow and OpenCV take files without it for the same.
+    Adobe's files say so in a marker; Pillow and OpenCV assume the same of files without it.
     """
     product = cmyk[..., :3].astype(np.uint16) * cmyk[..., 3:]
     return ((product + 127) // 255).astype(np.uint8)
 
 
 def _by_opencv(data: bytes, found: Frame, reason: str) -> np.ndarray:
-    """The pixels of an image of any kind. Raises BadImageError, with another decoder's reason."""
+    """Decodes an image of any kind. Raises BadImageError, with another decoder's `reason`."""
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -239,19 +246,18 @@ def _by_opencv(data: bytes, found: Frame, reason: str) -> np.ndarray:
 
 
 def reduction(box: Box, size: int) -> int:
-    """The largest of 1, 2, 4, 8 by which a crop can be reduced and still be at least `size`
-    pixels."""
+    """Returns the largest of 1, 2, 4, 8 that reduces a crop to at least `size` pixels."""
     return next((f for f in (8, 4, 2) if min(box[2:]) >= f * size), 1)
 
 
 def resized_crop(image: np.ndarray, box: Box, reduce: int, out: np.ndarray) -> None:
     """Writes a crop of an image into `out` [S, S, 3]. `box` is in pixels of the unreduced image.
 
-    Bilinear without antialiasing, as tf.image.resize; after `reduction` the crop is less than twice
-    as large as the output (or eight times reduced already), so nothing is skipped over.
+    The resize is bilinear without antialiasing, as in tf.image.resize. After `reduction` the crop
+    is less than twice as large as the output (unless it was reduced by 8), so no pixel is skipped.
     """
     top, left, height, width = (round(x / reduce) for x in box)
-    # Rounding may leave no pixels, or one beyond the edge.
+    # Rounding may leave no pixels, or reach one pixel beyond the edge.
     height = max(height, 1)
     width = max(width, 1)
     top = min(top, image.shape[0] - height)

@@ -1,8 +1,8 @@
-"""Training distortions: mirrors, shifts and colours (crops are in crops.py).
+"""Distorts training images: mirrors, shifts and colours (crops are in crops.py).
 
-What happens to an example follows from its row of uniform draws (order.uniforms) alone, whose
-columns are named by `Draw`. The geometry follows GoogLeNet (sec. 6), the colours follow Howard
-(2013, arXiv 1312.5402) and Krizhevsky et al. (2012, PCA lighting).
+What happens to an example depends only on its row of uniform draws (order.uniforms), whose columns
+are named by `Draw`. The geometry follows GoogLeNet (sec. 6), the colours follow Howard (2013, arXiv
+1312.5402) and Krizhevsky et al. (2012, PCA lighting).
 """
 
 import enum
@@ -15,9 +15,9 @@ import numpy as np
 # At strength 1 brightness, contrast and saturation are multiplied by U[1 - 0.5, 1 + 0.5].
 FACTOR = 0.5
 LIGHTING = 0.1  # standard deviation of PCA lighting at strength 1 (Krizhevsky et al.)
-LUMA = np.array([0.299, 0.587, 0.114])  # grey of an RGB colour (BT.601)
-# Principal components of ImageNet's colours, of pixels in 0..1 (Krizhevsky et al.; numbers of
-# fb.resnet.torch)
+LUMA = np.array([0.299, 0.587, 0.114])  # weights of R, G, B in the grey of a colour (BT.601)
+# Principal components of ImageNet's colours, for pixels in 0..1 (Krizhevsky et al.; the numbers are
+# those of fb.resnet.torch).
 PCA_VALUES = np.array([0.2175, 0.0188, 0.0045])
 PCA_VECTORS = np.array(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
@@ -114,7 +114,7 @@ def shift(images_NHWC: np.ndarray, draws: np.ndarray, most: int) -> np.ndarray:
 
 
 def color_maps(means_NC: np.ndarray, draws: np.ndarray, strength: float) -> np.ndarray:
-    """float64 [N, C, C + 1]: the affine map of colours that distorts each image.
+    """Returns the affine map of colours that distorts each image, float64 [N, C, C + 1].
 
     The operations are brightness x*f, contrast (x - grey mean)*f + grey mean, and saturation
     (x - grey)*f + grey, in a random order, each f from U[1 - strength/2, 1 + strength/2]; PCA
@@ -133,7 +133,7 @@ def color_maps(means_NC: np.ndarray, draws: np.ndarray, strength: float) -> np.n
     permutation = (draws[:, Draw.ORDER] * len(ORDERS)).astype(np.int64)
     operations = ORDERS[permutation]  # [N, 3]
 
-    # The colour so far is matrix @ colour + offset. Each operation is applied to that.
+    # So far a colour becomes matrix @ colour + offset. Each operation is applied to the result.
     matrix = np.broadcast_to(identity, (n, channels, channels))
     offset = np.zeros((n, channels))
     for place in range(3):
@@ -144,8 +144,8 @@ def color_maps(means_NC: np.ndarray, draws: np.ndarray, strength: float) -> np.n
         to_grey = np.where(operation == SATURATION, 1 - f, 0)
         step = f[:, None, None] * identity + to_grey[:, None, None] * grey
 
-        # Contrast moves it towards the grey of the mean colour, which the operations before this
-        # one have changed.
+        # Contrast moves a pixel towards the grey of the mean colour, as changed by the operations
+        # before this one.
         mean = np.einsum("nij,nj->ni", matrix, means_NC) + offset
         to_mean = np.where(operation == CONTRAST, 1 - f, 0)
         added = to_mean * (mean @ luma)
@@ -159,7 +159,7 @@ def color_maps(means_NC: np.ndarray, draws: np.ndarray, strength: float) -> np.n
 
 
 def lighting(draws: np.ndarray, strength: float) -> np.ndarray:
-    """float64 [N, 3]: the colour that PCA lighting adds to each image, in 0..255."""
+    """Returns the colour that PCA lighting adds to each image, float64 [N, 3], in 0..255."""
     u = draws[:, Draw.LIGHTING : Draw.LIGHTING + 4]
 
     # Box-Muller: two normal numbers from draws 0 and 2, one from draws 1 and 3.

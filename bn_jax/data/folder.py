@@ -1,8 +1,8 @@
-"""A folder of pictures: DIR/train/CLASS/* and DIR/val/CLASS/*.
+"""Reads a folder of pictures: DIR/train/CLASS/* and DIR/val/CLASS/*.
 
 Every file that is named like a picture is an example, also in folders inside a class folder. A file
-that cannot be read or decoded is a bad record: it is masked in training and an error in evaluation.
-Hidden files, macOS's __MACOSX and files of other kinds are counted and skipped.
+that cannot be read or decoded is a bad record: training masks it, and evaluation ends with an
+error. Hidden files, macOS's __MACOSX and files of other kinds are counted and skipped.
 """
 
 import concurrent.futures
@@ -22,14 +22,15 @@ from bn_jax.errors import ConfigError, expand_path, printable, reading
 TRAIN = ("train",)
 EVALUATION = ("val", "validation", "test")  # the first that exists is evaluated
 
-# Names of pictures. Those that cannot be decoded are here, too: they are not lost without a word.
+# Suffixes of pictures. Kinds that cannot be decoded are listed, too, so that such files are bad
+# records, which are reported, and not silently skipped.
 _COMMON = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp")
 _OTHERS = (".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif")
 _NOT_DECODED = (".heic", ".heif", ".jxl", ".svg", ".ico")
 SUFFIXES = (*_COMMON, *_OTHERS, *_NOT_DECODED)
 
-KEPT = 10_000  # a listing of so many files is kept: a large set on a network disk takes minutes
-_SETTLED = 2.0  # seconds after which a folder's time of change tells of every later change
+KEPT = 10_000  # listings of so many files are cached: on a network disk they take minutes
+_SETTLED = 2.0  # seconds after a change from which on any further change alters a folder's mtime
 
 
 class Files(sources.Records):
@@ -43,7 +44,7 @@ class Files(sources.Records):
     """
 
     def __init__(self, root: pathlib.Path, classes: list[str], beside: int = 0):
-        """`beside`: files beside the class folders, which are skipped, too."""
+        """Lists the pictures. `beside`: how many files beside the class folders were skipped."""
         self.root = root
         self.classes = classes
         listing = _listing(root, classes)
@@ -54,7 +55,7 @@ class Files(sources.Records):
         super().__init__(len(self.labels), len(classes))
 
     def path(self, index: int) -> pathlib.Path:
-        """Where a picture lies."""
+        """Returns the path of a picture."""
         start = self._ends[index - 1] if index else 0
         name = os.fsdecode(self._names[start : self._ends[index]].tobytes())
         return self.root / self.classes[self.labels[index]] / name
@@ -94,10 +95,10 @@ def source(directory: str) -> sources.Source:
 
 
 def open_splits(root: pathlib.Path) -> tuple[Files, Files]:
-    """The training and the evaluation split, whose classes are the folders of train/, sorted.
+    """Opens the training and the evaluation split; the sorted folders of train/ are the classes.
 
-    Raises ConfigError if a split is absent or empty, if a folder cannot be read, or if val/ has a
-    class that train/ does not have or pictures in no class.
+    Raises ConfigError if a split is absent or empty, if a folder cannot be read, if val/ has a
+    class that train/ does not have, or if pictures lie beside the class folders.
     """
     train = _split(root, TRAIN)
     evaluation = _split(root, EVALUATION)
@@ -120,7 +121,7 @@ def open_splits(root: pathlib.Path) -> tuple[Files, Files]:
 
 
 def _look_alike(strange: str, classes: list[str]) -> str:
-    """A hint for names that look the same: macOS writes an accent as a character of its own."""
+    """Returns a hint if a name only looks the same: macOS writes an accent as its own character."""
     composed = {unicodedata.normalize("NFC", name): name for name in classes}
     twin = composed.get(unicodedata.normalize("NFC", strange))
     if twin is None:
@@ -142,7 +143,7 @@ def _split(root: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path:
 
 
 def _near(root: pathlib.Path, names: tuple[str, ...]) -> str:
-    """A hint where the split is one folder deeper, as some archives unpack, or is called Train."""
+    """Returns a hint if the split lies one folder deeper, or is called Train."""
     if not root.is_dir():
         return ""
     inside = [pathlib.Path(entry.path) for entry in _scan(root) if _is_folder(entry)]
@@ -155,8 +156,11 @@ def _near(root: pathlib.Path, names: tuple[str, ...]) -> str:
 
 
 def _classes(split: pathlib.Path) -> tuple[list[str], int]:
-    """The class folders of a split, and how many other files lie beside them. Raises ConfigError
-    for pictures beside them, which would be left out, and for what cannot be read."""
+    """Returns the class folders of a split, and the number of other files beside them.
+
+    Raises ConfigError for pictures beside them, which would be left out, and for a folder that
+    cannot be read.
+    """
     classes = []
     others = 0
     for entry in _scan(split):
@@ -177,8 +181,11 @@ def _classes(split: pathlib.Path) -> tuple[list[str], int]:
 
 
 def _listing(root: pathlib.Path, classes: list[str]) -> cache.Arrays:
-    """names (uint8: all file names, one after another), ends (int64 [N]: where each of them ends),
-    labels (int32 [N]), skipped (a number); from the cache if no folder has changed."""
+    """Lists the pictures of a split; from the cache if no folder has changed.
+
+    Returns names (uint8: all file names, one after another), ends (int64 [N]: where each name
+    ends), labels (int32 [N]) and skipped (a number of files).
+    """
     folders = [root / name for name in classes]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         changed = list(pool.map(_change_time, folders))
@@ -211,8 +218,10 @@ def _is_whole(listing: cache.Arrays) -> bool:
 
 
 def _change_time(folder: pathlib.Path) -> int:
-    """When a folder has changed, that is, when a file in it was made, renamed or removed, in
-    nanoseconds; 0 if it does not exist: val/ need not have all classes."""
+    """Returns when a file in a folder was last made, renamed or removed, in nanoseconds.
+
+    It is 0 if the folder does not exist, since val/ need not have all classes.
+    """
     with reading(folder):
         try:
             return folder.stat().st_mtime_ns
@@ -221,8 +230,11 @@ def _change_time(folder: pathlib.Path) -> int:
 
 
 def _pictures(folder: pathlib.Path) -> tuple[list[str], int, bool]:
-    """The pictures in a class folder by their names from there on, sorted; how many files were
-    skipped; and whether there were folders in it."""
+    """Lists the pictures in a class folder, and in the folders inside it.
+
+    Returns their sorted paths relative to the folder, the number of files that were skipped, and
+    whether there were folders inside.
+    """
     pictures: list[str] = []
     skipped = 0
     nested = False
@@ -244,14 +256,17 @@ def _pictures(folder: pathlib.Path) -> tuple[list[str], int, bool]:
 
 
 def _scan(folder: pathlib.Path) -> list[os.DirEntry[str]]:
-    """What lies in a folder. Raises ConfigError if it cannot be read."""
+    """Lists what is in a folder. Raises ConfigError if it cannot be read."""
     with reading(folder), os.scandir(folder) as entries:
         return list(entries)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether this is a folder. Raises ConfigError for a link in a circle, which might be one,
-    unless it is named like a picture: then it is a bad record."""
+    """Whether this is a folder.
+
+    Raises ConfigError for a circular link, unless it is named like a picture: such a file is a bad
+    record.
+    """
     with reading(entry.path):
         try:
             return entry.is_dir()
@@ -262,12 +277,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is not part of a set: hidden, or what macOS adds to archives."""
+    """Whether a file or folder is hidden, or was added to an archive by macOS."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def _read(path: pathlib.Path) -> bytes:
-    """The bytes of a file. Raises OSError, for a pipe or a device, too."""
+    """Reads a file. Raises OSError if it cannot be read, or is a pipe or a device."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

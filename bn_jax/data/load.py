@@ -1,4 +1,4 @@
-"""Turns records into the rows of a batch: reads, decodes, crops and resizes; masks bad ones."""
+"""Turns records into the rows of a batch: reads, decodes, crops, resizes; masks bad records."""
 
 import functools
 import threading
@@ -14,7 +14,7 @@ from bn_jax.errors import DataError
 
 T = TypeVar("T")
 
-# How many of the training records may be bad: 0.1% of them, but 10 in a small set.
+# How many training records may be bad: 0.1% of them, but at least 10.
 BAD_SHARE = 1e-3
 BAD_LEAST = 10
 
@@ -22,7 +22,7 @@ GEOMETRY = (Draw.AREA, Draw.ASPECT, Draw.TOP, Draw.LEFT)  # the draws of a rando
 
 
 class Record(NamedTuple):
-    """One encoded example; `name` is what an error message calls it."""
+    """One encoded example; `name` is its name in error messages."""
 
     data: bytes
     label: int
@@ -30,7 +30,7 @@ class Record(NamedTuple):
 
 
 class BadRecordError(Exception):
-    """A record that cannot be read: its name and the reason."""
+    """A record cannot be read; the error has its name and the reason."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(f"{name}: {reason}")
@@ -49,10 +49,12 @@ class Readable(Protocol):
 
 
 class DoubtfulRecords:
-    """Records that were decoded although libjpeg warned of them: a scan that is damaged, stray
-    bytes. They count, as with every other reader, but not without a word. Threads share it."""
+    """The records that were decoded although libjpeg warned of them: a damaged scan, stray bytes.
 
-    SHOWN = 20  # are logged by name; a set of thousands may come from one odd program
+    They are used, as by other readers, and each is logged once. Threads may share this object.
+    """
+
+    SHOWN = 20  # so many are logged by name; an odd program may have written thousands of them
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -76,7 +78,7 @@ class DoubtfulRecords:
 
 
 class BadRecords:
-    """The bad training records met so far; too many of them end the run. Threads share it."""
+    """The bad training records so far; too many of them end the run. Threads may share it."""
 
     def __init__(self, total: int):
         self.limit = max(BAD_LEAST, int(BAD_SHARE * total))
@@ -99,7 +101,7 @@ class BadRecords:
 
 
 def checked_label(record: Record, num_classes: int) -> int:
-    """The label. Raises DataError if it is out of range: then the set's metadata are wrong."""
+    """Returns a record's label. Raises DataError if it is out of range."""
     if not 0 <= record.label < num_classes:
         raise DataError(
             f"{record.name} has label {record.label}, but the set has {num_classes} classes: its "
@@ -119,11 +121,11 @@ def train_rows(
     bad: BadRecords,
     doubtful: DoubtfulRecords | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(images uint8 [n, S, S, 3], labels int32 [n], mask bool [n]) with random crops.
+    """Makes rows of random crops: images uint8 [n, S, S, 3], labels int32 [n], mask bool [n].
 
-    min_area 1 stands for no random crop: the centre crop of evaluation. A record that cannot be
-    read or decoded leaves a masked row of zeros, so that no other row moves. Raises DataError for a
-    label out of range and for too many bad records.
+    If min_area is 1, they are evaluation's centre crops instead. A record that cannot be read or
+    decoded leaves a masked row of zeros, so that the other rows stay where they are. Raises
+    DataError for a label out of range and for too many bad records.
     """
     images, labels, mask = _empty(len(draws), size)
     doubtful = doubtful or DoubtfulRecords()
@@ -169,10 +171,10 @@ def evaluation_rows(
     num_classes: int,
     doubtful: DoubtfulRecords | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As train_rows, with the centre crop. Indices past the end leave masked rows.
+    """Makes rows as `train_rows` does, of centre crops. Indices past the end leave masked rows.
 
-    Raises DataError, with the record's name, for every bad one: an evaluation that leaves examples
-    out is not exact.
+    Raises DataError, with the record's name, for any bad record: an evaluation without it would not
+    be exact.
     """
     places = list(indices)
     images, labels, mask = _empty(len(places), size)
@@ -191,9 +193,11 @@ def evaluation_example(
     look: Callable[[bytes, list[str]], T],
     doubtful: DoubtfulRecords | None = None,
 ) -> tuple[T, int]:
-    """What `look` makes of the encoded image of one record, and its label. `look` is also given a
-    list for the decoder's warnings, which are logged with the record's name. Raises DataError, with
-    the record's name, if it is bad."""
+    """Returns what `look` makes of the encoded image of one record, and the record's label.
+
+    `look` is also given a list for the decoder's warnings, which are logged with the record's name.
+    Raises DataError, with the record's name, if the record is bad.
+    """
     warnings: list[str] = []
     try:
         record = records[int(index)]
@@ -218,9 +222,10 @@ def center_crop(data: bytes, warnings: list[str], out: np.ndarray) -> None:
 
 
 def lazily(data: bytes, warnings: list[str]) -> tuple[int, int, Callable[[int], np.ndarray]]:
-    """Height and width of an encoded image, and a function that decodes it reduced by 1, 2, 4 or 8.
+    """Returns an encoded image's height and width, and a function of 1, 2, 4 or 8 that decodes it.
 
-    Every reduction is decoded once. This and the function raise BadImageError.
+    The function reduces the image by that factor, and decodes each reduction only once. Both this
+    call and the function raise BadImageError.
     """
     found = decode.frame(data)
 
@@ -232,5 +237,5 @@ def lazily(data: bytes, warnings: list[str]) -> tuple[int, int, Callable[[int], 
 
 
 def _empty(n: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images, labels and mask of n rows that hold no example yet."""
+    """Makes images, labels and mask of n rows that hold no example yet."""
     return np.zeros((n, size, size, 3), np.uint8), np.zeros(n, np.int32), np.zeros(n, bool)

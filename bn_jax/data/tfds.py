@@ -1,9 +1,9 @@
-"""Data sets in TFDS' format, read by random access, without TensorFlow and TFDS.
+"""Reads data sets in TFDS' format by random access, without TensorFlow and TFDS.
 
 A directory of one version holds dataset_info.json (splits, shard lengths, file names),
 features.json (which feature is the image, which the label) and the shards: ArrayRecord or TFRecord
-files of serialized tf.train.Example messages. This file goes from the outside to the inside: the
-set, its metadata, its shards, the index of a TFRecord file, the messages.
+files of serialized tf.train.Example messages. This file is ordered from the outside to the inside:
+the set, its metadata, its shards, the index of a TFRecord file, the messages.
 """
 
 import bisect
@@ -44,7 +44,7 @@ def source(name: str, directory: str) -> sources.Source:
     meta = metadata(found)
     if name.partition("/")[0] not in (meta.name, *(folder.name for folder in found.parents)):
         logging.warning(
-            "data.name is %s, but %s holds the set %s: it is used", name, found, meta.name
+            "data.name is %s, but %s holds the set %s, which is used", name, found, meta.name
         )
     test = next((s for s in TEST_SPLITS if s in meta.splits), None)
     if "train" not in meta.splits or test is None:
@@ -72,15 +72,15 @@ def source(name: str, directory: str) -> sources.Source:
 
 
 def find(name: str, directory: str) -> pathlib.Path | None:
-    """The newest version of a set in a data_dir (or the version's own directory), or None."""
+    """Finds the newest version of a set in a data_dir or a version's directory; None if absent."""
     root = expand_path(directory) if directory else default_directory()
     places = [root]
     for base in (root / name, root):
         if base.is_dir():
             places += base.iterdir()
     found = [p for p in places if (p / "dataset_info.json").is_file()]
-    # A version without features.json, which TFDS wrote before 2021, cannot be read: `metadata` says
-    # so where there is no other.
+    # A version without features.json, as TFDS wrote before 2021, cannot be read. It is only chosen
+    # if there is no other, and then `metadata` says so.
     return max(
         found, key=lambda p: ((p / "features.json").is_file(), _version(p.name)), default=None
     )
@@ -92,7 +92,7 @@ def _version(name: str) -> tuple[int, ...]:
 
 
 def default_directory() -> pathlib.Path:
-    """Where TFDS keeps its sets: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    """Returns where TFDS keeps its sets: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     named = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in named:
         raise ConfigError(
@@ -103,7 +103,7 @@ def default_directory() -> pathlib.Path:
 
 
 def absent(name: str, directory: str) -> str:
-    """What is missing, how to prepare it, and what runs without it."""
+    """Says which set is missing, how to prepare it, and what runs without it."""
     where = directory or f"{default_directory()} (the default; set data.dir or TFDS_DATA_DIR)"
     root = expand_path(directory) if directory else default_directory()
     configs = sorted({p.parent.parent.name for p in root.glob(f"{name}/*/*/dataset_info.json")})
@@ -126,7 +126,7 @@ def absent(name: str, directory: str) -> str:
 
 
 def class_names(meta: "Metadata") -> tuple[str, ...]:
-    """The names that TFDS keeps beside features.json (ImageNet: synsets), or none."""
+    """Reads the names that TFDS keeps beside features.json (ImageNet: synsets); () if absent."""
     try:
         text = (meta.directory / f"{meta.label}.labels.txt").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
@@ -136,7 +136,7 @@ def class_names(meta: "Metadata") -> tuple[str, ...]:
 
 
 def _in_memory(records: "Shards") -> sources.Arrays:
-    """Small grey images decoded once (MNIST: 55 MB)."""
+    """Decodes small grey images into memory (MNIST: 55 MB)."""
     images = []
     labels = []
     for record in records:
@@ -155,7 +155,7 @@ def _in_memory(records: "Shards") -> sources.Arrays:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What the two JSON files say.
+    """The contents of the two JSON files.
 
     Attributes:
       image, label: names of the features that hold them.
@@ -174,15 +174,17 @@ class Metadata:
 
 
 def metadata(directory: pathlib.Path) -> Metadata:
-    """Reads the JSON files. Raises DataError if they do not describe an image classification
-    set."""
+    """Reads the JSON files.
+
+    Raises DataError if they do not describe an image classification set.
+    """
     if not (directory / "features.json").is_file():
         raise DataError(
             f"{directory} has no features.json: an older TFDS made it; build the set again with "
             "TFDS 4.9"
         )
     try:
-        # An editor may have written a byte order mark.
+        # They are read as bytes, because json then allows for an editor's byte order mark.
         features = _features(json.loads((directory / "features.json").read_bytes()))
         info = json.loads((directory / "dataset_info.json").read_bytes())
         image, label = _image_and_label(directory, features, info)
@@ -217,15 +219,17 @@ def metadata(directory: pathlib.Path) -> Metadata:
 
 @dataclass(frozen=True)
 class Feature:
-    """One feature of an example: kind `image`, `label` or `other`, and what the file says of it."""
+    """One feature of an example: its kind (image, label or other), and the file's description."""
 
     kind: str
     content: dict[str, Any]
 
 
 def _features(described: dict[str, Any]) -> dict[str, Feature]:
-    """The features that features.json names, in its present form or in the form that TFDS wrote
-    before 4.5 and 4.9 still reads."""
+    """Reads the features from features.json.
+
+    It may have its present form, or the form that TFDS wrote before 4.5, which 4.9 still reads.
+    """
     if "featuresDict" in described:
         return {n: _feature(f) for n, f in described["featuresDict"]["features"].items()}
     content = _old_content(described)
@@ -244,7 +248,7 @@ def _feature(described: dict[str, Any]) -> Feature:
 
 
 def _old_content(described: dict[str, Any]) -> dict[str, Any]:
-    """What the older form keeps under `content`: a dictionary, or JSON in a string."""
+    """Returns what the older form keeps under `content`: a dictionary, or JSON in a string."""
     content = described["content"]
     return json.loads(content) if isinstance(content, str) else content
 
@@ -263,10 +267,11 @@ def _shape(content: dict[str, Any]) -> tuple[int, ...]:
 def _image_and_label(
     directory: pathlib.Path, features: dict[str, Feature], info: dict[str, Any]
 ) -> tuple[str, str]:
-    """The names of the features to learn from and to predict: the supervised keys of the set if
-    they are an image and a class label, else its only image and its only class label.
+    """Returns the names of the feature to learn from and of the one to predict.
 
-    Raises DataError if that leaves a choice, ValueError if there is none of them.
+    They are the supervised keys of the set if these are an image and a class label, else its only
+    image and its only class label. Raises DataError if there are several of a kind, ValueError if
+    there is none.
     """
     keys = _supervised_keys(info)
     if [features[k].kind for k in keys if k in features] == ["image", "label"]:
@@ -287,7 +292,7 @@ def _image_and_label(
 
 
 def _supervised_keys(info: dict[str, Any]) -> list[str]:
-    """Input and output as dataset_info.json names them, or nothing."""
+    """Returns input and output as dataset_info.json names them, or []."""
     keys = info.get("supervisedKeys") or {}
     if "input" in keys and "output" in keys:
         return [keys["input"], keys["output"]]
@@ -312,7 +317,7 @@ def _file_name(name: str, split: dict[str, Any], file_format: str, shard: int) -
 # Its shards
 # ----------------------------------------------------------------------------------------------
 
-AT_ONCE = 256  # records that a sequential reading holds in memory
+AT_ONCE = 256  # records that a sequential reader holds in memory
 
 
 def open_split(meta: Metadata, split: str) -> "Shards":
@@ -327,7 +332,7 @@ def open_split(meta: Metadata, split: str) -> "Shards":
 
 
 def only(meta: Metadata, split: str, files: list[tuple[pathlib.Path, int]]) -> Metadata:
-    """The metadata of a set of which one split has only these shards."""
+    """Returns the metadata with only these shards of one split."""
     return replace(meta, splits={split: files})
 
 
@@ -359,12 +364,12 @@ class Shards(sources.Records):
         return self._record(index, self.raw(index))
 
     def __iter__(self) -> Iterator[Record]:
-        """All records in their order, cheaper than one by one. Raises BadRecordError."""
+        """Yields all records in their order. Raises BadRecordError if one cannot be read."""
         for index in range(len(self)):
             yield self[index]
 
     def raw(self, index: int) -> bytes:
-        """The serialized Example. Raises BadRecordError if it is damaged."""
+        """Reads the serialized Example. Raises BadRecordError if it is damaged."""
         shard, place = self.where(index)
         try:
             return self._read(shard, place)
@@ -372,12 +377,12 @@ class Shards(sources.Records):
             raise BadRecordError(self.name(index), " ".join(str(e).split())) from None
 
     def where(self, index: int) -> tuple[int, int]:
-        """(shard, place in it) of a record."""
+        """Returns (shard, place in it) of a record."""
         shard = bisect.bisect_right(self.starts, index) - 1
         return shard, index - self.starts[shard]
 
     def name(self, index: int) -> str:
-        """What messages call a record."""
+        """Returns the name of a record in messages."""
         shard, place = self.where(index)
         return f"record {place} of shard {self.files[shard][0].name}"
 
@@ -454,22 +459,24 @@ class ArrayRecordShards(Shards):
         return self._readers[shard].read([place])[0]
 
     def __iter__(self) -> Iterator[Record]:
-        """All records in their order: calls for many records are cheaper than calls for one."""
+        """Yields all records in their order, read many at a time, which is cheaper."""
         for shard, (_, length) in enumerate(self.files):
             for start in range(0, length, AT_ONCE):
                 stop = min(start + AT_ONCE, length)
                 first = self.starts[shard] + start
                 try:
                     many = self._readers[shard].read(start, stop)
-                except (ValueError, RuntimeError):  # one of them is damaged: which one?
+                except (ValueError, RuntimeError):  # one is damaged; `raw` names it
                     many = [self.raw(first + k) for k in range(stop - start)]
                 for k, data in enumerate(many):
                     yield self._record(first + k, data)
 
 
 def _allow_open_files(more: int) -> None:
-    """Raises the limit of open files: readers stay open, a thousand for ImageNet, and many systems
-    allow 1,024 files by default."""
+    """Raises the limit of open files of this process.
+
+    Readers stay open, a thousand for ImageNet, and many systems allow 1,024 files by default.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
     if soft < 65536 and wanted > soft:
@@ -491,7 +498,7 @@ _MASK_DELTA = 0xA282EAD8  # of the masked checksum (tensorflow/core/lib/hash/crc
 
 
 def index(paths: list[pathlib.Path]) -> list[np.ndarray]:
-    """The scans of these files, from the cache if the files are as they were. Raises DataError."""
+    """Scans these files, or takes the scans from the cache if the files are unchanged."""
     if not paths:
         return []
     state = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
@@ -512,8 +519,10 @@ def index(paths: list[pathlib.Path]) -> list[np.ndarray]:
 
 
 def scan(path: pathlib.Path) -> np.ndarray:
-    """int64 [n, 2]: place and length of the data of each record. Raises DataError if the chain is
-    cut or a length is damaged."""
+    """Returns the place and the length of each record's data, int64 [n, 2].
+
+    Raises DataError if the chain is cut or a length is damaged.
+    """
     size = path.stat().st_size
     if not size:
         return np.zeros((0, 2), np.int64)
@@ -539,7 +548,7 @@ def scan(path: pathlib.Path) -> np.ndarray:
 
 
 def read(path: pathlib.Path, place: int, length: int) -> bytes:
-    """The data of one record. Raises ValueError if it is cut or fails its checksum."""
+    """Reads the data of one record. Raises ValueError if it is cut or fails its checksum."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         block = os.pread(descriptor, length + FOOTER, place)
@@ -563,7 +572,7 @@ def write(path: pathlib.Path, records: list[bytes]) -> None:
 
 
 def masked(data: bytes) -> int:
-    """The CRC-32C of some bytes as TFRecord files store it."""
+    """Computes the CRC-32C of some bytes in the masked form of TFRecord files."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
 
@@ -584,8 +593,10 @@ Value = bytes | int
 
 
 def parse(data: bytes) -> dict[str, list[Value]]:
-    """The bytes and integer features of a serialized Example; lists of floats come back empty.
-    Raises ValueError if it is not an Example."""
+    """Parses the bytes and integer features of a serialized Example; lists of floats are left out.
+
+    Raises ValueError if it is not an Example.
+    """
     try:
         features = _example_class().FromString(data).features.feature
     except message.DecodeError as e:
@@ -597,13 +608,15 @@ def parse(data: bytes) -> dict[str, list[Value]]:
 
 
 def serialize(features: dict[str, Value]) -> bytes:
-    """A serialized Example with one value a feature, in the order of their names."""
+    """Serializes an Example with one value for each feature, in the order of their names."""
     return _example(features).SerializeToString(deterministic=True)
 
 
 def serialized_size(features: dict[str, Value], name: str, size: int) -> int:
-    """len(serialize(...)) of these features and one more, `name`, of `size` bytes that need not
-    exist."""
+    """Returns the length of an Example of these features and one more, `name`, of `size` bytes.
+
+    The bytes of the latter need not exist.
+    """
     lengths = {n: _varint_size(v) if isinstance(v, int) else len(v) for n, v in features.items()}
     return _field_size(
         sum(
@@ -617,12 +630,12 @@ def serialized_size(features: dict[str, Value], name: str, size: int) -> int:
 
 
 def _field_size(length: int) -> int:
-    """Bytes of a field whose content has this length: a tag, the length, the content."""
+    """Returns the size of a field with content of this length: a tag, the length, the content."""
     return 1 + _varint_size(length) + length
 
 
 def _varint_size(value: int) -> int:
-    """Bytes of an integer in protobuf's variable-length form."""
+    """Returns the size of an integer in protobuf's variable-length form."""
     return max(1, -(-(value % 2**64).bit_length() // 7))
 
 
@@ -637,7 +650,7 @@ def _example(features: dict[str, Value]) -> Any:
 
 @functools.cache
 def _example_class() -> Any:
-    """The class of tf.train.Example (tensorflow/core/example/example.proto and feature.proto)."""
+    """Builds the class of tf.train.Example (tensorflow/core/example, example and feature.proto)."""
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(
         name="bn_jax/example.proto", package="bn_jax", syntax="proto3"

@@ -1,1 +1,1 @@
-"""Several devices and several processes."""
+"""Runs on several devices and in several processes."""

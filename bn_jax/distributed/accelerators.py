@@ -16,8 +16,8 @@ from bn_jax.errors import ConfigError
 class Kind(NamedTuple):
     """A kind of accelerator.
 
-    files: pattern of its device files. packages: those by which jax uses it, at least one of which
-    is installed by `pip install EXTRA`.
+    files: pattern of its device files. packages: those through which jax uses it, one of which
+    `pip install EXTRA` installs.
     """
 
     name: str
@@ -30,7 +30,7 @@ KINDS = (
     Kind(
         "an NVIDIA GPU", "/dev/nvidia*", ("jax-cuda12-plugin", "jax-cuda13-plugin"), "jax[cuda13]"
     ),
-    # Not /dev/accel*: that is also the folder of Linux' own drivers, as for the NPUs of laptops.
+    # Not /dev/accel*, which is also the folder of other drivers, such as for the NPUs of laptops.
     Kind("a TPU", "/dev/accel[0-9]*", ("libtpu",), "jax[tpu]"),
 )
 
@@ -43,14 +43,14 @@ def start() -> str:
     """
     try:
         return jax.default_backend()
-    except (RuntimeError, AssertionError) as error:  # the second where a plugin has failed
+    except (RuntimeError, AssertionError) as error:  # AssertionError if a plugin has failed
         asked = os.environ.get("JAX_PLATFORMS", "")
         reason = str(error).partition("\n")[0] or "jax cannot start any of these"
         raise ConfigError(f"JAX_PLATFORMS={asked}: {reason}; correct or unset it") from error
 
 
 def require_used(backend: str) -> None:
-    """Raises ConfigError where this machine has an accelerator and jax's `backend` is the CPU."""
+    """Raises ConfigError if this machine has an accelerator and jax's `backend` is the CPU."""
     if reason := unused(device_files(), packages(), backend, os.environ):
         raise ConfigError(reason)
 
@@ -58,13 +58,13 @@ def require_used(backend: str) -> None:
 def unused(
     files: Sequence[str], installed: Sequence[str], backend: str, environment: Mapping[str, str]
 ) -> str:
-    """Why a run would leave an accelerator unused, with the remedy; '' where it would not.
+    """Says why a run would leave an accelerator unused, and the remedy; '' if it would not.
 
     Args:
       files: paths of device files.
-      installed: names of packages by which jax uses accelerators.
+      installed: names of packages through which jax uses accelerators.
       backend: jax's, such as cpu.
-      environment: JAX_PLATFORMS=cpu in it says that the CPU is meant.
+      environment: JAX_PLATFORMS=cpu in it means that the CPU is wanted.
     """
     platforms = environment.get("JAX_PLATFORMS", "").split(",")
     if backend != "cpu" or platforms[0].strip() == "cpu":
@@ -90,7 +90,7 @@ def unused(
 
 
 def device_files() -> list[str]:
-    """The device files of accelerators on this machine."""
+    """Lists the device files of accelerators on this machine."""
     found = []
     for kind in KINDS:
         pattern = pathlib.PurePath(kind.files)
@@ -99,7 +99,7 @@ def device_files() -> list[str]:
 
 
 def packages() -> list[str]:
-    """The installed packages by which jax uses accelerators."""
+    """Lists the installed packages through which jax uses accelerators."""
     found = []
     for name in (name for kind in KINDS for name in kind.packages):
         try:
@@ -111,7 +111,7 @@ def packages() -> list[str]:
 
 
 def sentence(mesh: Mapping[str, Any]) -> str:
-    """The first line of a run. mesh: as `distributed.mesh.describe` gives it."""
+    """Returns the first line of a run. mesh: as `distributed.mesh.describe` gives it."""
     platform = mesh["platform"]
     kind = mesh["device_kind"]
     text = f"devices: {mesh['devices']} x {kind}"
@@ -123,15 +123,15 @@ def sentence(mesh: Mapping[str, Any]) -> str:
 
 
 def days_on_cpu(config: ConfigDict, platform: str, steps: int, seconds: float) -> str:
-    """How long the remaining steps would take, where a network of the paper's size trains on a CPU.
+    """Says how many days the remaining steps would take if a full-size network trains on a CPU.
 
     Args:
       config: of the run.
       platform: of its devices.
-      steps: that remain.
-      seconds: a step takes.
+      steps: the number of remaining steps.
+      seconds: the duration of a step.
 
-    Returns '' for any other platform and for smaller networks and images.
+    Returns '' for any other platform, and for smaller networks and images.
     """
     full = config.model.name == "inception" and config.model.width >= 1 and config.image_size >= 224
     if platform != "cpu" or not full:

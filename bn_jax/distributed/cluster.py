@@ -1,4 +1,4 @@
-"""What the environment says of the processes of a job. Nothing here imports jax."""
+"""Reads from the environment which processes a job has. Nothing here imports jax."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from bn_jax.errors import ConfigError
 def require_one_process(command: str) -> None:
     """Raises ConfigError if the environment starts `command` as one of several processes.
 
-    For commands that do not divide their work: several copies would write over each other.
+    It is for commands that do not divide their work: several copies would overwrite files.
     """
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         _, processes, _ = named(os.environ)
@@ -51,14 +51,14 @@ def named(env: Mapping[str, str]) -> tuple[str, int, int]:
 
 
 def has_many_hosts(env: Mapping[str, str]) -> bool:
-    """Whether the environment is that of a multi-process job which jax can detect by itself."""
+    """Whether the environment is that of a job of several processes that jax can detect itself."""
     tpu_hosts = env.get("TPU_WORKER_HOSTNAMES", "").split(",")
     # Without SLURM_PROCID this is a shell of salloc, not a task of srun.
     in_task = "SLURM_PROCID" in env and "SLURM_NTASKS" in env
     slurm_tasks = _whole(env, "SLURM_NTASKS", 1) if in_task else 1
     mpi_size = _whole(env, "OMPI_COMM_WORLD_SIZE", 1) if "OMPI_COMM_WORLD_SIZE" in env else 1
     multislice = "MEGASCALE_COORDINATOR_ADDRESS" in env
-    asked_for = "BN_JAX_CLUSTER" in env  # a Cloud TPU VM's environment says nothing
+    asked_for = "BN_JAX_CLUSTER" in env  # for Cloud TPU VMs, whose environment shows no processes
     return len(tpu_hosts) > 1 or slurm_tasks > 1 or mpi_size > 1 or multislice or asked_for
 
 

@@ -1,4 +1,4 @@
-"""How many CPUs this process has, on machines that it shares with others."""
+"""Counts the CPUs of this process, on machines that it shares with others."""
 
 import os
 
@@ -6,8 +6,8 @@ import os
 def usable_cpus() -> int:
     """Returns the number of CPUs that this process may run on.
 
-    A SLURM task, a container or taskset may leave it a few of the machine's; `os.cpu_count` counts
-    them all.
+    SLURM, a container or taskset may restrict it to a few of the machine's CPUs, all of which
+    `os.cpu_count` counts.
     """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

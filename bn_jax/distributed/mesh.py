@@ -1,8 +1,9 @@
-"""Where arrays lie: the mesh of devices, its shardings, and bytes between the processes of a run.
+"""Places arrays on devices: the mesh, its shardings, and bytes between the processes of a run.
 
 Data parallelism is one mesh axis, `data`: batches are cut along their first axis, everything else
-is replicated. `jax.jit` with these shardings inserts the collectives. What a step computes does not
-depend on the number of devices, since a statistic group is a range of places in the global batch.
+is replicated. `jax.jit` with these shardings inserts the collectives. The result of a step does not
+depend on the number of devices (up to rounding), since a statistic group is a range of places in
+the global batch.
 """
 
 from typing import Any
@@ -40,12 +41,12 @@ def describe(mesh: Mesh) -> dict[str, Any]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of parameters, statistics and metrics."""
+    """Returns the sharding of parameters, statistics and metrics."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def along_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """The sharding of a batch that is cut along `axis` over all devices."""
+    """Returns the sharding of a batch that is cut along `axis` over all devices."""
     whole = [None] * axis  # the axes before it
     return NamedSharding(mesh, PartitionSpec(*whole, "data"))
 
@@ -67,7 +68,7 @@ def rows(mesh: Mesh, batch_size: int) -> slice:
 
 
 def put_batch(mesh: Mesh, batch: Any, batch_size: int) -> Any:
-    """Returns global arrays [batch_size, ...] of this process's rows, a tree of arrays [rows, ...].
+    """Makes global arrays [batch_size, ...] from this process's rows, a tree of arrays [rows, ...].
 
     The rows are those of `rows`; each process gives its own.
     """
@@ -81,12 +82,12 @@ def put_batch(mesh: Mesh, batch: Any, batch_size: int) -> Any:
 
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:
-    """Returns a tree of host values, equal in every process, as arrays replicated on the mesh."""
+    """Replicates a tree of host values, equal in every process, on the mesh."""
     return put(replicated(mesh), tree)
 
 
 def put(sharding: NamedSharding, tree: Any) -> Any:
-    """Returns a tree of whole host values, equal in every process, as arrays of this sharding."""
+    """Places a tree of whole host values, equal in every process, with this sharding."""
 
     def place(x: Any) -> jax.Array:
         x = np.asarray(x)
@@ -159,7 +160,7 @@ def broadcast(data: bytes | None) -> bytes:
         assert data is not None
         return data
 
-    # The others do not know how much will come.
+    # The other processes do not know the size yet.
     size = 0 if data is None else len(data)
     sizes = multihost_utils.broadcast_one_to_all(np.array([size], np.uint32))
     total = int(sizes[0])

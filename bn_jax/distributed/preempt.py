@@ -31,11 +31,11 @@ class Signals:
         self._dispatch = dispatch
         self._several = jax.process_count() > 1
         self._old: dict[int, Any] = {}
-        self.requested = threading.Event()  # by a signal to this process
+        self.requested = threading.Event()  # set by a signal to this process
         self.reason = "a signal to one of the processes" if self._several else ""
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+        if threading.current_thread() is threading.main_thread():  # only it may set handlers
             numbers = [signal.SIGINT] if self._several else [signal.SIGINT, signal.SIGTERM]
             for number in numbers:
                 self._old[number] = signal.signal(number, self._on_signal)
@@ -63,12 +63,12 @@ class Signals:
             signal.raise_signal(signal.SIGTERM)  # for jax
 
     def stop_at(self, step: int) -> bool:
-        """Whether to stop after `step`, the last one of a dispatch; to be asked after each.
+        """Whether to stop after `step`, the last one of a dispatch; call it after each dispatch.
 
-        All processes get True at the same step. With one process: as soon as there was a signal.
+        All processes get True at the same step. A single process gets it after its first signal.
         """
         if not self._several:
             return self.requested.is_set()
-        # jax needs consecutive numbers from 1 on: it stops at the one after the largest so far.
+        # jax needs consecutive numbers from 1 on; it stops at the one after the largest so far.
         dispatches = (step - self._start) // self._dispatch
         return multihost_utils.reached_preemption_sync_point(dispatches)

@@ -1,5 +1,7 @@
-"""What happens before the first device is used: joining the other processes, the program cache,
-XLA's flags."""
+"""Prepares a process before it uses its first device.
+
+It joins the other processes, sets XLA's flags, and turns on the cache of compiled programs.
+"""
 
 import contextlib
 import functools
@@ -17,11 +19,11 @@ from bn_jax.errors import ConfigError, expand_path
 
 HEARTBEAT = 15  # seconds without a heartbeat after which jax considers a process lost
 
-# Seconds that a process which is done waits for the others. Process 0 is the last one: it still
-# saves and draws.
+# Seconds for which a process that is done waits for the others. Process 0 is the last one, because
+# it still saves and draws.
 SHUTDOWN = 1800
 
-# Every operation of a GPU adds in a fixed order, and XLA chooses algorithms without timing them.
+# With this flag GPUs add in a fixed order, and XLA chooses algorithms without timing them.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -50,7 +52,7 @@ def initialize() -> None:
 
 
 def make_gpus_deterministic() -> None:
-    """Makes every later start of a program on GPUs give the same bits.
+    """Sets the flag with which a program on GPUs gives the same bits whenever it runs.
 
     Call it before jax's backend starts, and `use_compilation_cache(deterministic=True)` with it. It
     changes XLA_FLAGS of this process; on CPUs and TPUs it changes no result.
@@ -60,15 +62,15 @@ def make_gpus_deterministic() -> None:
 
 
 def gpus_are_deterministic() -> bool:
-    """Whether XLA_FLAGS says so, by `make_gpus_deterministic` or in the environment."""
+    """Whether XLA_FLAGS has the flag, from `make_gpus_deterministic` or the environment."""
     return DETERMINISTIC in os.environ.get("XLA_FLAGS", "").split()
 
 
 def use_safe_sums(recorded: Mapping[str, Any] | None = None) -> None:
-    """Sets SAFE_SUMS for this process where its jaxlib needs it, before jax's backend starts.
+    """Sets SAFE_SUMS for this process if its jaxlib needs it; call it before jax's backend starts.
 
-    recorded: run.json of the run that is resumed. One that began without the flag is resumed
-    without it, since the flag changes last digits. A value of the user's own stays.
+    recorded: run.json of the run that is resumed. A run that began without the flag resumes without
+    it, since the flag changes last digits. If the user has set the option, it is not changed.
     """
     if not sums_may_be_wrong():
         return
@@ -83,10 +85,10 @@ def use_safe_sums(recorded: Mapping[str, Any] | None = None) -> None:
 def use_compilation_cache(*, deterministic: bool = False) -> None:
     """Keeps compiled programs between processes, in JAX_COMPILATION_CACHE_DIR or ~/.cache/bn_jax.
 
-    An empty JAX_COMPILATION_CACHE_DIR turns the cache off. Nothing is kept without a folder that
-    can be written, or without a home directory. In a folder within it, jax keeps the algorithms
-    that XLA has chosen for a GPU. `deterministic` takes a cache of its own, so that it does not
-    meet algorithms that other runs have chosen by timing.
+    An empty JAX_COMPILATION_CACHE_DIR turns the cache off. Nothing is kept if the folder cannot be
+    written, or if there is no home directory. In a folder within it, jax keeps the algorithms that
+    XLA has chosen for a GPU. `deterministic` uses a cache of its own, without the algorithms that
+    other runs have chosen by timing.
     """
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if folder is None:

@@ -1,7 +1,7 @@
 """Ends all processes of a run within 30 s when one of them dies, hangs or fails.
 
-The processes of a run wait for each other in every step, so one that is lost would keep the others
-waiting for ever. Three things prevent that:
+The processes of a run wait for each other in every step, so if one is lost, the others would wait
+forever. Three things prevent that:
 
 * jax's heartbeats (`startup.initialize`) notice a process that was killed, is frozen, lost its
   network or has left early. jax then aborts all others: exit code 134.
@@ -10,7 +10,7 @@ waiting for ever. Three things prevent that:
 * A process that meets an error leaves with the exit code of that error. It does not wait at the
   barrier at which jax usually holds processes until all have come.
 
-With one process nothing of this is started.
+A single process starts none of this.
 """
 
 import collections
@@ -35,23 +35,23 @@ STEP_TIMEOUT = "BN_JAX_STEP_TIMEOUT"  # environment variable that replaces ALWAY
 # Seconds that the training loop may stay in one place:
 ALWAYS = 20.0  # in the loop, at least
 FACTOR = 10.0  # or this many times the slowest of the last dispatches
-FIRST = 300.0  # until the first dispatch has finished: it may allocate, connect, load kernels
-OUTSIDE = 1800.0  # in start-up, compilation, evaluation and saving, whose time is not known
+FIRST = 300.0  # until the first dispatch has finished; it may allocate, connect, load kernels
+OUTSIDE = 1800.0  # in start-up, compilation, evaluation and saving, whose duration is not known
 
 # A step also waits for the input of all other processes. The process whose input hangs must be the
 # first to end, so that the line on stderr names the input.
 STEP_SHARE = 1.25
 
 INTERVAL = 1.0  # seconds between two looks at the training loop
-FROZEN = 5.0  # seconds between two looks that say that this process itself did not run
-CLOSING = 7.0  # seconds for closing the records of a loop that is stuck
-FAREWELL = 5.0  # seconds for the other processes to end for the same reason as this one
+FROZEN = 5.0  # if there are more seconds between two looks, this process itself did not run
+CLOSING = 7.0  # seconds for closing the records when the loop is stuck
+FAREWELL = 5.0  # seconds to wait for other processes that end for the same reason as this one
 
 
 class Place(NamedTuple):
     """Where a training loop is.
 
-    step: the last one begun; -1 before the first. part: of the ledger, `workdir.timing.PARTS`.
+    step: the last step begun; -1 before the first. part: of the ledger, `workdir.timing.PARTS`.
     slowest: seconds, see `Dispatches.slowest`.
     """
 
@@ -83,11 +83,11 @@ class Dispatches:
         self._total = total
 
     def slowest(self) -> float | None:
-        """Seconds of the slowest one, None before the first has finished; from any thread."""
+        """Returns the seconds of the slowest, None before the first ends; any thread may call."""
         return max(list(self._lengths), default=None)
 
     def mean(self) -> float:
-        """Seconds of one, on average; at least one must have finished."""
+        """Returns the mean seconds of a dispatch; at least one must have finished."""
         return sum(self._lengths) / len(self._lengths)
 
 
@@ -105,7 +105,7 @@ class StallDetector:
         self._looked = math.inf  # when `look` was called last
 
     def limit(self, part: str, slowest: float | None) -> float:
-        """Seconds that a loop may stay in `part` of one step."""
+        """Returns the seconds for which a loop may stay in `part` of one step."""
         if part not in ("input", "step"):
             return max(OUTSIDE, self._always)
         if slowest is None:
@@ -117,7 +117,7 @@ class StallDetector:
     def look(self, place: Place, now: float) -> str:
         """Returns where the loop is stuck, in words, or '' if it is not."""
         if now - self._looked > FROZEN:
-            # The loop did not run either: the process was stopped, or the machine too busy.
+            # The loop did not run either: the process was stopped, or the machine was too busy.
             self._since += now - self._looked
         self._looked = now
 
@@ -135,9 +135,9 @@ class StallDetector:
 class Watchdog:
     """Context manager around a run of one or many processes and `startup.initialize`.
 
-    Once `jax.distributed` is initialized an error ends this process here, by os._exit with the code
-    of the error. A run that is done or preempted returns: at the usual exit jax waits until all
-    processes are.
+    Once `jax.distributed` is initialized, an error ends this process here, by os._exit with the
+    error's code. A run that is done or preempted returns; at the usual exit jax waits until all
+    processes have come there.
 
     Raises:
       ConfigError: BN_JAX_STEP_TIMEOUT is not a positive number of seconds.
@@ -159,7 +159,7 @@ class Watchdog:
         self._ending.acquire()  # never returns if the watch already ends this process
         self._over.set()
         if error is not None and not isinstance(error, Preempted):
-            # For a process that is lost nobody needs to wait.
+            # If another process is lost, there is nobody to wait for.
             patience = 0.0 if isinstance(error, PeerLostError) else FAREWELL
             leave(report(error), patience)
 
@@ -198,7 +198,7 @@ class Watchdog:
                 report(error)
                 flush()
 
-        # In a thread of its own, because the disk or stderr may be what is stuck.
+        # It runs in a thread of its own, because the disk or stderr may be what is stuck.
         closing = threading.Thread(target=close, daemon=True)
         closing.start()
         closing.join(CLOSING)
@@ -219,7 +219,7 @@ def step_timeout() -> float:
 
 @contextlib.contextmanager
 def reporting_lost_processes() -> Iterator[None]:
-    """Raises PeerLostError in place of the error of a collective whose other side is gone."""
+    """Raises PeerLostError instead of the error of a collective that has lost a process."""
     try:
         yield
     except Exception as error:
@@ -235,8 +235,8 @@ def reporting_lost_processes() -> Iterator[None]:
 def failed_collective(error: BaseException) -> bool:
     """Whether a collective operation failed, which happens when a process is gone.
 
-    Seen with Gloo (CPU), which raises a ValueError. NCCL and TPUs have not been tried: the words
-    are those of XLA's messages.
+    Gloo (CPU) was tried: it raises a ValueError. NCCL and TPUs were not; their words are taken from
+    XLA's messages.
     """
     if isinstance(error, UserError):
         return False
@@ -264,8 +264,8 @@ def report(error: BaseException) -> int:
 def leave(code: int, patience: float) -> None:
     """Ends this process with `code`, whether the other processes end or not.
 
-    Where all processes end, as after divergence, they meet at jax's barrier and each keeps its
-    code: without it process 0 might be gone first, and jax aborts the others when it is.
+    If all processes end, as after divergence, they meet at jax's barrier, and each keeps its code.
+    Without the barrier process 0 might end first, and then jax aborts the others.
 
     patience: seconds to wait for the others.
     """

@@ -1,1 +1,1 @@
-"""Evaluation of trained networks and ensembles: `python -m bn_jax.evaluate`."""
+"""Evaluates trained networks and ensembles: `python -m bn_jax.evaluate`."""

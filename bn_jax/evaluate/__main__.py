@@ -1,11 +1,12 @@
-"""Exact evaluation: `python -m bn_jax.evaluate --workdir=A[,B,...] [--crops=1|10|144]`.
+"""Evaluates exactly: `python -m bn_jax.evaluate --workdir=A[,B,...] [--crops=1|10|144]`.
 
-Every example of the split counts once, for any batch size and number of devices: batches
-are padded and masked, sums are added up, and the number of examples is asserted. Several workdirs
-are an ensemble: the mean of their class probabilities. Each evaluation is recorded in its workdirs
-(evaluations.jsonl), or in the folder --out=DIR; bn_jax.figures makes the table of Fig. 4 from it.
-A run may have been moved to another machine, and its data to --data_dir=DIR. Started as several
-processes, as training is, it divides the examples among them; process 0 prints and records.
+Every example of the split counts once, for any batch size and number of devices: batches are padded
+and masked, sums are added up, and the number of examples is checked. Several workdirs form an
+ensemble, whose prediction is the mean of their class probabilities. Each evaluation is recorded in
+its workdirs (evaluations.jsonl), or in the folder --out=DIR; bn_jax.figures makes the table of
+Fig. 4 from it. A run may have been moved to another machine, and its data to --data_dir=DIR. If it
+is started as several processes, like training, it divides the examples among them, and process 0
+prints and records.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Class probabilities of trained networks, averaged over the crops of each image.
+"""Computes class probabilities of trained networks, averaged over the crops of each image.
 
-Section 4.2.3: "Ensemble prediction was based on the arithmetic average of class probabilities
-predicted by the constituent networks", multicrop inference "similar to (Szegedy et al., 2014)".
-All networks see the same batches of views in one pass over the data. The mean over networks is in
-predictions.py.
+The paper says in section 4.2.3: "Ensemble prediction was based on the arithmetic average of class
+probabilities predicted by the constituent networks", and that multicrop inference is "similar to
+(Szegedy et al., 2014)". All networks see the same batches of views in one pass over the data.
+predictions.py takes the mean over networks.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from bn_jax.workdir.timing import ImageProgress
 
 
 def probabilities(params: Any, batch_stats: Any, images: jax.Array, *, model: nn.Module):
-    """float32 [N, K]: softmax of the inference network's logits. images [N, H, W, C] in 0..255."""
+    """Computes the inference network's softmax, float32 [N, K]. images: [N, H, W, C] in 0..255."""
     logits: Any = model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
     return jax.nn.softmax(logits.astype(np.float32), axis=-1)
 
@@ -64,11 +64,11 @@ class Networks:
         weight: int,
         progress: Callable[[int], None] = lambda done: None,
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Each member's probabilities float32 [examples, K], averaged over views, and the labels.
+        """Averages over views: each member's probabilities float32 [examples, K], and the labels.
 
-        weight: of all views of an example. `progress` is told how many more examples are begun.
-        Of several processes each has `rows` of its own, and all get the whole. Raises DataError
-        unless every example came with exactly this weight.
+        weight: of all views of an example together. progress: called with the number of examples
+        that each batch begins. Each of several processes has `rows` of its own, and all of them get
+        the whole result. Raises DataError unless every example had exactly this weight.
         """
         classes = self.members[0].exp.data.num_classes
         sums = [np.zeros((examples, classes), np.float32) for _ in self.members]
@@ -103,7 +103,7 @@ class Networks:
 def _of_all_processes(
     sums: list[np.ndarray], labels: np.ndarray, seen: np.ndarray
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """`sums`, `labels` and `seen` of all examples, whichever process has evaluated them."""
+    """Gathers `sums`, `labels` and `seen` of all examples from the processes that have them."""
     if jax.process_count() == 1:
         return sums, labels, seen
 
@@ -115,7 +115,7 @@ def _of_all_processes(
         everything[place] = mesh.gather(mine[own])
         whole.append(everything)
     weights = np.zeros_like(seen)
-    np.add.at(weights, place, mesh.gather(seen[own]))  # an example of two processes is noticed
+    np.add.at(weights, place, mesh.gather(seen[own]))  # an example of two processes counts twice
     return whole[:-1], whole[-1], weights
 
 
@@ -150,7 +150,7 @@ def require_same_input(one: Member, other: Member) -> None:
 def predict(
     networks: Networks, crops: int, progress: Callable[[int], None] = lambda done: None
 ) -> list[Predictions]:
-    """Every member's predictions for the evaluation split, each example counted once.
+    """Computes each member's predictions for the evaluation split, every example counted once.
 
     Several processes divide the examples. Raises DataError for an example that cannot be read.
     """
@@ -176,15 +176,14 @@ def predict(
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions]] | None:
-    """Networks scored on the evaluation split: what is recorded, and each one's predictions.
+    """Scores networks on the evaluation split; returns what is recorded, and their predictions.
 
     Of several processes the first one prints and records, and the others return None.
     """
     first = jax.process_index() == 0
     runs = workdirs(args.workdir)
-    experiments = [
-        build.from_workdir(run, args.data_dir) for run in runs
-    ]  # refused before any compiling
+    # All runs are opened, and refused if need be, before anything is compiled.
+    experiments = [build.from_workdir(run, args.data_dir) for run in runs]
     members = [
         load_member(run, args.step, args.statistics, exp, say=print if first else _silent)
         for run, exp in zip(runs, experiments, strict=True)
@@ -205,11 +204,11 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions
 
 
 def _progress(networks: Networks, crops: int) -> Callable[[int], None]:
-    """Shows how many of this process's examples are begun."""
+    """Makes the function that shows how many of this process's examples are begun."""
     count = networks.members[0].exp.data.num_eval
     share = views.share(count, crops, networks.size, jax.process_index(), jax.process_count())
     return ImageProgress(len(share)).add
 
 
 def _silent(_: Any) -> None:
-    """Stands for what only the first process says."""
+    """Ignores what only the first process prints."""

@@ -20,8 +20,8 @@ class Member(NamedTuple):
     """A trained network, ready to be evaluated.
 
     exp: its experiment, which may be without data. params, batch_stats: the trees that are
-    evaluated. statistics: where `batch_stats` come from (population, running, none). about: the
-    plain values that tell the network apart (`identity`).
+    evaluated. statistics: where `batch_stats` come from (population, running, none). about: plain
+    values that identify the network (see `identity`).
     """
 
     exp: Experiment
@@ -32,10 +32,10 @@ class Member(NamedTuple):
 
 
 def which_checkpoint(run: pathlib.Path, step: int) -> str:
-    """What `step` is among the kept checkpoints: newest, best, newest and best, or kept.
+    """Says what `step` is among the kept checkpoints: newest, best, newest and best, or kept.
 
-    The best has the highest accuracy in the evaluations during training, and is the earlier one of
-    equals. It is named only where there are several checkpoints to choose from.
+    The best checkpoint has the highest accuracy in the evaluations during training; of equal ones
+    it is the earlier. It is only called best if several checkpoints have an accuracy.
     """
     metrics = Steps(run / "checkpoints", read_only=True).metrics()
     scored = {s: metric for s, metric in metrics.items() if metric is not None}
@@ -48,7 +48,7 @@ def which_checkpoint(run: pathlib.Path, step: int) -> str:
 
 
 def identity(run: pathlib.Path, exp: Experiment, step: int, checkpoint: str) -> dict[str, Any]:
-    """What tells a trained network apart, as plain values; `checkpoint`: the digest of it."""
+    """Returns plain values that identify a trained network. checkpoint: the digest of it."""
     config = exp.config
     return {
         "name": config.name,
@@ -63,7 +63,7 @@ def identity(run: pathlib.Path, exp: Experiment, step: int, checkpoint: str) -> 
 
 
 def describe(member: Member, crops: int) -> dict[str, Any]:
-    """`Predictions.about` of one network."""
+    """Returns `Predictions.about` of one network."""
     config = member.exp.config
     data = member.exp.data
     return {
@@ -88,11 +88,12 @@ def load_member(
     exp: Experiment,
     say: Callable[[str], None] = print,
 ) -> Member:
-    """A run's checkpoint with the statistics it is to be evaluated with.
+    """Loads a run's checkpoint with the statistics with which it is evaluated.
 
-    at_step: the checkpoint's step, or None for the newest. statistics: population or running.
-    `exp` may be without data (`build.without_data`): they are opened if the statistics have to be
-    computed. `say` is told in a line what was found. Raises CheckpointError without a checkpoint.
+    at_step: the checkpoint's step, or None for the newest. statistics: population or running. `exp`
+    may be without data (`build.without_data`); they are opened if the statistics must be computed.
+    `say` is called with a line about what was found. Raises CheckpointError if there is no
+    checkpoint.
     """
     step, state = build.restore(exp, run, at_step)
     about = identity(run, exp, step, population.checkpoint_digest(run, step))
@@ -148,11 +149,11 @@ def _has_record(place: pathlib.Path) -> bool:
     try:
         return (place / reader.RUN).is_file()  # imported weights have no metrics
     except OSError:
-        return False  # a long list of workdirs is not a path
+        return False  # a long list of workdirs is too long for a path
 
 
 def workdirs(names: str) -> list[pathlib.Path]:
-    """Workdirs from a list with commas; a folder of runs stands for all runs in it.
+    """Lists the workdirs in a text with commas; a folder of runs stands for all runs in it.
 
     A name that is itself a run is taken as one, even if it contains commas.
     """

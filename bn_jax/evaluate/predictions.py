@@ -1,6 +1,6 @@
-"""Class probabilities of a split: scored, averaged over networks, saved and combined later.
+"""Scores class probabilities of a split, averages them over networks, and saves them.
 
-Files are .npz (no pickle) or .csv. Both hold probabilities in float32 without loss, true labels,
+Files are .npz (without pickles) or .csv. Both hold float32 probabilities without loss, true labels,
 and a line of JSON that says which networks, data and crops they come from.
 """
 
@@ -26,8 +26,14 @@ SAME = ("data", "split", "holdout", "class_names", "crops", "views", "statistics
 
 
 class Predictions(NamedTuple):
-    """probabilities float32 [N, K], labels int32 [N]; `about`: plain JSON with the fields of SAME,
-    `description` (the data's), `image_size`, `examples`, and `members`, one entry a network."""
+    """Class probabilities of N examples.
+
+    Attributes:
+      probabilities: float32 [N, K].
+      labels: int32 [N], the true classes.
+      about: plain JSON with the fields of SAME, `description` (of the data), `image_size`,
+        `examples`, and `members`, with an entry for each network.
+    """
 
     probabilities: np.ndarray
     labels: np.ndarray
@@ -35,9 +41,9 @@ class Predictions(NamedTuple):
 
 
 def scores(found: Predictions) -> dict[str, Any]:
-    """`top1`, `top5` (shares), `cross_entropy` (nats, mean), `examples`.
+    """Returns `top1`, `top5` (shares), `cross_entropy` (mean, in nats) and `examples`.
 
-    Ties go to the lower class, and a row that is not finite is wrong, as in `step.label_rank`.
+    Ties go to the lower class, and a row that is not finite counts as wrong (`step.label_rank`).
     """
     p = found.probabilities
     labels = found.labels
@@ -53,16 +59,16 @@ def scores(found: Predictions) -> dict[str, Any]:
 
 
 def ranks(found: Predictions) -> np.ndarray:
-    """int32 [N]: how many classes are preferred to the true one; 0 is right."""
+    """Returns how many classes are ranked above the true one, int32 [N]; 0 is right."""
     return np.asarray(step.label_rank(jnp.asarray(found.probabilities), jnp.asarray(found.labels)))
 
 
 def gain(whole: Predictions, parts: Sequence[Predictions]) -> dict[str, Any]:
-    """The accuracy of a mean of networks minus the mean accuracy of its parts.
+    """Returns the accuracy of a mean of networks minus the mean accuracy of its parts.
 
-    Returns `top1` (a share), the ends `low` and `high` of its 95% interval, and how it was made: a
-    bootstrap of the images, paired because all networks see the same ones. It says what other
-    images would give, not what other networks would.
+    Returns `top1` (a share), the ends `low` and `high` of its 95% interval, and how the interval
+    was made: by a bootstrap of the images, paired because all networks see the same images. It
+    holds for other images, not for other networks.
     """
     alone = np.mean([ranks(part) < 1 for part in parts], axis=0)
     gains = (ranks(whole) < 1) - alone
@@ -72,10 +78,10 @@ def gain(whole: Predictions, parts: Sequence[Predictions]) -> dict[str, Any]:
 
 
 def mean(parts: Sequence[Predictions]) -> Predictions:
-    """The arithmetic mean of class probabilities over all networks (section 4.2.3), in float32.
+    """Averages class probabilities over all networks (section 4.2.3), in float32.
 
-    A part that is itself a mean of several networks counts as many times. Raises ConfigError if the
-    parts are not predictions for the same examples, or if a network is there twice.
+    A part that is itself a mean of k networks has the weight k. Raises ConfigError if the
+    parts are not predictions for the same examples, or if a network occurs twice.
     """
     first = parts[0]
     for other in parts[1:]:
@@ -102,7 +108,7 @@ def mean(parts: Sequence[Predictions]) -> Predictions:
 
 
 def require_same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Raises ConfigError if the predictions described cannot be averaged."""
+    """Raises ConfigError if predictions with these `about` cannot be averaged."""
     for field in SAME:
         if one[field] != other[field]:
             a = one[field]
@@ -118,7 +124,7 @@ def require_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def checkpoint_name(member: dict[str, Any]) -> str:
-    """Which checkpoint a member is, as 'newest checkpoint, step 1,200'.
+    """Says which checkpoint a member is, such as 'newest checkpoint, step 1,200'.
 
     Older records do not say whether it was the newest or the best.
     """
@@ -127,7 +133,7 @@ def checkpoint_name(member: dict[str, Any]) -> str:
 
 
 def who(about: dict[str, Any]) -> str:
-    """The workdirs behind predictions."""
+    """Names the workdirs behind predictions."""
     return ", ".join(str(member["workdir"]) for member in about["members"])
 
 
@@ -162,7 +168,7 @@ def save(path: pathlib.Path, found: Predictions) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["example", "label", *(f"p{k}" for k in range(found.probabilities.shape[1]))])
     for k, (label, row) in enumerate(zip(found.labels, found.probabilities, strict=True)):
-        writer.writerow([k, label, *row.tolist()])  # as float64: reads back the same bits
+        writer.writerow([k, label, *row.tolist()])  # as float64, which reads back the same bits
     files.write_atomic(path, text.getvalue().encode())
 
 
@@ -205,11 +211,11 @@ def _from_csv(path: pathlib.Path) -> Predictions:
     return Predictions(np.array([row[2:] for row in rows]).astype(np.float32), labels, about)
 
 
-# What an evaluation says: errors with counts and intervals, and the ensemble's gain.
+# What an evaluation prints: errors with counts and intervals, and the ensemble's gain.
 
 
 def errors(scores: dict[str, Any]) -> str:
-    """Errors as in Fig. 4, each with the 95% interval of its count, and the count."""
+    """Gives errors as in Fig. 4, each with its count and the 95% interval of the count."""
     n = scores["examples"]
     said = []
     for name, share in (("top-1", 1 - scores["top1"]), ("top-5", 1 - scores["top5"])):

@@ -1,1 +1,1 @@
-"""What a config becomes: mesh, data, model, numbers, compiled programs."""
+"""Turns a config into what a run needs: mesh, data, model, numbers, compiled programs."""

@@ -1,4 +1,4 @@
-"""From a config to what a run is made of: the one place where config values cross into code."""
+"""Builds from a config what a run is made of: mesh, data, model and the optimizer's numbers."""
 
 import functools
 import pathlib
@@ -33,7 +33,7 @@ class Experiment(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """What run.json says of a data set; stands in for the set (`bn_jax.data.pipeline.Data`)."""
+    """A data set as run.json describes it, in place of the set (`bn_jax.data.pipeline.Data`)."""
 
     num_classes: int
     class_names: tuple[str, ...]
@@ -44,12 +44,12 @@ class Recorded(NamedTuple):
 
 
 def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
-    """The config of a run on `devices` devices: scale `pod` gets its batch, others stay.
+    """Returns the config of a run on `devices` devices: it sets the batch of the scale `pod`.
 
     Counts of steps are divided so that the number of examples seen stays the same (configs/
     inception.py, `_pod`).
     """
-    if not config.batch_per_device or config.batch_size < 1:  # that one is refused later
+    if not config.batch_per_device or config.batch_size < 1:  # the latter is refused later
         return config
 
     config = ConfigDict(config.to_dict())
@@ -66,9 +66,9 @@ def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
 
 
 def build(config: ConfigDict, *, training: bool = True) -> Experiment:
-    """Everything a run needs but its state. Raises ConfigError before anything is compiled.
+    """Builds all of a run except its state. Raises ConfigError before anything is compiled.
 
-    training: False to evaluate a trained network only.
+    training: False if a trained network is only evaluated.
     """
     # The devices come first: at scale `pod` they decide the batch, which is then checked once.
     # Processes that evaluate divide the examples, and each has its own devices.
@@ -85,7 +85,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Experiment:
 
 
 def _open_again(config: ConfigDict) -> pipeline.Data:
-    """The data set of a trained network; where it is not found, the error names the remedy."""
+    """Opens the data set of a trained network; if it is absent, the error names --data_dir."""
     try:
         return pipeline.open_data(config)
     except ConfigError as error:
@@ -95,24 +95,25 @@ def _open_again(config: ConfigDict) -> pipeline.Data:
 
 
 def assemble(config: ConfigDict, devices: Mesh, data: Any) -> Experiment:
-    """An experiment on this data set, or on what run.json says of it (`Recorded`)."""
+    """Makes an experiment on this data set, or on what run.json says of it (`Recorded`)."""
     model = models.build(config, data.num_classes)
     return Experiment(config, devices, data, model, optim.Hyper.from_config(config))
 
 
 def from_workdir(workdir: pathlib.Path, data_dir: str | None = None) -> Experiment:
-    """The experiment that a run's run.json describes, to be evaluated on any number of devices.
+    """Builds the experiment of a run from its run.json, for evaluation on any number of devices.
 
     data_dir: where its data set lies now, if that is not where the run found it.
 
-    What is evaluated is the set's own evaluation split; held-out training examples where the run
-    has not scored that split either (`data.holdout` without `eval_test`).
+    The evaluated split is the set's own; of runs with `data.holdout` and without `eval_test`, which
+    do not score that split, it is the held-out training examples.
 
     Raises ConfigError if the run or its data set is missing, or if `data_dir` has another set.
     """
     config, recorded = _read_run(workdir, data_dir)
     exp = build(config, training=False)
-    imported = "imported" in require_record(workdir)["info"]  # its data says whence the weights are
+    # Of imported weights info.data describes where the weights come from, not a data set.
+    imported = "imported" in require_record(workdir)["info"]
     if data_dir is not None and not imported:
         now = describe(exp)["data"]
         if "digest" in recorded:
@@ -124,7 +125,7 @@ def from_workdir(workdir: pathlib.Path, data_dir: str | None = None) -> Experime
 
 
 def without_data(workdir: pathlib.Path, data_dir: str | None = None) -> Experiment:
-    """As `from_workdir`, with `Recorded` for data: for prediction where the data set is absent.
+    """Builds a run's experiment with `Recorded` data, for prediction without the data set.
 
     A run that has not recorded the classes and the images' shape opens its data set.
     """
@@ -146,7 +147,7 @@ def without_data(workdir: pathlib.Path, data_dir: str | None = None) -> Experime
 
 
 def with_data(exp: Experiment, workdir: pathlib.Path) -> Experiment:
-    """The experiment with its data set, which is opened if it is not yet. Raises ConfigError."""
+    """Returns the experiment with its data set, opened if need be. Raises ConfigError."""
     if not isinstance(exp.data, Recorded):
         return exp
     place = exp.config.data.dir
@@ -157,7 +158,7 @@ def with_data(exp: Experiment, workdir: pathlib.Path) -> Experiment:
 def _read_run(
     workdir: pathlib.Path, data_dir: str | None = None
 ) -> tuple[ConfigDict, dict[str, Any]]:
-    """Config, with `data_dir` if that is given, and data description of run.json."""
+    """Reads run.json: returns the config, with `data_dir` if given, and the data's description."""
     run = require_record(workdir)
     if "data" not in run["info"]:
         raise ConfigError(f"{workdir}/run.json does not say what data the run had: restore it")
@@ -168,7 +169,7 @@ def _read_run(
 
 
 def abstract_state(exp: Experiment) -> step.TrainState:
-    """Shapes, dtypes and shardings of the experiment's state; nothing is computed."""
+    """Returns the state's shapes, dtypes and shardings; nothing is computed."""
     everywhere = replicated(exp.mesh)
     return jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
@@ -182,7 +183,7 @@ def _shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> step.TrainSt
 
 
 def abstract_batch(exp: Experiment, size: int, *, train: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a global batch of `size` examples."""
+    """Returns shapes, dtypes and shardings of a global batch of `size` examples."""
     rows = along_batch(exp.mesh)
 
     def rows_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -195,13 +196,13 @@ def abstract_batch(exp: Experiment, size: int, *, train: bool) -> dict[str, jax.
 
 
 def initial_state(exp: Experiment, seed: jax.typing.ArrayLike | None = None) -> step.TrainState:
-    """The state before the first step, of the config's seed or of this one. For `jax.jit`."""
+    """Makes the state before the first step, from the config's seed or this one; for `jax.jit`."""
     seed = exp.config.seed if seed is None else seed
     return step.init_state(exp.model, seed, exp.data.image_shape)
 
 
 def create_state(exp: Experiment) -> step.TrainState:
-    """`initial_state`, on the devices. Seeds share one program."""
+    """Makes `initial_state` on the devices. All seeds share one program."""
     seed = put_replicated(exp.mesh, np.uint32(exp.config.seed))
     program = programs.compiled(
         "initial",
@@ -217,7 +218,7 @@ def create_state(exp: Experiment) -> step.TrainState:
 def restore(
     exp: Experiment, workdir: pathlib.Path, at_step: int | None = None
 ) -> tuple[int, step.TrainState]:
-    """A run's newest checkpoint, or that of one step. Raises CheckpointError if there is none."""
+    """Restores (step, state) from a run's newest checkpoint, or from `at_step`; CheckpointError."""
     checkpoints = Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=0, read_only=True)
     found = checkpoints.restore(abstract_state(exp), at_step)
     if found is None:
@@ -228,7 +229,7 @@ def restore(
 
 
 def describe(exp: Experiment) -> dict[str, Any]:
-    """What run.json says of the data and the devices."""
+    """Returns what run.json records of the data and the devices."""
     data = {
         "name": exp.config.data.name,
         "split": exp.data.split,
@@ -237,7 +238,7 @@ def describe(exp: Experiment) -> dict[str, Any]:
         "eval_examples": exp.data.num_eval,
         "image_shape": list(exp.data.image_shape),
         "classes": exp.data.num_classes,
-        # Empty where the classes are their numbers.
+        # They are empty if the classes only have numbers.
         "class_names": [] if _numbered(exp.data.class_names) else list(exp.data.class_names),
     }
     return {"data": data, "mesh": mesh.describe(exp.mesh)}

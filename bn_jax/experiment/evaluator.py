@@ -1,7 +1,7 @@
-"""Scores of one network during training: exact, with population statistics.
+"""Scores one network during training, exactly and with population statistics.
 
-Every example of the split counts once, for any batch size and number of devices: batches
-are padded and masked, sums are added up, and the number of examples is asserted.
+Every example of the split counts once, for any batch size and number of devices: batches are padded
+and masked, sums are added up, and the number of examples is checked.
 """
 
 import concurrent.futures
@@ -35,20 +35,20 @@ class Evaluator:
         self._cancelled = False
 
     def begin(self) -> None:
-        """Compiles in another thread, beside the first steps; `check` tells how it went."""
-        if jax.default_backend() == "gpu":  # there XLA times kernels, which steps would disturb
+        """Compiles in another thread, beside the first steps; `check` raises its error, if any."""
+        if jax.default_backend() == "gpu":  # XLA times kernels there, which steps would disturb
             return self.compile()
-        with_context = contextvars.copy_context().run  # with what `ops.plain` has set
+        with_context = contextvars.copy_context().run  # keeps what `ops.plain` has set
         threads = concurrent.futures.ThreadPoolExecutor(1)
         self._begun = threads.submit(with_context, self.compile)
         threads.shutdown(wait=False)
 
     def cancel(self) -> None:
-        """Begins no further program; the one that is being compiled is compiled to its end."""
+        """Prevents that further programs are begun; one that is being compiled is finished."""
         self._cancelled = True
 
     def check(self, *, wait: bool = False) -> None:
-        """Raises the error that `begin` met, if it has ended, or waits for its end (`wait`)."""
+        """Raises the error of what `begin` started, if that has ended; `wait` waits for the end."""
         if self._begun is not None and (wait or self._begun.done()):
             begun = self._begun
             self._begun = None
@@ -83,27 +83,27 @@ class Evaluator:
         )
 
     def _seed(self) -> Any:
-        """The run's seed on the devices: programs are the same for all seeds."""
+        """Returns the run's seed on the devices, so that all seeds share the programs."""
         return put_replicated(self.exp.mesh, np.uint32(self.exp.config.seed))
 
     def _eval_size(self) -> int:
-        """Examples of an evaluation batch: a multiple of the devices."""
+        """Returns the examples in an evaluation batch, a multiple of the number of devices."""
         devices = self.exp.mesh.size
         return math.ceil(self.exp.config.eval_batch_size / devices) * devices
 
     def _together(self) -> int:
-        """Mini-batches that population statistics take at once, so that each device has its own."""
+        """Returns how many mini-batches are run at once, so that each device has its own."""
         return mini_batches_at_once(self.exp.config, self.exp.mesh.size)
 
     def population(self, params: Any, batch_stats: Any) -> Any:
-        """Population statistics of the training-mode network (Algorithm 2, lines 9 to 11).
+        """Computes the training-mode network's population statistics (Algorithm 2, lines 9 to 11).
 
-        From the same `statistics_batches` fixed mini-batches at every call, one streamed pass. A
-        mini-batch is one group of BN, so the statistics do not depend on the training batch.
-        Without BN there is nothing to estimate and `batch_stats` comes back as it is.
+        Every call makes one pass over the same `statistics_batches` mini-batches. A mini-batch is
+        one group of BN, so the statistics do not depend on the size of the training batch. Without
+        BN there is nothing to estimate, and `batch_stats` is returned unchanged.
 
-        Differs from the paper: they are used for every evaluation, also during training, where the
-        paper follows accuracy with moving averages (section 3.1).
+        Differs from the paper: population statistics are used for every evaluation, also during
+        training, when the paper uses moving averages (section 3.1).
         """
         if not batch_stats:
             return batch_stats
@@ -115,7 +115,7 @@ class Evaluator:
         mesh = self.exp.mesh
         together = self._together()
         size = together * mini_batch(config)
-        cut = size % mesh.size == 0  # else each device has all of it
+        cut = size % mesh.size == 0  # otherwise each device has the whole batch
         own = rows(mesh, size) if cut else slice(0, size)
         batches = self.exp.data.statistics(
             config.statistics_batches, mini_batch(config), own, config.seed, together
@@ -129,7 +129,7 @@ class Evaluator:
         return total
 
     def scores(self, params: Any, batch_stats: Any, data: Any = None) -> dict[str, Any]:
-        """Accuracy over the whole evaluation split with the given statistics.
+        """Scores the whole evaluation split with the given statistics.
 
         data: another set than the experiment's, with images of the same shape.
 
@@ -155,20 +155,20 @@ class Evaluator:
 
 
 def mini_batches_at_once(config: Mapping[str, Any] | ConfigDict, devices: int) -> int:
-    """How many mini-batches of `statistics_batches` one program takes, a group of BN each."""
+    """Returns how many of the `statistics_batches` one program takes, each a group of BN."""
     if config["bn"]["group_size"] is None:  # then all of a batch is one group
         return 1
     return math.gcd(config["statistics_batches"], devices)
 
 
 def mini_batch(config: Mapping[str, Any] | ConfigDict) -> int:
-    """Examples that BN normalizes together: a group, or the whole training batch."""
+    """Returns the number of examples that BN normalizes together: a group, or the whole batch."""
     group = config["bn"]["group_size"]
     return config["batch_size"] if group is None else group
 
 
 def sentence(split: str, scores: dict[str, Any]) -> str:
-    """Accuracy on a split with the count it rests on and that count's 95% interval, in words."""
+    """Says the accuracy on a split, with its count and the count's 95% interval."""
     n = scores["examples"]
     top1 = scores["top1"]
     return (
@@ -178,10 +178,10 @@ def sentence(split: str, scores: dict[str, Any]) -> str:
 
 
 def running_gap(running: Any, exact: Any, epsilon: float) -> float:
-    """Largest distance of a running mean from its population mean, in the deviations that BN
-    divides by, sqrt(var + epsilon) of the population.
+    """Returns the largest distance between a running mean and its population mean.
 
-    It says how far the moving average lags behind. Trees of batch_stats; NaN without BN.
+    Its unit is the deviation that BN divides by, sqrt(var + epsilon) of the population. It says how
+    far the moving average lags behind. running, exact: trees of batch_stats. It is NaN without BN.
     """
     running, exact = (traverse_util.flatten_dict(jax.device_get(t)) for t in (running, exact))
     gaps = []

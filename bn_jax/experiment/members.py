@@ -1,4 +1,4 @@
-"""The members of a sweep or study: many runs of the plain command, each in its own folder.
+"""Lists and runs the members of a sweep or study: runs of the plain command, each in its folder.
 
 A member that is done or has diverged is not run again, and one that was stopped is resumed.
 """
@@ -24,7 +24,7 @@ FINISHED = ("done", "diverged")  # a run that diverged is a result: it would div
 
 
 class SweepMember(NamedTuple):
-    """One run of a sweep: the arguments of `bn_jax.main`, and what they mean."""
+    """One run of a sweep: the arguments of `bn_jax.main`, and the config that they give."""
 
     name: str  # of its folder below the sweep's: bn_x5/seed_0
     workdir: pathlib.Path
@@ -32,7 +32,7 @@ class SweepMember(NamedTuple):
     config: ConfigDict
 
     def command(self, python: str = "python") -> list[str]:
-        """The command line that runs it."""
+        """Returns the command line that runs it."""
         return [python, "-m", "bn_jax.main", *self.arguments]
 
 
@@ -44,15 +44,15 @@ def members(
     settings: Sequence[str] = (),
     grid: Mapping[str, Sequence[str]] | None = None,
 ) -> list[SweepMember]:
-    """The runs of a sweep, seed by seed, so that all curves have one run before any has two.
+    """Lists the runs of a sweep, seed by seed, so that all have one run before any has two.
 
     Args:
       configs: names of experiments.
-      scale: for all of them; empty: each one's default.
-      seeds: 0 .. seeds - 1, which are added to each config's own seed.
+      scale: of all experiments; empty for the default of each.
+      seeds: their number; 0 .. seeds - 1 are added to each config's own seed.
       workdir: the sweep's folder.
       settings: FIELD=VALUE for all.
-      grid: {field: values}, every combination of which is run.
+      grid: {field: values}; every combination is run.
 
     Raises:
       ConfigError: an experiment, scale, field or value that main would refuse too.
@@ -74,14 +74,14 @@ def members(
 
 
 def member(name: str, file: str, changes: Sequence[str], workdir: pathlib.Path) -> SweepMember:
-    """The run of a config with changed fields (FIELD=VALUE), in `workdir`/`name`."""
+    """Makes the run of a config with changed fields (FIELD=VALUE), in `workdir`/`name`."""
     arguments = [f"--config={file}", *(f"--config.{change}" for change in changes)]
     arguments.append(f"--workdir={workdir / name}")
     return SweepMember(name, workdir / name, arguments, read(file, changes))
 
 
 def status(member: SweepMember) -> str:
-    """What run.json says: done, diverged, preempted, ...; 'new' if there is none.
+    """Returns the status in run.json: done, diverged, preempted, ...; 'new' without run.json.
 
     A run that is done with fewer steps than are wanted now is 'preempted': main resumes it.
     Raises ConfigError if the folder holds a run of another config.
@@ -102,11 +102,11 @@ def status(member: SweepMember) -> str:
 
 
 def finished_in(folder: pathlib.Path, found: Sequence[SweepMember]) -> list[SweepMember]:
-    """The members, with those that `folder` has complete records of in their places there.
+    """Returns the members; those with complete records in `folder` get their workdirs there.
 
-    Complete are run.json of a run of the same config that is done, with at least as many steps, and
-    metrics.jsonl up to its last evaluation, or run.json of one that diverged. Checkpoints are not
-    needed. Raises ConfigError for records of another config.
+    Records are complete if run.json says that a run of the same config is done, with at least as
+    many steps, and metrics.jsonl has its last evaluation, or if run.json says that it diverged.
+    Checkpoints are not needed. Raises ConfigError for records of another config.
     """
     placed = []
     for member in found:
@@ -128,10 +128,10 @@ def _complete(member: SweepMember) -> bool:
 
 
 def threads(found: Sequence[SweepMember]) -> int | None:
-    """CPU threads of the members that have run, which the others get, too; None if none has.
+    """Returns the CPU threads of the members that have run, or None; the others get as many.
 
     Sums are split by thread, so networks that are compared need the same number. Raises ConfigError
-    if members differ from each other, or from NPROC. BN_JAX_ANY_THREADS=1 allows it.
+    if members differ from each other, or from NPROC, unless BN_JAX_ANY_THREADS=1 allows that.
     """
     if os.environ.get(guard.ANY_THREADS) == "1":
         return None
@@ -156,7 +156,7 @@ def threads(found: Sequence[SweepMember]) -> int | None:
 
 
 def environment(member: SweepMember, slot: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a member in a slot; a run that is resumed keeps its number of threads."""
+    """Returns the environment of a member in a slot; a resumed run keeps its number of threads."""
     found = {**os.environ, **slot}
     found["PYTHONUNBUFFERED"] = "1"
     run = reader.read_record(member.workdir)
@@ -166,10 +166,10 @@ def environment(member: SweepMember, slot: Mapping[str, str]) -> dict[str, str]:
 
 
 def slots(jobs: int | None) -> list[dict[str, str]]:
-    """Environment variables of the members that run side by side, one entry each.
+    """Returns the environment variables of each member that runs at the same time.
 
-    By default one member an NVIDIA GPU, one on any other accelerator, and on CPU one for every two
-    cores, each of which gets its share of the cores.
+    By default one member runs on each NVIDIA GPU, a single one on any other accelerator, and on CPU
+    one for every two cores. On CPU members share the cores evenly.
     """
     gpus = _gpus()
     cores = usable_cpus()
@@ -180,7 +180,7 @@ def slots(jobs: int | None) -> list[dict[str, str]]:
         memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / -(-jobs // len(gpus)):.2f}"}
         shared = memory if jobs > len(gpus) else {}
         return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)], **shared} for i in range(jobs)]
-    # The number of threads is part of a CPU run's identity: it is set only where it must be.
+    # The number of threads is part of a CPU run's identity, so it is only set if it must be.
     share = {"NPROC": str(max(1, cores // jobs))} if jobs > 1 and "NPROC" not in os.environ else {}
     return [dict(share) for _ in range(jobs)]
 
@@ -194,13 +194,13 @@ def _gpus() -> list[str]:
 
 
 def run(found: Sequence[SweepMember], jobs: int | None, beside: Sequence[SweepMember] = ()) -> None:
-    """Runs what is not finished and says how all ended.
+    """Runs the members that are not finished, and prints how all of them ended.
 
-    beside: more members, which are not run here and have as many threads.
+    beside: further members, which are not run here but must have as many threads.
 
     Raises:
-      Preempted: a signal, or a member that was stopped by one; the same sweep resumes.
-      UserError: members failed; the others have been run.
+      Preempted: a signal stopped this process or a member; the same sweep resumes.
+      UserError: members failed; the others were run.
     """
     before = {member.name: status(member) for member in found}
     todo = [member for member in found if before[member.name] not in FINISHED]
@@ -234,7 +234,7 @@ def _env(member: SweepMember):
 
 
 def outcome(found: Sequence[SweepMember]) -> str:
-    """A line a member: status, accuracy of its last evaluation if it is done; the data's limits."""
+    """Describes each member in a line (status, accuracy if it is done), and then the data."""
     lines = []
     data = ""
     for member in found:

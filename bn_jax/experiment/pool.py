@@ -15,14 +15,14 @@ from bn_jax.workdir import files
 from bn_jax.workdir.timing import duration
 
 POLL = 0.2  # seconds between looks at the processes
-EVERY = 60.0  # seconds between lines on a running process where there is no terminal
-TAIL = 4096  # bytes of a log in which its last line is looked for
+EVERY = 60.0  # seconds between lines about running processes, if stdout is not a terminal
+TAIL = 4096  # bytes at the end of a log in which its last line is looked for
 
 Task = tuple[str, Sequence[str], pathlib.Path, Callable[[Mapping[str, str]], dict[str, str]]]
 
 
 class Running(NamedTuple):
-    """A process at work in a slot."""
+    """A process that runs in a slot."""
 
     name: str
     process: subprocess.Popen
@@ -34,13 +34,13 @@ class Running(NamedTuple):
 class Pool:
     """Runs processes, as many at a time as there are slots.
 
-    A first signal to this process is passed on as SIGTERM to all that run, and no other is begun. A
-    second one kills them. Each process has its own session, so that a terminal's Ctrl-C reaches it
-    only through here: a run takes a second signal as "end at once".
+    A first signal to this process is passed on as SIGTERM to all running processes, and no further
+    one is begun. A second signal kills them. Each process has its own session, so that a terminal's
+    Ctrl-C reaches it only through this class: a run ends at once at a second signal.
 
     Args:
       slots: environment variables of each slot.
-      total: members of the sweep, for the count that is shown.
+      total: the number of members of the sweep, for the count that is shown.
       stream: of the table; default stdout.
     """
 
@@ -51,8 +51,8 @@ class Pool:
         self.total = total
         self.stopped = False
 
-        self._signals = 0  # that have come
-        self._told = 0  # of these, passed on
+        self._signals = 0  # received
+        self._told = 0  # passed on
         self._stream = stream or sys.stdout
         self._terminal = self._stream.isatty()
         self._drawn = 0  # lines of the table on the terminal
@@ -60,10 +60,10 @@ class Pool:
         self._running: list[Running] = []
 
     def run(self, tasks: Sequence[Task]) -> dict[str, int | None]:
-        """Runs (name, command, log, slot's environment -> environment) each.
+        """Runs each task: (name, command, log, slot's environment -> environment).
 
-        Returns {name: exit code}; None for those that were not begun because of a signal. A process
-        that a signal ended has the code of a shell, 128 + the signal.
+        Returns {name: exit code}; the code is None if the task was not begun because of a signal.
+        If a signal ended the process, the code is that of a shell, 128 + the signal.
         """
         codes: dict[str, int | None] = {name: None for name, *_ in tasks}
         waiting = list(tasks)
@@ -116,7 +116,7 @@ class Pool:
         self._say(f"{name}: started, log {log}")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """The handler: only notes the signal."""
+        """Notes a signal; the loop passes it on."""
         self._signals += 1
         self.stopped = True
         if self._signals == 1:
@@ -124,7 +124,7 @@ class Pool:
             os.write(2, text.encode())  # print is not safe in a handler
 
     def _pass_on(self) -> None:
-        """Passes signals on to the processes; not in the handler, which may interrupt `_begin`."""
+        """Passes signals on to the processes. The handler cannot: it may interrupt `_begin`."""
         if self._signals == self._told:
             return
         number = signal.SIGTERM if self._signals == 1 else signal.SIGKILL
@@ -146,7 +146,7 @@ class Pool:
         first = self._next == 0.0
         self._next = now + (1.0 if self._terminal else EVERY)
         if first and not self._terminal:
-            return  # nothing to tell yet
+            return  # there is nothing to report yet
         self._erase()
         width = shutil.get_terminal_size().columns - 1 if self._terminal else 200
         lines = [
@@ -165,7 +165,7 @@ class Pool:
 
 
 def last_line(log: pathlib.Path) -> str:
-    """The last line that a process wrote: its step, loss, images/s and time left."""
+    """Returns the last line in a log, which has the run's step, loss, images/s and time left."""
     try:
         with log.open("rb") as file:
             file.seek(0, os.SEEK_END)

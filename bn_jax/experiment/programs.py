@@ -1,10 +1,10 @@
-"""Compiled programs whose trace is kept, so that a second start need not trace the network again.
+"""Compiles programs and keeps their traces, so that a second start does not trace them again.
 
-JAX keeps what XLA has compiled, but finds it by the program's text, which Python must trace first:
-seconds for a network of 70 layers. Here that text (`jax.export`'s StableHLO) is kept beside it, by
-all that it depends on: this package's source, the packages' versions, jax's settings, the config,
-shapes and devices. XLA gets the same text whether it was kept or traced, so on CPU a run has the
-same bits.
+JAX keeps what XLA has compiled, but finds it by the program's text, which Python must trace first.
+That takes seconds for a network of 70 layers. So the text (`jax.export`'s StableHLO) is kept here,
+under a digest of all that it depends on: this package's source, the packages' versions, jax's
+settings, the config, shapes and devices. XLA gets the same text whether it was kept or traced, so
+on CPU a run has the same bits.
 """
 
 import functools
@@ -25,12 +25,12 @@ from jax import export
 
 from bn_jax import ops, optim, step
 
-KEEP = 400  # files; the least recently used go first
+KEEP = 400  # files; the least recently used are removed first
 KEPT = "traced"  # folder within jax's cache of compiled programs
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-# Fields of a config that no program is made from: what varies there is data, a shape, a loop's
-# length or how XLA compiles (or, where l2 is 0, an argument that is not there, which its key sees).
-# Any other field, also one that is not thought of yet, makes another program.
+# Fields of a config that do not change a program's text. They change data, a shape, the length of a
+# loop, or how XLA compiles. (l2 = 0 leaves out an argument, which is part of the key anyway.) Any
+# other field, including new ones, makes another program.
 NOT_TRACED = {
     *("name", "scale", "seed", "data", "record", "batch_size", "batch_per_device"),
     *("learning_rate", "decay_rate", "decay_epochs", "decay_examples", "l2", "momentum"),
@@ -45,8 +45,8 @@ SETTINGS = (
     "jax_threefry_partitionable",
 )
 
-# Traced one after the other: side by side they take turns at Python's own lock, and the training
-# step, which is begun first as a rule and takes XLA longest, would be through last.
+# Programs are traced one after the other. Side by side they would take turns at Python's own lock,
+# and the training step, which is usually begun first and takes XLA longest, would be done last.
 _TRACING = threading.Lock()
 
 for _type in (step.TrainState, optim.Hyper, optax.TraceState):
@@ -64,15 +64,15 @@ def compiled(
     jit: Callable = jax.jit,
     made_from: Any = None,
 ) -> Callable:
-    """`jit(function)`, compiled for `arguments`: arrays, or their shapes with shardings.
+    """Compiles `jit(function)` for `arguments`: arrays, or their shapes with shardings.
 
     Args:
-      name: of the program; with `config` and `made_from` it names all that `function` closes over.
+      name: of the program. It, `config` and `made_from` must determine what `function` closes over.
       config: the experiment's, as a dict.
       jit: `jax.jit`, or a `functools.partial` of it with shardings and donated arguments.
-      made_from: what else the program is made from; JSON.
+      made_from: what else the program is made from, as JSON.
 
-    Where jax cannot export the program, it is compiled as it is, and nothing is kept.
+    If jax cannot export the program, it is compiled without that, and nothing is kept.
     """
     kinds = ("shape", "dtype", "sharding")
     leaves = jax.tree.leaves(arguments)
@@ -87,7 +87,7 @@ def compiled(
     ]
 
     def trace() -> bytes:
-        # Nothing is donated inside of the program that is kept: the one around it does that.
+        # The kept program donates nothing; the program around it does.
         exported = export.export(jit(function, donate_argnums=()))(*arguments)
         return bytes(exported.serialize())
 
@@ -95,8 +95,8 @@ def compiled(
         with _TRACING:
             text = kept(about, trace)
     except (ValueError, NotImplementedError) as refusal:
-        # An operation of this backend that jax exports no program with; any other mistake in
-        # `function` is raised again here.
+        # jax cannot export some operations of this backend. Any other error in `function` is raised
+        # again by the next line but one.
         logging.info("the trace of %s cannot be kept: %s", name, refusal)
         return jit(function).lower(*arguments).compile()
 
@@ -110,9 +110,9 @@ def compiled(
 
 
 def kept(about: list, make: Callable[[], bytes]) -> bytes:
-    """What `make` gives, or gave when it was called for the same `about`, source and packages.
+    """Returns what `make` returns, or returned before for the same `about`, source and packages.
 
-    `about` is JSON; fields of a config in it that are NOT_TRACED count as equal. Nothing is kept
+    `about` is JSON; fields of a config in it that are NOT_TRACED are ignored. Nothing is kept
     without a cache of compiled programs (`startup.use_compilation_cache`) that can be written.
     """
     folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
@@ -125,7 +125,7 @@ def kept(about: list, make: Callable[[], bytes]) -> bytes:
 
     try:
         content = file.read_bytes()
-        # A file begins with the digest of its content; a damaged one is made again.
+        # A file begins with the digest of its content; a damaged file is made again.
         if hashlib.sha256(content[32:]).digest() == content[:32]:
             file.touch()
             return content[32:]
@@ -150,14 +150,14 @@ def _traced(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _surroundings() -> list:
-    """What a trace depends on besides its arguments; contexts and settings may change any time."""
+    """Returns what a trace depends on besides its arguments: source, forms and jax's settings."""
     forms = [form for form in ops.FORMS if ops.hand_tuned(form)]
     return [_source(), forms, *(str(getattr(jax.config, name)) for name in SETTINGS)]
 
 
 @functools.cache
 def _source() -> str:
-    """Digest of this package's files and of the versions of Python and the packages below it."""
+    """Returns a digest of this package's files and of the versions of Python and its packages."""
     versions = [platform.python_version(), *(metadata.version(p) for p in PACKAGES)]
     digest = hashlib.sha256(json.dumps(versions).encode())
     root = pathlib.Path(__file__).resolve().parents[1]

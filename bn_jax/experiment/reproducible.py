@@ -1,11 +1,11 @@
-"""The training step with the same bits on 1, 2, 4, ... CPU devices (`config.reproducible`).
+"""A training step with the same bits on 1, 2, 4, ... CPU devices (`config.reproducible`).
 
-On GPUs it needs what `config.deterministic` sets, which it implies. It was not run on GPUs.
+On GPUs it also needs what `config.deterministic` sets, and sets it. It was not run on GPUs.
 
 How a compiled program rounds depends on its shapes, and on whether it was compiled for one device
 or for several. Therefore every device runs programs that are compiled for one device, with shapes
-that do not depend on the number of devices. Only `butterfly` knows of the other devices, and it
-only adds. The programs of a step, in their order:
+that do not depend on the number of devices. Only `butterfly` spans several devices, and it only
+adds. A step runs these programs, in this order:
 
     cut        copies the device's rows into their statistic groups
     group      computes gradient, metrics and running estimates of one group
@@ -13,8 +13,8 @@ only adds. The programs of a step, in their order:
     butterfly  the upper levels: device i adds what device i XOR 2^r holds, for r = 0, 1, ...
     update     updates the device's copy of the state
 
-a + b and b + a are the same bits. So both devices of a pair get the same sum, and the tree is the
-same wherever its leaves lie. Every group is a call of its own: in one program XLA may merge the
+a + b and b + a have the same bits. So both devices of a pair get the same sum, and the tree is the
+same wherever its leaves lie. Every group is a separate call: in one program XLA might merge the
 work of several groups, and on CPU convolutions in a loop are several times slower.
 """
 
@@ -40,8 +40,8 @@ class Step:
     """The training step of an experiment: (state, batch, hyper, seed) -> (state, metrics).
 
     It differs from `step.train_step` in rounding, and in dropout, whose masks are drawn group by
-    group. Call `lower(...)` and `compile()` first. State and metrics (with a leading axis of 1) are
-    replicated, and the state is donated.
+    group. Call `lower(...)` and `compile()` first. State and metrics are replicated; metrics have a
+    leading axis of 1. The state that is passed in is donated.
     """
 
     def __init__(self, exp: Experiment):
@@ -51,8 +51,8 @@ class Step:
         self.batch_size = exp.config.batch_size
         self.groups = self.batch_size // self.size // self.mesh.size  # on each device
 
-        # The devices of this process, and for each the places of its groups in the global batch,
-        # whose rows lie on the devices in the order of the mesh.
+        # The devices of this process, and for each of them the places of its groups in the global
+        # batch. The rows of the batch lie on the devices in the order of the mesh.
         self.devices: list[jax.Device] = []
         self.numbers: list[list[jax.Array]] = []
         for place, device in enumerate(exp.mesh.devices.flat):
@@ -70,7 +70,7 @@ class Step:
         self._update: list[Any] = []
         self._butterfly: Any = None
 
-        # Turns the vector of sums into a tree; known once `group` is traced.
+        # Turns the vector of sums into a tree. It is known once `group` is traced.
         self._unravel: Any = None
 
         # The state that the last step returned, and its copies on the devices.
@@ -80,8 +80,8 @@ class Step:
     def lower(self, state: Any, batch: dict, hyper: Any, seed: Any) -> "Step":
         """Traces the programs for arguments like these. `compile` comes next.
 
-        XLA compiles a program again for another device. So `group` and `update` are compiled for
-        every device of this process: once, where each process has one device.
+        A program of one device must be compiled again for another. So `group` and `update` are
+        compiled for every device of this process.
         """
         group = jax.jit(self.group)
         update = jax.jit(self.update, donate_argnums=0)
@@ -103,12 +103,14 @@ class Step:
             )
             self._group.append(lowered)
 
-            # The groups' sums are [1, values] each, what `update` takes is [values].
+            # The sums of a group are [1, values], and `update` takes [values].
             sums = lowered.out_info
             values = sums.shape[1:]
-            total = jax.ShapeDtypeStruct(values, sums.dtype, sharding=SingleDeviceSharding(device))
+            here = SingleDeviceSharding(device)
+            total = jax.ShapeDtypeStruct(values, sums.dtype, sharding=here)
             self._update.append(update.lower(state_here, total, hyper_here))
 
+        # The butterfly reads one vector of sums from each device.
         self._sums = jax.ShapeDtypeStruct(
             (self.mesh.size, *values), sums.dtype, sharding=mesh.along_batch(self.mesh)
         )
@@ -131,7 +133,7 @@ class Step:
 
     def __call__(self, state: Any, batch: dict, hyper: Any, seed: Any) -> tuple[Any, dict]:
         """Takes one step."""
-        # The state that the last step returned is still there, device by device.
+        # The copies of the state that the last step returned are kept, so they need not be taken.
         at_hand = state is self._last_state
         states = self._last_copies if at_hand else self._copies(state)
         rows = self._copies(batch)
@@ -159,9 +161,9 @@ class Step:
         return state, metrics
 
     def _device_sum(self, i: int, state: Any, rows: dict, seed: Any) -> jax.Array:
-        """The sum over the groups of this process's device number i, added pairwise."""
-        # Works as a binary counter does, so that few sums are held at once: two of the same level
-        # become one of the next.
+        """Sums over the groups of this process's device number i, pairwise, as a binary tree."""
+        # This works like a binary counter: two sums of the same level become one of the next. So
+        # few sums are held at once.
         waiting: list[tuple[int, jax.Array]] = []
         for part, number in zip(self._cut(rows), self.numbers[i], strict=True):
             sums = self._group[i](state.params, state.batch_stats, state.step, seed, part, number)
@@ -177,7 +179,7 @@ class Step:
         return total
 
     def _copies(self, tree: Any) -> list:
-        """The part of a tree of arrays that each device of this process holds."""
+        """Returns, for each device of this process, its part of a tree of arrays."""
         leaves, structure = jax.tree.flatten(tree)
         parts = []
         for leaf in leaves:
@@ -190,7 +192,7 @@ class Step:
         return copies
 
     def _join(self, *copies: jax.Array) -> jax.Array:
-        """One replicated array, made of its copies on the devices."""
+        """Makes one replicated array of its copies on the devices."""
         replicated = mesh.replicated(self.mesh)
         return jax.make_array_from_single_device_arrays(copies[0].shape, replicated, copies)
 
@@ -205,11 +207,11 @@ class Step:
         return parts
 
     def group(self, params, batch_stats, step, seed, batch, number) -> jax.Array:
-        """The sums of one group, a vector [1, values]. `number` (int32) is its place in the batch.
+        """Computes the sums of one group, [1, values]. number: int32, its place in the batch.
 
-        What `step.gradients` gives for a group is a mean, or a running estimate; the batch's is a
-        weighted mean over its groups. So each is multiplied here by the number of values behind it,
-        and the sum is divided by their sum in `update`.
+        `step.gradients` returns means and running estimates of a group; those of the batch are
+        weighted means over its groups. So each is multiplied here by the number of values behind
+        it, and `update` divides the sum of these products by the sum of the numbers.
         """
         key = jax.random.fold_in(dropout_key(seed, step), number)
 
@@ -234,7 +236,8 @@ class Step:
             var = flat_stats[*path, "var"]
             m = n * (count // mean.size)  # values behind a statistic
 
-            # As in BN, a group of fewer than two values does not count.
+            # As in BN, a group of fewer than two values does not count. `examples` weights the
+            # mean, and `freedom` (m - 1) the unbiased variance.
             too_few = m < 2
             examples = jnp.where(too_few, 0, n)
             freedom = jnp.where(too_few, 0, m - 1)
@@ -245,29 +248,34 @@ class Step:
         return flat[None]
 
     def butterfly(self, sums: jax.Array) -> jax.Array:
-        """The sum over the devices, on each of them: [1, values] to [values]."""
+        """Sums over the devices, with the result on each of them: [1, values] to [values]."""
         devices = self.mesh.size
         rounds = devices.bit_length() - 1  # log2 of a power of two
         total = sums[0]
         for r in range(rounds):
-            pairs = [(i, i ^ (1 << r)) for i in range(devices)]
+            distance = 1 << r
+            pairs = [(i, i ^ distance) for i in range(devices)]
             other = lax.ppermute(total, "data", pairs)
             total = total + other
         return total
 
     def update(self, state, total, hyper) -> tuple[Any, dict]:
-        """The next state, and the metrics, from the sums over the batch, [values]."""
+        """Computes the next state, and the metrics, from the sums over the batch, [values]."""
         grads, means, n, layers = self._unravel(total)
-        # A batch without a valid example has sums of 0.
+        # If no example is valid, the sums are 0.
         grads, means = jax.tree.map(lambda x: x / jnp.maximum(n, 1), (grads, means))
 
-        # A statistic for which no group counted keeps its value.
+        # Where no group counted, a statistic keeps its value.
         stats = traverse_util.flatten_dict(state.batch_stats, sep="/")
         for path, (mean, var, examples, freedom) in layers.items():
+            old_mean = stats[f"{path}/mean"]
+            old_var = stats[f"{path}/var"]
+            old_count = stats[f"{path}/count"]
+
             counted = freedom > 0
-            stats[f"{path}/mean"] = jnp.where(examples > 0, mean / examples, stats[f"{path}/mean"])
-            stats[f"{path}/var"] = jnp.where(counted, var / freedom, stats[f"{path}/var"])
-            stats[f"{path}/count"] = stats[f"{path}/count"] + counted
+            stats[f"{path}/mean"] = jnp.where(examples > 0, mean / examples, old_mean)
+            stats[f"{path}/var"] = jnp.where(counted, var / freedom, old_var)
+            stats[f"{path}/count"] = old_count + counted
         batch_stats = traverse_util.unflatten_dict(stats, sep="/")
 
         state, metrics = update(state, grads, means, batch_stats, hyper, self.batch_size)
@@ -275,7 +283,7 @@ class Step:
 
 
 def _like(tree: Any, device: jax.Device, rows: int | None = None) -> Any:
-    """Shapes and types of a tree of arrays on one device, whose first axis has `rows` if given."""
+    """Returns a tree's shapes and types on one device; `rows` replaces the first axis."""
     here = SingleDeviceSharding(device)
 
     def like(x: Any) -> jax.ShapeDtypeStruct:

@@ -1,7 +1,7 @@
-"""Which point of a grid is best on held-out examples, and the table of all points that were tried.
+"""Finds the best points of a grid on held-out examples, and makes a table of all points.
 
-Successive halving in two rounds (Jamieson and Talwalkar 2016, arXiv:1502.07943): every point is
-trained for a first number of steps, and the best few of each experiment to the end.
+This is successive halving in two rounds (Jamieson and Talwalkar 2016, arXiv:1502.07943): every
+point is trained for a first number of steps, and the best few of each experiment to the end.
 """
 
 import csv
@@ -18,8 +18,8 @@ TABLE = "tuning"  # name of the two files, .md and .csv
 class Point(NamedTuple):
     """One run of a grid.
 
-    experiment: its config. values: {field: value} as the command line had them. first, last: top-1
-    (share) on the held-out examples after the first round's steps and at the end, None where the
+    experiment: its config. values: {field: value} as on the command line. first, last: top-1
+    (share) on the held-out examples after the first round's steps and at the end; None if the
     run was not evaluated there. status: as in run.json, "new" without one.
     """
 
@@ -31,7 +31,7 @@ class Point(NamedTuple):
 
 
 def accuracy(workdir: pathlib.Path, step: int) -> float | None:
-    """Top-1 (share) that a run was evaluated at after `step`; None if it was not."""
+    """Returns a run's top-1 (share) in its evaluation after `step`; None if there was none."""
     if not reader.is_run(workdir):
         return None
     evaluations = reader.read_run(workdir).lines["eval"]
@@ -39,9 +39,9 @@ def accuracy(workdir: pathlib.Path, step: int) -> float | None:
 
 
 def best(points: Mapping[str, Point], keep: int) -> list[str]:
-    """Names of the `keep` best points of each experiment after the first round, best first.
+    """Returns the names of each experiment's `keep` best points after the first round, best first.
 
-    Of equal ones the earlier in the grid is taken. Points that diverged are not.
+    Of equal points the earlier in the grid comes first. Points that diverged are left out.
     """
     chosen = []
     for experiment in dict.fromkeys(point.experiment for point in points.values()):
@@ -55,7 +55,7 @@ def best(points: Mapping[str, Point], keep: int) -> list[str]:
 
 
 def winners(points: Sequence[Point]) -> dict[str, Point]:
-    """{experiment: its point with the highest accuracy at the end}, the earlier one of equals."""
+    """Returns each experiment's point with the highest accuracy at the end; of equals the first."""
     found: dict[str, Point] = {}
     for point in points:
         before = found.get(point.experiment)

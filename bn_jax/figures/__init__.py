@@ -1,1 +1,1 @@
-"""Pictures and tables from recorded runs: `python -m bn_jax.figures`; one file a figure."""
+"""Pictures and tables from recorded runs: `python -m bn_jax.figures`. Each figure has a file."""

@@ -1,9 +1,9 @@
 """Pictures and tables from recorded runs: `python -m bn_jax.figures --workdir=DIR --out=DIR`.
 
 Reads only what runs have recorded (run.json, metrics.jsonl); nothing is trained or evaluated here.
-DIR is one run, a folder with the runs `mnist` and `mnist_bn` (Fig. 1), or a folder
-of runs as bn_jax.sweep leaves it (Fig. 2, the table of Fig. 3, ablations). Where evaluations
-were recorded (bn_jax.evaluate), the table of Fig. 4 is made of them.
+DIR is one run, a folder with the runs `mnist` and `mnist_bn` (Fig. 1), or a folder of runs that
+bn_jax.sweep has made (Fig. 2, the table of Fig. 3, ablations). If bn_jax.evaluate has recorded
+evaluations there, the table of Fig. 4 is made, too.
 """
 
 import pathlib

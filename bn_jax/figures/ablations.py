@@ -1,4 +1,4 @@
-"""The ablations of section 4.2.1, as tables and pictures."""
+"""Compares each experiment with the one that it changes (4.2.1), in tables and a picture."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ from bn_jax.workdir.reader import Run, flat
 
 
 class Ablation(NamedTuple):
-    """An experiment beside the one that it changes.
+    """An experiment compared with its parent, the one that it changes.
 
     effect: difference of final accuracy (shares), experiment minus parent, paired by seed.
     counting: with one seed, the 95% interval that counting images alone would give.
@@ -48,7 +48,7 @@ class Ablation(NamedTuple):
 
 
 def ablations(groups: Groups) -> list[Ablation]:
-    """The experiments that ran together with their parents."""
+    """Compares all experiments whose parents have run, too, with their parents."""
     found = []
     for name in ordered(groups):
         if name not in PARENTS or PARENTS[name] not in groups:
@@ -72,7 +72,7 @@ HEAD = ["experiment", "parent", "change", "difference", "seeds", "says", "remark
 
 
 def ablations_markdown(groups: Groups) -> str:
-    """The ablation table; a difference is the experiment's final accuracy minus its parent's."""
+    """Makes the table; a difference is the experiment's final accuracy minus its parent's."""
     rows = ablations(groups)
     compared = sum(row.adjusted_p is not None for row in rows)
     lines = [
@@ -113,7 +113,7 @@ def _difference(row: Ablation) -> str:
 
 
 def ablations_csv(groups: Groups) -> str:
-    """The ablation table as shares of 1."""
+    """Makes the table as CSV, with shares of 1."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     head = ["experiment", "parent", "change", "seeds", "difference", "low", "high"]
@@ -130,7 +130,7 @@ def ablations_csv(groups: Groups) -> str:
 
 
 def draw_ablations(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pathlib.Path]:
-    """The ablation table as points with intervals; nothing if no experiment has its parent."""
+    """Draws the table as points with intervals; returns [] if no experiment has its parent."""
     rows = ablations(groups)
     if not rows:
         return []

@@ -1,10 +1,10 @@
-"""Pictures of measured activations: percentile bands (Fig. 1b, c), histograms over time, a map.
+"""Draws measured activations: percentile bands (Fig. 1b, c), histograms over time, and a map.
 
-They are drawn from what `bn_jax.activations.measure` has kept; nothing is computed by a network.
+Everything is drawn from what `bn_jax.activations.measure` has kept; no network is run.
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,46 +14,58 @@ from bn_jax.activations.measure import Measured
 from bn_jax.figures.fig1 import Percentiles, drift, plot_percentiles, typical_unit
 from bn_jax.figures.plotting import BLUE, GREY, save, subplots
 
-MOST = 12  # layers whose bands and histograms are drawn; the map has all
+MOST = 12  # layers whose bands and histograms are drawn; the map shows all layers
 
 
 class Shown(NamedTuple):
-    """Measurements of one run: step -> path -> Measured. name: of its config."""
+    """Measurements of one run.
+
+    name: of its config. steps: step -> path -> Measured.
+    """
 
     name: str
     workdir: pathlib.Path
     steps: dict[int, dict[str, Measured]]
 
     def paths(self) -> list[str]:
-        """The activations that all steps have, in the order of the network."""
+        """Returns the activations that all steps have, in the order of the network."""
         each = list(self.steps.values())
         return [path for path in each[0] if all(path in found for found in each)]
 
+    def measured(self, path: str) -> list[Measured]:
+        """Returns one activation at all measured steps."""
+        return [found[path] for found in self.steps.values()]
+
 
 def series(run: Shown, path: str) -> Percentiles:
-    """One activation's percentiles over the measured steps."""
-    values = np.array([found[path].percentiles for found in run.steps.values()], float)
-    return Percentiles(path, np.array(list(run.steps)), values)
+    """Returns one activation's percentiles over the measured steps."""
+    steps = np.array(list(run.steps))
+    values = np.array([m.percentiles for m in run.measured(path)], float)
+    return Percentiles(path, steps, values)
 
 
 def spread(run: Shown, path: str) -> np.ndarray:
-    """[steps]: the standard deviation of the layer's median unit."""
-    return np.array([np.median(found[path].std) for found in run.steps.values()], float)
+    """Returns the standard deviation of the layer's median unit, float64 [steps]."""
+    return np.array([np.median(m.std) for m in run.measured(path)], float)
 
 
 def moved(run: Shown, path: str) -> np.ndarray:
-    """[steps]: how far the median has moved since the first measured step.
+    """Returns how far the median has moved since the first measured step, float64 [steps].
 
-    In units of the mean distance between the 15th and the 85th percentile, of the median unit.
+    The unit of a distance is the mean distance between the 15th and the 85th percentile over the
+    steps; the value is that of the layer's median unit.
     """
-    values = series(run, path).values
-    width = np.mean(values[:, 2] - values[:, 0], axis=0)
-    distance = np.abs(values[:, 1] - values[:1, 1])
-    return np.median(distance / np.maximum(width, np.finfo(np.float32).tiny), axis=1)
+    low, middle, high = np.moveaxis(series(run, path).values, 1, 0)
+    width = np.mean(high - low, axis=0)
+    smallest = np.finfo(np.float32).tiny  # a constant unit has no width
+
+    distance = np.abs(middle - middle[:1])
+    relative = distance / np.maximum(width, smallest)
+    return np.median(relative, axis=1)
 
 
 def _row(run: Shown, path: str) -> str:
-    """One activation's line of the table."""
+    """Makes one activation's line of the table."""
     first = min(run.steps)
     last = max(run.steps)
     found = run.steps[last][path]
@@ -72,7 +84,7 @@ def _row(run: Shown, path: str) -> str:
 
 
 def table(runs: Sequence[Shown]) -> str:
-    """The activations of all runs as Markdown, from the first to the last measured step."""
+    """Makes a Markdown table of all runs' activations, from the first to the last measured step."""
     rows = ["| run | activation | steps | spread | drift | dead | saturated |", "|" + "---|" * 7]
     for run in runs:
         rows += [_row(run, path) for path in run.paths()]
@@ -84,25 +96,31 @@ def table(runs: Sequence[Shown]) -> str:
 
 
 def draw_activations(runs: Sequence[Shown], out: pathlib.Path) -> list[pathlib.Path]:
-    """Bands, histograms and the map of one run or of two side by side."""
+    """Draws bands, histograms and the map of one run, or of two side by side; returns the files."""
     paths = _all_paths(runs)
-    few = paths
-    if len(paths) > MOST:
-        few = [paths[k] for k in np.linspace(0, len(paths) - 1, MOST).round().astype(int)]
+    few = [paths[k] for k in _spread_out(len(paths), MOST)]
+
     written = save(_bands(runs, few), out, "activations_bands")
     written += save(_histograms(runs, few), out, "activations_histograms")
-    return written + save(draw_map(runs), out, "activations_map")
+    written += save(draw_map(runs), out, "activations_map")
+    return written
 
 
 def _all_paths(runs: Sequence[Shown]) -> list[str]:
     return sorted({path for run in runs for path in run.paths()})
 
 
+def _spread_out(number: int, most: int) -> list[int]:
+    """Returns at most `most` of the places 0 to number - 1, evenly spread."""
+    if number <= most:
+        return list(range(number))
+    return np.linspace(0, number - 1, most).round().astype(int).tolist()
+
+
 def _grid(runs: Sequence[Shown], paths: Sequence[str]):
-    """A row of panels for each activation, a column for each run."""
-    figure, panels = subplots(
-        len(paths), len(runs), figsize=(5.2 * len(runs), 2.4 * len(paths)), squeeze=False
-    )
+    """Makes a figure with a row of panels for each activation and a column for each run."""
+    size = (5.2 * len(runs), 2.4 * len(paths))
+    figure, panels = subplots(len(paths), len(runs), figsize=size, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()  # until something is drawn
     return figure, panels
@@ -110,8 +128,9 @@ def _grid(runs: Sequence[Shown], paths: Sequence[str]):
 
 def _bands(runs: Sequence[Shown], paths: Sequence[str]):
     figure, panels = _grid(runs, paths)
+    colours = (GREY, BLUE)
     for row, path in zip(panels, paths, strict=True):
-        for axes, run, colour in zip(row, runs, (GREY, BLUE), strict=False):
+        for axes, run, colour in zip(row, runs, colours, strict=False):
             if path not in run.paths():
                 continue
             axes.set_axis_on()
@@ -134,55 +153,83 @@ def _histograms(runs: Sequence[Shown], paths: Sequence[str]):
 
 
 def _histogram(axes, run: Shown, path: str) -> None:
-    """One column a step, on one scale that leaves out the outermost 0.1% of the values."""
-    found = [step[path] for step in run.steps.values()]
+    """Draws a column of shades for each step; 0.1% of the values at both ends are left out."""
+    found = run.measured(path)
+
+    # All steps share one scale. Each step has bins of its own, so values between two edges are
+    # taken to be evenly distributed.
     ends = [np.interp([0.001, 0.999], _shares(m), m.edges) for m in found]
     low = min(end[0] for end in ends)
     high = max(end[1] for end in ends)
     edges = np.linspace(low, high, 101)
-    columns = [np.diff(np.interp(edges, m.edges, _shares(m), left=0, right=1)) for m in found]
-    columns = [column / max(column.max(), 1e-12) for column in columns]
+
+    columns = []
+    for m in found:
+        below = np.interp(edges, m.edges, _shares(m), left=0, right=1)
+        share = np.diff(below)
+        columns.append(share / max(share.max(), 1e-12))
 
     places = np.arange(len(found) + 1) - 0.5
     axes.pcolormesh(places, edges, np.array(columns).T, cmap="Greys", rasterized=True)
-    shown = np.unique(np.linspace(0, len(found) - 1, 6).round().astype(int))
-    axes.set_xticks(shown, [f"{list(run.steps)[k]:,}" for k in shown])
-    axes.set_xlabel("step")
+    _label_steps(axes, run, 6)
     axes.set_title(f"{run.name}: {path}", fontsize=9)
 
 
 def _shares(measured: Measured) -> np.ndarray:
-    """Share of values below each edge, [BINS + 1]."""
+    """Returns the share of values below each edge, [BINS + 1]."""
     counts = np.cumsum(measured.counts, dtype=float)
     return np.concatenate([[0.0], counts / counts[-1]])
 
 
 def draw_map(runs: Sequence[Shown]) -> Figure:
-    """A picture of layers x steps: the spread, and how far the median moved; one scale for all."""
+    """Draws maps of layers x steps: the spread, and how far the median moved.
+
+    Maps of the same quantity share one scale.
+    """
     paths = _all_paths(runs)
-    height = max(2.5, 0.16 * len(paths) + 1.2)
-    figure, panels = subplots(1, 2 * len(runs), figsize=(5 * len(runs) + 3, height), squeeze=False)
-    for place, what in enumerate((spread, moved)):
-        tables = []
-        for run in runs:
-            nothing = np.full(len(run.steps), np.nan)
-            own = run.paths()
-            values = np.array([what(run, path) if path in own else nothing for path in paths])
-            tables.append(np.log10(np.maximum(values, 1e-8)) if what is spread else values)
-        ends = {"vmin": min(map(np.nanmin, tables)), "vmax": max(map(np.nanmax, tables))}
-        label = "log10 of the spread" if what is spread else "distance that the median moved"
-        for axes, run, values in zip(panels[0][place::2], runs, tables, strict=True):
-            image = axes.imshow(values, aspect="auto", interpolation="nearest", **ends)
-            figure.colorbar(image, ax=axes, label=label)
-            _label_steps(axes, run)
+    size = (5 * len(runs) + 3, max(2.5, 0.16 * len(paths) + 1.2))
+    figure, panels = subplots(1, 2 * len(runs), figsize=size, squeeze=False)
+
+    spreads = [_layers_by_steps(run, paths, _log_spread) for run in runs]
+    distances = [_layers_by_steps(run, paths, moved) for run in runs]
+    _draw_maps(figure, panels[0][0::2], runs, spreads, "log10 of the spread")
+    _draw_maps(figure, panels[0][1::2], runs, distances, "distance that the median moved")
+
     panels[0][0].set_yticks(range(len(paths)), paths, fontsize=6)
     return figure
 
 
-def _label_steps(axes, run: Shown) -> None:
-    """Names the run and a few of its steps under a map's panel."""
-    axes.set_title(run.name, fontsize=9)
-    axes.set_yticks([])
+def _log_spread(run: Shown, path: str) -> np.ndarray:
+    """Returns log10 of `spread`, [steps]."""
+    return np.log10(np.maximum(spread(run, path), 1e-8))
+
+
+def _layers_by_steps(
+    run: Shown, paths: Sequence[str], measure: Callable[[Shown, str], np.ndarray]
+) -> np.ndarray:
+    """Returns a quantity of each path and step, [paths, steps]; NaN for paths of other runs."""
+    nothing = np.full(len(run.steps), np.nan)
+    own = run.paths()
+    return np.array([measure(run, path) if path in own else nothing for path in paths])
+
+
+def _draw_maps(
+    figure: Figure, panels, runs: Sequence[Shown], maps: Sequence[np.ndarray], label: str
+) -> None:
+    """Draws one map for each run, all on one scale."""
+    low = min(map(np.nanmin, maps))
+    high = max(map(np.nanmax, maps))
+    for axes, run, values in zip(panels, runs, maps, strict=True):
+        image = axes.imshow(values, aspect="auto", interpolation="nearest", vmin=low, vmax=high)
+        figure.colorbar(image, ax=axes, label=label)
+        axes.set_title(run.name, fontsize=9)
+        axes.set_yticks([])
+        _label_steps(axes, run, 5, fontsize=7)
+
+
+def _label_steps(axes, run: Shown, most: int, **text: float) -> None:
+    """Labels at most `most` of a run's steps, which lie at 0, 1, ... on the horizontal axis."""
+    steps = list(run.steps)
+    shown = _spread_out(len(steps), most)
+    axes.set_xticks(shown, [f"{steps[k]:,}" for k in shown], **text)
     axes.set_xlabel("step")
-    shown = np.unique(np.linspace(0, len(run.steps) - 1, 5).round().astype(int))
-    axes.set_xticks(shown, [f"{list(run.steps)[k]:,}" for k in shown], fontsize=7)

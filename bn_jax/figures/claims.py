@@ -1,8 +1,8 @@
-"""The claims of section 4, each with what the recorded runs say of it.
+"""Tests the claims of section 4 with the recorded runs, and makes the page docs/claims.md.
 
-A claim is tested against the network that the paper describes and, where there is one, against the
-strongest network without BN, which alone decides. What a claim needs and nobody has run is named.
-Nothing here is trained or typed in: every number comes from run.json and metrics.jsonl.
+A claim is tested in comparison with the network that the paper describes and, if there is one, with
+the strongest network without BN; the latter decides. If a run that a claim needs is missing, the
+page names it. Every number comes from run.json and metrics.jsonl; none is typed in.
 """
 
 import pathlib
@@ -27,7 +27,7 @@ from bn_jax.uncertainty import (
 from bn_jax.workdir import reader
 from bn_jax.workdir.reader import Run
 
-# Natural images first: digits are what anyone can rerun in minutes.
+# Natural images come first; the digits are what anyone can rerun in minutes.
 SETS = ("tiny40", "digits")
 MNIST = ("mnist",)
 EVALUATIONS = "evaluations"  # in place of an experiment: what bn_jax.evaluate has recorded
@@ -56,15 +56,17 @@ CLAIMS = {
 
 
 class Runs:
-    """The recorded runs of one data set by experiment, read when they are asked for."""
+    """The recorded runs of one data set, by experiment; they are read when they are asked for."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self.used: dict[str, list[Run]] = {}
 
     def get(self, name: str) -> list[Run]:
-        """The seeds of an experiment; [] if it has not run. Raises ConfigError if it cannot be
-        compared with those that were asked for before."""
+        """Returns the seeds of an experiment; [] if it has not run.
+
+        Raises ConfigError if it cannot be compared with the experiments that were read before.
+        """
         if name not in self.used:
             place = self.folder / name
             found = reader.read_groups(place) if any(reader.find_runs(place)) else {}
@@ -77,15 +79,15 @@ class Runs:
         return self.used[name]
 
     def curves(self, name: str) -> list[Curve]:
-        """The curves of an experiment's seeds."""
+        """Returns the curves of an experiment's seeds."""
         return [curve(run) for run in self.get(name)]
 
 
 class Found(NamedTuple):
-    """What a comparison gives: its words, the number of seeds, and what a verdict needs.
+    """The result of a comparison: its text, the number n of seeds, and what a verdict needs.
 
-    `effect` has the sign of the claim. A finding that is not an effect over seeds (a count, the
-    gain of an ensemble) has an `interval` instead.
+    `effect` has the sign of the claim. A result that is not an effect over seeds (a count, the gain
+    of an ensemble) has an `interval` instead.
     """
 
     text: str
@@ -93,7 +95,7 @@ class Found(NamedTuple):
     effect: Effect | None = None
     interval: Interval | None = None
     problem: str = ""  # why the claim cannot be tested by these runs
-    more: str = ""  # why it is undecided, where there is no effect
+    more: str = ""  # why the claim is undecided, if there is no effect
 
 
 Compare = Callable[[Runs, str, str], Found]
@@ -106,11 +108,11 @@ class Question(NamedTuple):
       claim: its number.
       what: the quantity, in words.
       ours: the experiment that the claim is about.
-      baseline: the one that the paper compares it with, or '' where there is none.
-      control: the strongest network without BN, '' where the baseline itself is the comparison.
-      compare: makes a Found of the runs and the names of two experiments.
-      threshold: the claim says that the effect is above it.
-      harmless: the claim is that something may be left out; see `uncertainty.verdict`.
+      baseline: the one that the paper compares it with, or '' if there is none.
+      control: the strongest network without BN, or '' if the baseline is the only comparison.
+      compare: makes a Found from the runs and the names of two experiments.
+      threshold: the claim says that the effect is above this.
+      harmless: whether the claim is that something may be left out; see `uncertainty.verdict`.
       sets: folders below results/.
     """
 
@@ -131,7 +133,7 @@ class Question(NamedTuple):
 
 
 def accuracy(runs: Runs, ours: str, theirs: str) -> Found:
-    """Final accuracy, ours minus theirs, in points."""
+    """Compares final accuracies: ours minus theirs, in points."""
     effect = difference(finals(runs.curves(ours)), finals(runs.curves(theirs)))
     return Found(_points(effect), effect.n, effect)
 
@@ -141,12 +143,12 @@ def _points(effect: Effect) -> str:
 
 
 def speed(runs: Runs, ours: str, theirs: str) -> Found:
-    """How many times fewer steps to the other's final accuracy."""
+    """Finds how many times fewer steps we take to the other's final accuracy."""
     return _ratio(compare(ours, runs.curves(ours), runs.curves(theirs)).speed_up("100%"))
 
 
 def slowness(runs: Runs, ours: str, theirs: str) -> Found:
-    """Our steps to plain Inception's final accuracy by the other's."""
+    """Divides our steps to plain Inception's final accuracy by the other's."""
     wanted = {c.seed: levels(c) for c in runs.curves("inception")}
     others = {c.seed: c for c in runs.curves(theirs)}
     known = []
@@ -169,7 +171,7 @@ def _ratio(effect: Effect) -> Found:
 
 
 def slower_decay(runs: Runs, ours: str, theirs: str) -> Found:
-    """As `accuracy`, unless the rates of the two hardly differ at the end."""
+    """Compares final accuracies, unless the rates of the two hardly differ at the end."""
     ends = [float(runs.get(name)[0].lines["train"][-1]["learning_rate"]) for name in (ours, theirs)]
     found = accuracy(runs, ours, theirs)
     apart = abs(ends[1] / ends[0] - 1)
@@ -179,22 +181,22 @@ def slower_decay(runs: Runs, ours: str, theirs: str) -> Found:
 
 
 def drift(runs: Runs, ours: str, theirs: str) -> Found:
-    """How many times less the percentiles wander with BN, relative to the spread."""
+    """Finds how many times less the percentiles wander with BN, relative to the spread."""
     return _ratio(fig1.wander_ratio(runs.get(theirs), runs.get(ours), fig1.drift))
 
 
 def raw_range(runs: Runs, ours: str, theirs: str) -> Found:
-    """How many times less the percentiles wander with BN, in units of the input."""
+    """Finds how many times less the percentiles wander with BN, in units of the input."""
     return _ratio(fig1.wander_ratio(runs.get(theirs), runs.get(ours), fig1.ranges))
 
 
 def failing(runs: Runs, ours: str, theirs: str) -> Found:
-    """How many seeds diverged or ended at chance."""
+    """Counts the seeds that diverged or ended at chance."""
     return _count(runs, ours, "diverged or at chance", lambda c: c.at_chance)
 
 
 def training(runs: Runs, ours: str, theirs: str) -> Found:
-    """How many seeds ended above chance."""
+    """Counts the seeds that ended above chance."""
     return _count(runs, ours, "above chance", lambda c: not c.at_chance)
 
 
@@ -217,7 +219,7 @@ def _count(runs: Runs, ours: str, said: str, holds: Callable[[Curve], bool]) -> 
 
 
 def multicrop(runs: Runs, ours: str, theirs: str) -> Found:
-    """What 144 crops gain over one, over the networks that were evaluated with both."""
+    """Finds what 144 crops gain over one, over the networks that were evaluated with both."""
     scores: dict[int, dict[str, float]] = {1: {}, 144: {}}
     for line in fig4.collect(runs.folder):
         if len(line["members"]) == 1 and line["crops"] in scores:
@@ -230,12 +232,12 @@ def multicrop(runs: Runs, ours: str, theirs: str) -> Found:
 
 
 def ensemble(runs: Runs, ours: str, theirs: str) -> Found:
-    """What the mean of six different networks gains over them, one crop each."""
+    """Finds what the mean of six different networks gains over them, with one crop."""
     return _ensemble(runs, "ensemble")
 
 
 def equal_ensemble(runs: Runs, ours: str, theirs: str) -> Found:
-    """The same of six seeds of one network, which shows what the differences add."""
+    """Finds what the mean of six seeds of one network gains, as a control for `ensemble`."""
     return _ensemble(runs, fig4.CONTROL)
 
 
@@ -272,7 +274,7 @@ def _on_mnist(claim: int, what: str, compared: Compare, threshold: float) -> Que
 
 
 def _may_go(claim: int, ours: str, theirs: str, compared: Compare = accuracy) -> Question:
-    """What `theirs` has more may be left out."""
+    """Asks whether what `theirs` has in addition to `ours` may be left out."""
     margin = -uncertainty.MARGIN_POINTS
     return Question(claim, FINAL, ours, theirs, "", compared, margin, harmless=True)
 
@@ -314,14 +316,14 @@ UNTESTED = {
 
 
 class Row(NamedTuple):
-    """A question on one data set: what it gives against the baseline and against the control."""
+    """A question on one data set, compared with the baseline and with the control."""
 
     question: Question
     data: str
     baseline: Found | None
     control: Found | None
     missing: tuple[str, ...]
-    differs: str = ""  # in what the compared runs were made differently
+    differs: str = ""  # what differs in how the compared runs were made
 
     @property
     def decides(self) -> Found | None:
@@ -330,8 +332,11 @@ class Row(NamedTuple):
 
 
 def rows(results: pathlib.Path, sets: dict[str, Runs] | None = None) -> list[Row]:
-    """The questions about experiments that have run. `sets` is filled with the runs of each data
-    set. Raises ConfigError for runs that differ in setting."""
+    """Answers the questions about experiments that have run.
+
+    `sets` is filled with the runs of each data set. Raises ConfigError for runs whose settings
+    differ.
+    """
     sets = {} if sets is None else sets
     found = []
     for question in QUESTIONS:
@@ -366,7 +371,7 @@ def _row(question: Question, data: str, runs: Runs) -> Row | None:
 
 
 def verdicts(found: Sequence[Row]) -> list[str]:
-    """The verdict of each row, corrected by Holm for all rows that have an interval over seeds."""
+    """Gives a verdict for each row, corrected by Holm over all rows with an interval over seeds."""
     p_values = []
     for row in found:
         decides = row.decides
@@ -422,7 +427,7 @@ are those of [results.md](results.md#definitions).
 
 
 def page(results: pathlib.Path) -> str:
-    """The table of all claims as Markdown, with what its runs were made with."""
+    """Makes the page: the table of all claims, and what its runs were made with."""
     sets: dict[str, Runs] = {}
     found = rows(results, sets)
     judged = dict(zip(found, verdicts(found), strict=True))
@@ -448,7 +453,7 @@ def page(results: pathlib.Path) -> str:
 
 
 def _lines(question: Question, judged: dict[Row, str]) -> list[list[str]]:
-    """The cells of a question from the third column on, one line for each data set."""
+    """Makes the cells of a question from the third column on, one line for each data set."""
     name = "" if question.ours == EVALUATIONS else f", `{question.ours}`"
     lines = [
         [f"{question.what}{name}, {row.data}", *_cells(row, said)]
@@ -482,7 +487,7 @@ def _against(name: str, found: Found | None) -> str:
 
 
 def _origins(sets: dict[str, Runs]) -> list[str]:
-    """For each data set what its runs were made with, and what they lack."""
+    """Says for each data set what its runs were made with, and what they lack."""
     said = []
     for data, runs in sets.items():
         used = [run for group in runs.used.values() for run in group]

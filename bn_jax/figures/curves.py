@@ -1,13 +1,14 @@
-"""Section 4.2 as numbers (Fig. 2, Fig. 3, ablations), from recorded curves. Pure computations.
+"""Computes section 4.2 (Fig. 2, Fig. 3, ablations) from recorded curves; reads and writes no files.
 
-Definitions (docs/results.md has them in words). Steps are steps of 32 examples. A level is reached
-between the last evaluation below it and the first that is at least as high; within these two,
-steps are interpolated linearly in accuracy. A level that the first evaluation has already is
-reached at most then; one that a run never has, at least after all its steps. Levels are those of
-the reference's run *with the same seed*: 90%, 95% and 100% of its last evaluation; a reference at
-chance has none. Levels are of the evaluated split, which is one of held-out training examples in
-runs that score the test split once, at the end; final accuracy is then that one score, and else the
-last evaluation. The maximum of all evaluations grows with their number, and is no level.
+Definitions (docs/results.md has them in words): Steps are steps of 32 examples. A level is reached
+between the last evaluation below it and the first that is at least as high; between these two,
+steps are interpolated linearly in accuracy. If the first evaluation already has the level, its step
+is an upper bound. If no evaluation has it, the run's total steps are a lower bound. Levels are 90%,
+95% and 100% of the last evaluation of the reference's run *with the same seed*; a reference at
+chance has no levels. They refer to the evaluated split. Runs that score the test split once, at the
+end, evaluate held-out training examples, and that one score is their final accuracy; of other runs
+it is the last evaluation. The maximum of all evaluations is not used as a level, because it grows
+with their number.
 """
 
 import math
@@ -23,9 +24,9 @@ from bn_jax.workdir.reader import FREE, Run
 BASELINE = "inception"  # as the paper describes it
 CONTROLS = ("inception_best", "inception_best_rate")  # the best without BN; the first that has run
 LEVELS = {"90%": 0.9, "95%": 0.95, "100%": 1.0}  # of the reference's last evaluation
-RESOLUTION = 0.1  # of a number of steps: finer evaluations do not change a ratio that matters
+RESOLUTION = 0.1  # relative; steps that are known to this count as resolved
 
-CLASSES = {"digits": 10, "mnist": 10}  # of data sets whose older records do not say
+CLASSES = {"digits": 10, "mnist": 10}  # for older records, which do not have this number
 
 # The comparisons that the claim rests on: each with the strongest network without BN.
 HEADLINES = (("bn_best", "inception_best"), ("bn_x5", "bn_x5_without_bn"))
@@ -34,9 +35,9 @@ NOT_REACHED = "not reached"
 NOT_YET = "not yet"  # the run is not done
 DIVERGED = "diverged"
 NO_REFERENCE = "no reference"  # no run of the reference with this seed that is done
-AT_CHANCE = "reference at chance"  # a level that any network reaches at once is not used
+AT_CHANCE = "reference at chance"  # any network would reach its levels at once
 
-# {experiment: the one it changes}; what the change is stands in the recorded configs.
+# {experiment: the one that it changes}; the recorded configs show what the change is.
 PARENTS = {
     "bn_baseline": "inception",
     "inception_best": "inception",
@@ -65,7 +66,7 @@ PARENTS = {
 
 
 class Published(NamedTuple):
-    """What the paper says of a network on ImageNet (Fig. 3 and 4.2.2)."""
+    """The paper's numbers of a network on ImageNet (Fig. 3 and 4.2.2)."""
 
     steps: str
     speed_up: str
@@ -84,13 +85,16 @@ PAPER = {
 
 
 class Curve(NamedTuple):
-    """One run: steps [T] (of 32 examples) and accuracies [T] (shares) of its evaluations.
+    """The evaluations of one run. All steps are steps of 32 examples.
 
-    `last` and `total`: the last recorded step and the last one wanted; `stopped_at`: where it
-    diverged, if the record says so. `examples`: in the evaluated split, which is called `split`.
-    `classes`: of the data, None if neither the record nor CLASSES says so. `test`: accuracy on the
-    test split, scored once at the end, of `test_examples`; None where the test split was the
-    evaluated one.
+    Attributes:
+      steps, top1: [T], the step and the accuracy (share) of each evaluation.
+      last, total: the last recorded step, and the last one of the whole run.
+      examples: the number of evaluated examples; `split` is the name of their split.
+      stopped_at: the step at which the run diverged, if the record says so.
+      classes: of the data; None if neither the record nor CLASSES gives the number.
+      test: accuracy on the test split's `test_examples`, scored once at the end; None if the
+        evaluated split is the test split.
     """
 
     seed: int
@@ -108,12 +112,12 @@ class Curve(NamedTuple):
 
     @property
     def last_evaluation(self) -> float | None:
-        """Accuracy of the last evaluation; None unless the run is done. Levels are shares of it."""
+        """The accuracy of the last evaluation; None unless the run is done."""
         return float(self.top1[-1]) if self.status == "done" and self.top1.size else None
 
     @property
     def final(self) -> float | None:
-        """Accuracy of a run that is done: on the test split, if that was scored at the end."""
+        """The final accuracy, None unless the run is done: of the test split if that was scored."""
         return self.last_evaluation if self.test is None else self.test
 
     @property
@@ -128,7 +132,7 @@ class Curve(NamedTuple):
 
     @property
     def at_chance(self) -> bool:
-        """Whether guessing would give the final accuracy: it lies in its 95% interval, or above."""
+        """Whether the last evaluation is at chance: its 95% interval reaches down to 1/classes."""
         if self.last_evaluation is None or self.classes is None:
             return False
         count = round(self.last_evaluation * self.examples)
@@ -136,9 +140,9 @@ class Curve(NamedTuple):
 
 
 def curve(run: Run) -> Curve:
-    """A recorded run's curve."""
-    # Runs are paired by the number in the folder's name, which is the seed itself but for the
-    # members of the ensemble: these have seeds of their own (100, 200, ...).
+    """Makes a Curve of a recorded run."""
+    # Runs are paired by the number in the folder's name. It is the seed, except for the members of
+    # the ensemble, which have seeds of their own (100, 200, ...).
     number = re.fullmatch(r"seed_(\d+)", run.workdir.name)
     scale = run.config["batch_size"] / 32
     evaluations = run.lines["eval"]
@@ -163,7 +167,7 @@ def curve(run: Run) -> Curve:
 
 
 def levels(reference: Curve) -> dict[str, float] | None:
-    """The accuracies to be reached, by LEVELS; None unless the reference is done and learnt."""
+    """Returns the accuracies to reach, by LEVELS; None if the reference has no levels."""
     reached = reference.last_evaluation
     if reached is None or reference.at_chance:
         return None
@@ -171,10 +175,10 @@ def levels(reference: Curve) -> dict[str, float] | None:
 
 
 class Reached(NamedTuple):
-    """When a curve reaches a level: after more than `low` steps and at most `high`.
+    """When a curve reaches a level: after more than `low` steps, and after at most `high` steps.
 
-    `steps` is interpolated between the two. low is 0 where the first evaluation has the level
-    already, high is infinite where no evaluation has it; `steps` is then the end that is known.
+    `steps` is interpolated between the two. If the first evaluation already has the level, `low` is
+    0; if none has it, `high` is infinite. `steps` is then the bound that is known.
     """
 
     low: float
@@ -183,17 +187,17 @@ class Reached(NamedTuple):
 
     @property
     def resolved(self) -> bool:
-        """Whether the steps are known to RESOLUTION; evaluations lie at whole steps."""
+        """Whether the steps are known to RESOLUTION, or to one step."""
         return self.low > 0 and self.high <= self.low * (1 + RESOLUTION) + 1
 
 
 def reach(curve: Curve, level: float) -> Reached | str:
-    """When a curve reaches a level for the first time; NOT_YET if its run is not done."""
+    """Finds when a curve first reaches a level; NOT_YET if it has not and its run is not done."""
     found = np.flatnonzero(curve.top1 >= level - 1e-9)  # 0.9 * 0.8 is a little above 0.72
     if not found.size:
         if curve.status not in ("done", "diverged"):
             return NOT_YET
-        # One that diverged would not have reached it in the steps that it was meant to take.
+        # A run that diverged counts as one that took all its steps without reaching the level.
         return Reached(curve.total, curve.total, math.inf)
 
     first = int(found[0])
@@ -207,11 +211,12 @@ def reach(curve: Curve, level: float) -> Reached | str:
 
 
 class Comparison(NamedTuple):
-    """An experiment against a reference; lists have an entry for each seed, a result or a word.
+    """An experiment compared with a reference. Lists have a result, or a word, for each seed.
 
-    By LEVELS: `steps`, when the experiment reaches the level; `ratios`, the reference's steps over
-    the experiment's as (lowest, estimate, highest). `accuracy`: final accuracy minus the
-    reference's, of the seeds that both have finished.
+    Attributes:
+      steps: by LEVELS, when the experiment reaches the level.
+      ratios: by LEVELS, the reference's steps / the experiment's: (lowest, estimate, highest).
+      accuracy: final accuracy minus the reference's, of the seeds that both have finished.
     """
 
     label: str
@@ -227,7 +232,7 @@ class Comparison(NamedTuple):
         return [word.get(c.status, NOT_YET) if c.final is None else c.final for c in self.curves]
 
     def speed_up(self, level: str) -> Effect:
-        """How many times fewer steps than the reference's it takes to a level, over seeds."""
+        """Returns how many times fewer steps than the reference it takes to a level, over seeds."""
         known = [ratio for ratio in self.ratios[level] if not isinstance(ratio, str)]
         lows, values, highs = zip(*known, strict=True) if known else ((), (), ())
         return Effect(lows, values, highs, ratio=True)
@@ -256,7 +261,7 @@ def compare(label: str, curves: Sequence[Curve], reference: Sequence[Curve]) -> 
 
 
 def ratio(there: Reached | str, here: Reached | str) -> tuple[float, float, float] | str:
-    """The reference's steps over ours: lowest, estimate, highest; or why there is none."""
+    """Returns the reference's steps / ours (lowest, estimate, highest), or why there is none."""
     if isinstance(here, str):
         return here
     if isinstance(there, str):
@@ -267,12 +272,12 @@ def ratio(there: Reached | str, here: Reached | str) -> tuple[float, float, floa
 
 
 def finals(curves: Sequence[Curve]) -> dict[int, float]:
-    """{seed: final accuracy} of the runs that are done."""
+    """Returns {seed: final accuracy} of the runs that are done."""
     return {c.seed: c.final for c in curves if c.final is not None}
 
 
 def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Steps [T] that all seeds have evaluated, and mean, lowest and highest accuracy [T] there."""
+    """Returns the steps [T] that all seeds evaluated; mean, lowest, highest accuracy [T] there."""
     common = sorted(set.intersection(*(set(c.steps.tolist()) for c in curves)))
     table = np.array(
         [[c.top1[np.flatnonzero(c.steps == s)[0]] for s in common] for c in curves]
@@ -281,7 +286,7 @@ def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def changes(config: Mapping[str, object], parent: Mapping[str, object]) -> str:
-    """The fields (flat) in which an experiment differs from its parent: 'dropout 0.0 -> 0.4'."""
+    """Says in which (flat) fields an experiment differs from its parent: 'dropout 0.0 -> 0.4'."""
     fields = [f for f in config if f not in ("name", *FREE) and config[f] != parent.get(f)]
     return ", ".join(f"{f} {_short(parent.get(f))} -> {_short(config[f])}" for f in fields)
 

@@ -1,4 +1,4 @@
-"""Which pictures and tables a folder of records makes."""
+"""Decides which pictures and tables are made from a folder of records."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ from bn_jax.workdir import files, reader
 
 
 def draw(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
-    """Draws what a folder holds: one run, the pair of Fig. 1 or a sweep; and its evaluations."""
+    """Draws what a folder holds: a run, the pair of Fig. 1 or a sweep; and its evaluations."""
     scored = reader.find_evaluations(workdir) if workdir.is_dir() else []
     paths = []
     if not scored or any(reader.find_runs(workdir)):
@@ -29,7 +29,7 @@ def draw_runs(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
 
 
 def draw_sweep(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
-    """Fig. 2, the table of Fig. 3 and the ablations from the runs in `folder`; prints the table.
+    """Draws Fig. 2, Fig. 3's table and the ablations from the runs in `folder`; prints the table.
 
     Raises ConfigError if there are none, or if they cannot be compared with each other.
     """

@@ -1,4 +1,4 @@
-"""Fig. 1: the MNIST study, as numbers, a table and a picture."""
+"""Makes Fig. 1, the MNIST study: numbers, a table and a picture."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ LAYER = "dense_2/input"  # the last hidden layer of the MNIST network
 class Percentiles(NamedTuple):
     """Percentiles of the inputs of one layer's units over training, on one fixed batch.
 
-    steps [T]; values [T, 3, units] for the {15, 50, 85}th percentiles.
+    steps: [T]. values: [T, 3, units], the {15, 50, 85}th percentiles.
     """
 
     layer: str
@@ -30,7 +30,7 @@ class Percentiles(NamedTuple):
 
 
 def percentiles(run: Run, layer: str) -> Percentiles:
-    """The recorded percentiles of `layer` (a path such as dense_2/input)."""
+    """Reads the percentiles of `layer` (a path such as dense_2/input); ConfigError without them."""
     lines = [line for line in run.lines["activation"] if line["layer"] == layer]
     if not lines:
         known = sorted({line["layer"] for line in run.lines["activation"]})
@@ -41,44 +41,46 @@ def percentiles(run: Run, layer: str) -> Percentiles:
 
 
 def ranges(curves: Percentiles) -> np.ndarray:
-    """How far each percentile wanders over training: its largest minus its smallest value.
+    """Returns how far each percentile wanders in training: its largest minus its smallest value.
 
-    [3, units], in units of the input. 0 is a distribution that never moves.
+    [3, units], in units of the input; 0 for a distribution that never moves.
     """
     return np.ptp(curves.values, axis=0)
 
 
 def drift(curves: Percentiles) -> np.ndarray:
-    """The same relative to the spread: `ranges` by the mean distance from p15 to p85. [3, units].
+    """Returns `ranges` divided by the mean distance between p15 and p85, [3, units].
 
-    A network without BN has wider distributions, by which a wide range looks smaller.
+    A network without BN has wider distributions, relative to which the same range is smaller.
     """
     spread = np.mean(curves.values[:, 2] - curves.values[:, 0], axis=0)
     return ranges(curves) / np.maximum(spread, np.finfo(np.float32).tiny)
 
 
 def typical_unit(curves: Percentiles) -> int:
-    """The typical unit of its layer: the one whose drift of the median is the layer's median.
+    """Returns the unit whose drift of p50 is the median of its layer.
 
-    With an even number of units the lower of the two; ties go to the first unit.
+    Of an even number of units it is the lower of the middle two; ties go to the first unit.
     """
     of_median = drift(curves)[1]
-    return int(np.argsort(of_median, kind="stable")[(of_median.size - 1) // 2])
+    ascending = np.argsort(of_median, kind="stable")
+    middle = (of_median.size - 1) // 2
+    return int(ascending[middle])
 
 
 def fig1_numbers(baseline: Run, with_bn: Run, layer: str = LAYER) -> dict[str, Any]:
-    """What Fig. 1 shows, as numbers, for each of the two networks.
+    """Returns what Fig. 1 shows as numbers, for each of the two networks.
 
-    `accuracy` (share, last evaluation), `examples`, `unit` (see `typical_unit`), `drift` of the
-    three percentiles for that unit, `layer_drift` their medians over all units of the layer;
-    `range` and `layer_range` likewise, not divided by the spread.
+    They are `accuracy` (a share, of the last evaluation), `examples`, `steps`, `unit` (see
+    `typical_unit`), `drift` of that unit's three percentiles, and `layer_drift`, the medians over
+    all units of the layer. `range` and `layer_range` are the same without division by the spread.
     """
     numbers = {}
     for name, run in (("without BN", baseline), ("with BN", with_bn)):
         curves = percentiles(run, layer)
         unit = typical_unit(curves)
         drifts = drift(curves)
-        wandered = ranges(curves)
+        moves = ranges(curves)
         last = [*run.lines["eval"], *run.lines["test"]][-1]
         numbers[name] = {
             "accuracy": last["top1"],
@@ -87,27 +89,31 @@ def fig1_numbers(baseline: Run, with_bn: Run, layer: str = LAYER) -> dict[str, A
             "unit": unit,
             "drift": _by_percentile(drifts[:, unit]),
             "layer_drift": _by_percentile(np.median(drifts, axis=1)),
-            "range": _by_percentile(wandered[:, unit]),
-            "layer_range": _by_percentile(np.median(wandered, axis=1)),
+            "range": _by_percentile(moves[:, unit]),
+            "layer_range": _by_percentile(np.median(moves, axis=1)),
         }
     return numbers
 
 
 def _by_percentile(values: np.ndarray) -> dict[str, float]:
-    return dict(zip(map(str, PERCENTILES), values.round(4).tolist(), strict=True))
+    """Returns three values as {'15': ..., '50': ..., '85': ...}, rounded for JSON."""
+    names = map(str, PERCENTILES)
+    return dict(zip(names, values.round(4).tolist(), strict=True))
 
 
 def fig1_table(numbers: dict[str, Any]) -> str:
-    """The numbers of Fig. 1 as Markdown."""
+    """Makes a Markdown table of the numbers of Fig. 1."""
     head = ["network", "steps", "test accuracy", "range of p15, p50, p85", "drift"]
     head += ["layer's median range", "layer's median drift"]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, n in numbers.items():
-        cells = [name, f"{n['steps']:,}"]
-        cells.append(f"{counted(n['accuracy'], n['examples'])} of {n['examples']:,}")
+        accuracy = f"{counted(n['accuracy'], n['examples'])} of {n['examples']:,}"
+        wander = []
         for key in ("range", "drift", "layer_range", "layer_drift"):
-            cells.append(", ".join(f"{value:.2f}" for value in n[key].values()))
-        cells[3] += f" (unit {n['unit']})"
+            wander.append(", ".join(f"{value:.2f}" for value in n[key].values()))
+        wander[0] += f" (unit {n['unit']})"
+
+        cells = [name, f"{n['steps']:,}", accuracy, *wander]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + (
         "\n\nIn () after an accuracy: the 95% interval of its count. Range: of the percentile over "
@@ -117,7 +123,7 @@ def fig1_table(numbers: dict[str, Any]) -> str:
 
 
 def plot_percentiles(axes, curves: Percentiles, unit: int, colour: str) -> None:
-    """Lines of the three percentiles of one unit's input against steps."""
+    """Draws the three percentiles of one unit's input against steps, as lines around a band."""
     low, middle, high = curves.values[:, :, unit].T
     axes.fill_between(curves.steps, low, high, color=colour, alpha=0.15, linewidth=0)
     for line, width in ((low, 1.0), (middle, 2.0), (high, 1.0)):
@@ -129,36 +135,40 @@ def plot_percentiles(axes, curves: Percentiles, unit: int, colour: str) -> None:
 def wander_ratio(
     without: Sequence[Run], with_bn: Sequence[Run], measure: Callable[[Percentiles], np.ndarray]
 ) -> Effect:
-    """How many times less the percentiles wander with BN: a ratio for each seed that both have.
+    """Returns how many times less the percentiles wander with BN, for each seed that both have.
 
-    measure: `drift` or `ranges`. Of it the median over the layer's units is taken, and then the
-    mean of the three percentiles. Runs whose activations were not recorded, or not published, are
-    left out.
+    measure: `drift` or `ranges`. Its median over the layer's units is taken, and then the mean over
+    the three percentiles. Runs whose activations were not recorded, or not published, are left out.
     """
-    by_seed = []
-    for runs in (without, with_bn):
-        found = {}
-        for run in runs:
-            if any(line["layer"] == LAYER for line in run.lines["activation"]):
-                of_layer = np.median(measure(percentiles(run, LAYER)), axis=1)
-                found[run.config["seed"]] = float(np.mean(of_layer))
-        by_seed.append(found)
-
-    more, less = by_seed
-    ratios = tuple(more[seed] / less[seed] for seed in sorted(more.keys() & less.keys()))
+    more = _wandering(without, measure)
+    less = _wandering(with_bn, measure)
+    seeds = sorted(more.keys() & less.keys())
+    ratios = tuple(more[seed] / less[seed] for seed in seeds)
     return Effect(ratios, ratios, ratios, ratio=True)
 
 
+def _wandering(
+    runs: Sequence[Run], measure: Callable[[Percentiles], np.ndarray]
+) -> dict[int, float]:
+    """Returns {seed: how far the percentiles of LAYER wander} for the runs that recorded them."""
+    found = {}
+    for run in runs:
+        if any(line["layer"] == LAYER for line in run.lines["activation"]):
+            of_units = measure(percentiles(run, LAYER))
+            of_layer = np.median(of_units, axis=1)
+            found[run.config["seed"]] = float(np.mean(of_layer))
+    return found
+
+
 def over_seeds(without: Sequence[Run], with_bn: Sequence[Run]) -> str:
-    """What holds over all seeds, in a sentence: accuracy, drift and range."""
+    """Says what holds over all seeds: accuracy, drift and range."""
     ours = {run.config["seed"]: _final(run) for run in with_bn}
     theirs = {run.config["seed"]: _final(run) for run in without}
     accuracy = difference(ours, theirs)
+
     points = written(accuracy, ".2f", factor=100, unit=" points", sign=True)
-    relative, raw = (
-        written(wander_ratio(without, with_bn, measure), ".2f", unit="x")
-        for measure in (drift, ranges)
-    )
+    relative = written(wander_ratio(without, with_bn, drift), ".2f", unit="x")
+    raw = written(wander_ratio(without, with_bn, ranges), ".2f", unit="x")
     return (
         f"Over {accuracy.n} seeds, paired, with 95% intervals: the final accuracy with BN minus "
         f"that without is {points}. The percentiles wander {relative} less relative to their "
@@ -168,12 +178,12 @@ def over_seeds(without: Sequence[Run], with_bn: Sequence[Run]) -> str:
 
 
 def _final(run: Run) -> float:
-    """The accuracy on the test split, or of the last evaluation where that is the test split."""
+    """Returns the accuracy on the test split; without one, that of the last evaluation."""
     return [*run.lines["eval"], *run.lines["test"]][-1]["top1"]
 
 
 def draw_fig1(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
-    """Fig. 1 from the runs `folder`/mnist and `folder`/mnist_bn; prints the numbers behind it."""
+    """Draws Fig. 1 from the runs `folder`/mnist and `folder`/mnist_bn, and prints its numbers."""
     baseline, with_bn = reader.read_pair(folder / "mnist", folder / "mnist_bn")
     return draw_pair([baseline], [with_bn], out)
 
@@ -181,23 +191,25 @@ def draw_fig1(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
 def draw_pair(
     without: Sequence[Run], with_bn: Sequence[Run], out: pathlib.Path
 ) -> list[pathlib.Path]:
-    """Fig. 1 of the first seed of both networks, and what holds over all of them."""
+    """Draws Fig. 1 of both networks' first seed; the text says what holds over all seeds."""
     baseline = without[0]
     normalized = with_bn[0]
     numbers = fig1_numbers(baseline, normalized)
     figure, (a, b, c) = subplots(1, 3, figsize=(13, 3.8))
+
     plot_accuracy(a, baseline, GREY, "without BN")
     plot_accuracy(a, normalized, BLUE, "with BN")
-    low = min(line["top1"] for line in normalized.lines["eval"])
-    a.set_ylim(bottom=max(0, min(100 * low - 2, 90)))
+    # The axis begins below BN's lowest evaluation, and never above 90%.
+    lowest = min(line["top1"] for line in normalized.lines["eval"])
+    a.set_ylim(bottom=max(0, min(100 * lowest - 2, 90)))
     a.legend(loc="lower right")
     a.set_title(f"(a) {baseline.data['split']} accuracy")
-    for axes, run, name, letter, colour in (
-        (b, baseline, "without BN", "b", GREY),
-        (c, normalized, "with BN", "c", BLUE),
-    ):
-        plot_percentiles(axes, percentiles(run, LAYER), numbers[name]["unit"], colour)
-        axes.set_title(f"({letter}) {name}: {{15, 50, 85}}th percentiles")
+
+    plot_percentiles(b, percentiles(baseline, LAYER), numbers["without BN"]["unit"], GREY)
+    b.set_title("(b) without BN: {15, 50, 85}th percentiles")
+    plot_percentiles(c, percentiles(normalized, LAYER), numbers["with BN"]["unit"], BLUE)
+    c.set_title("(c) with BN: {15, 50, 85}th percentiles")
+
     figure.suptitle(f"MNIST study (section 4.1), {baseline.data['name']}", fontsize=10)
     paths = save(figure, out, "fig1")
 

@@ -1,4 +1,4 @@
-"""Fig. 2 of section 4.2: accuracy against steps."""
+"""Draws Fig. 2 of section 4.2: accuracy against steps."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ from bn_jax.figures.plotting import (
 )
 from bn_jax.workdir.reader import Run
 
-# Colour and line: a network looks the same in every picture.
+# The colour and line of each network, which are the same in every picture.
 STYLES = {
     "inception": (BLACK, "--"),
     "inception_best": (GREY, "-"),
@@ -46,12 +46,14 @@ ZOOM = 12.0  # points below the baseline's final accuracy at which the right pan
 
 
 def draw_fig2(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pathlib.Path]:
-    """Accuracy against steps of 32 examples, on a logarithmic axis; on the right its upper part,
-    where the baseline's final accuracy leaves room below it.
+    """Draws accuracy against steps of 32 examples, on a logarithmic axis; returns the files.
 
-    Lines and bands are mean and range over the seeds that are done; the others are thin lines that
-    end in a cross (diverged) or an arrow (partial). A diamond marks where a network reaches the
-    baseline's final accuracy: geometric mean over seeds, drawn if most of them do.
+    A second panel shows the upper part, unless the baseline's final accuracy is too low for that.
+    Lines and bands are mean and range over the seeds that are done. The other seeds are thin lines
+    that end in a cross (diverged) or an arrow (partial). A diamond marks where a network reaches
+    the baseline's final accuracy, as a geometric mean over seeds, if more than half of them do.
+
+    Raises ConfigError if no run has an evaluation.
     """
     names = [name for name in fig3.ordered(groups) if name in STYLES]
     curves = {
@@ -65,7 +67,7 @@ def draw_fig2(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pa
     tops = [goals["100%"] for c in baseline if (goals := levels(c)) is not None]
     level = 100 * float(np.mean(tops)) if tops else None
     zoomed = level is not None and level > ZOOM
-    # A page shows 8 inches about 700 pixels wide: text of 10 points is then 12 pixels high.
+    # A page shows 8 inches at a width of about 700 pixels: text of 10 points is 12 pixels high.
     figure, panels = subplots(1, 2 if zoomed else 1, figsize=(8, 6), squeeze=False)
     for axes in panels[0]:
         if level is not None:
@@ -116,7 +118,7 @@ def _plot(axes, name: str, curves: Sequence[Curve], style: tuple[str, str]) -> N
 
 
 def _count(curves: Sequence[Curve]) -> str:
-    """'3 seeds', and how many of them diverged or are partial."""
+    """Says how many seeds there are, such as '3 seeds', and how many diverged or are partial."""
     text = f"{len(curves)} seed{'s' if len(curves) > 1 else ''}"
     diverged = sum(c.status == "diverged" for c in curves)
     partial = sum(c.status not in ("done", "diverged") for c in curves)
@@ -133,7 +135,7 @@ def _log_steps(axes) -> None:
 
 
 def curves_csv(groups: Groups) -> str:
-    """Every plotted point of Fig. 2: network, seed, step (of 32 examples), top1 (share)."""
+    """Lists all points of Fig. 2 as CSV: network, seed, step (of 32 examples), top1 (share)."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["network", "seed", "step", "top1"])

@@ -1,4 +1,4 @@
-"""The table of Fig. 3 as Markdown and CSV; see curves.py for the definitions."""
+"""Makes the table of Fig. 3 as Markdown and CSV; curves.py has the definitions."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ Groups = Mapping[str, Sequence[Run]]
 
 
 def steps_cell(values: Sequence[Reached | str]) -> str:
-    """Geometric mean and range over seeds; of seeds that did not reach the level, how many."""
+    """Gives geometric mean and range over seeds, and how many seeds did not reach the level."""
     found = [v for v in values if isinstance(v, Reached) and v.high < math.inf]
     words = Counter(v if isinstance(v, str) else NOT_REACHED for v in values if v not in found)
     if not found:
@@ -45,7 +45,7 @@ def steps_cell(values: Sequence[Reached | str]) -> str:
 
 
 def ratio_cell(row: Comparison, level: str) -> str:
-    """The speed-up with its interval; of seeds that have none, why and how many."""
+    """Gives the speed-up with its interval, and how many seeds have none and why."""
     values = row.ratios[level]
     words = Counter([v for v in values if isinstance(v, str)])
     effect = row.speed_up(level)
@@ -56,7 +56,7 @@ def ratio_cell(row: Comparison, level: str) -> str:
 
 
 def accuracy_cell(row: Comparison) -> str:
-    """Mean final accuracy with its interval over seeds; of one seed, that of its count."""
+    """Gives the mean final accuracy with its interval over seeds; of one seed, of its count."""
     words = Counter([v for v in row.final if isinstance(v, str)])
     finished = [c for c in row.curves if c.final is not None]
     known = [v for v in row.final if not isinstance(v, str)]
@@ -67,13 +67,13 @@ def accuracy_cell(row: Comparison) -> str:
     else:
         effect = single(known)
         low, high = effect.interval or (0.0, 1.0)
-        # Student's t knows no limits; an accuracy does.
+        # Student's t has no limits, but an accuracy lies between 0 and 1.
         text = f"{100 * effect.value:.2f}% ({100 * max(low, 0):.2f} to {100 * min(high, 1):.2f})"
     return "; ".join([text, *(f"{word} {n} of {len(row.final)}" for word, n in words.items())])
 
 
 def points_cell(effect: Effect) -> str:
-    """A difference of accuracies in points with its interval."""
+    """Gives a difference of accuracies, in points, with its interval."""
     return written(effect, ".2f", factor=100, sign=True) if effect.n else "-"
 
 
@@ -82,7 +82,7 @@ def _all_or_some(words: Mapping[str, int], total: int) -> list[str]:
 
 
 def notes(curves: Sequence[Curve]) -> str:
-    """Remarks on runs that are not done."""
+    """Remarks on the runs that are not done; '' if all are."""
     said = []
     for c in curves:
         if c.status == "diverged":
@@ -94,18 +94,18 @@ def notes(curves: Sequence[Curve]) -> str:
 
 
 def ordered(groups: Groups) -> list[str]:
-    """The experiments' names: the paper's in its order, the controls, then the others."""
+    """Returns the experiments' names: the paper's in its order, the controls, then the others."""
     first = [BASELINE, *CONTROLS, *PAPER]
     return sorted(groups, key=lambda name: first.index(name) if name in first else len(first))
 
 
 def control(groups: Groups) -> str:
-    """The strongest network without BN that has run; the first of CONTROLS if none has."""
+    """Returns the strongest network without BN that has run; the first of CONTROLS if none has."""
     return next((name for name in CONTROLS if name in groups), CONTROLS[0])
 
 
 def fig3(groups: Groups) -> str:
-    """The table of Fig. 3 as Markdown: headlines, then against plain Inception and the control."""
+    """Makes the table of Fig. 3: headlines, comparisons with plain Inception, with the control."""
     curves = {name: [curve(run) for run in groups[name]] for name in ordered(groups)}
     strongest = control(groups)
     parts = [
@@ -126,7 +126,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _headlines(curves: Mapping[str, list[Curve]]) -> str:
-    """Each network with BN against the strongest one without, if both have run."""
+    """Compares each network with BN with the strongest one without it, if both have run."""
     head = ["with BN", "without BN", "speed-up to 95%", "speed-up to 100%"]
     head += ["final accuracy, points", "seeds"]
     rows = []
@@ -167,9 +167,9 @@ def _against(
 
 
 def _levels(reference: str, curves: Mapping[str, list[Curve]]) -> str:
-    """The levels of each seed with the intervals of their counts, or why there are none."""
+    """Says the levels of each seed, with the intervals of their counts, or why there are none."""
     if reference not in curves:
-        return f"There is no run of `{reference}` in this folder: steps and speed-ups are unknown."
+        return f"This folder has no run of `{reference}`, so steps and speed-ups are unknown."
     said = []
     for c in curves[reference]:
         found = levels(c)
@@ -191,7 +191,7 @@ def _levels(reference: str, curves: Mapping[str, list[Curve]]) -> str:
 
 
 def _resolution(reference: str, curves: Mapping[str, list[Curve]]) -> str:
-    """How many numbers of steps are known to 10%, and of which split the levels are."""
+    """Says how many numbers of steps are known to 10%, and of which split the levels are."""
     found = []
     for name, mine in curves.items():
         row = compare(name, mine, curves[reference])
@@ -240,7 +240,7 @@ def _early(config: Mapping[str, Any]) -> str:
 
 
 def fig3_csv(groups: Groups) -> str:
-    """One line for each run and reference, with steps to the levels and their ends."""
+    """Makes a CSV line for each run and reference: steps to the levels, with their bounds."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     head = ["network", "seed", "rate", "status", "step", "total_steps", "examples", "final_top1"]

@@ -1,4 +1,4 @@
-"""The table of Fig. 4 (section 4.2.3) from recorded evaluations, with the paper's numbers."""
+"""Makes the table of Fig. 4 (4.2.3) from recorded evaluations, beside the paper's numbers."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from bn_jax.figures.origins import made_by
 from bn_jax.uncertainty import Interval, counted, wilson
 from bn_jax.workdir import files, reader
 
-# model, resolution, crops, models, top-1 error, top-5 error (%), as printed; - is not given.
+# Model, resolution, crops, models, top-1 error and top-5 error (%), as printed; "-" is not given.
 PAPER = (
     ("GoogLeNet ensemble", "224", "144", "7", "-", "6.67%"),
     ("Deep Image low-res", "256", "-", "1", "-", "7.96%"),
@@ -29,7 +29,7 @@ CONTROL = "ensemble of equal networks"  # that differ in nothing but the seed
 
 
 class TableLine(NamedTuple):
-    """Our evaluations behind a line of the table: single networks, or one ensemble."""
+    """The evaluations behind a line of our table: of single networks, or of one ensemble."""
 
     label: str
     crops: int
@@ -37,10 +37,11 @@ class TableLine(NamedTuple):
 
 
 def collect(folder: pathlib.Path) -> list[Mapping[str, Any]]:
-    """The evaluations with population statistics recorded below `folder`, each once: of equal
-    networks and crops the latest. An ensemble's members count as evaluated alone, too.
+    """Collects the evaluations with population statistics that are recorded below `folder`.
 
-    Raises ConfigError if there are none, or if they are of different data, splits or image sizes.
+    Of the same networks and crops the latest evaluation is taken. The members of an ensemble count
+    as evaluated alone, too. Raises ConfigError if there is none, or if they are of different data,
+    splits or image sizes.
     """
     recorded: list[Mapping[str, Any]] = []
     for place in reader.find_evaluations(folder):
@@ -70,7 +71,7 @@ def collect(folder: pathlib.Path) -> list[Mapping[str, Any]]:
 
 
 def _alone(line: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The members of an ensemble as evaluations of their own, where each was scored alone."""
+    """Returns an ensemble's members as evaluations of their own, if each was scored alone."""
     members = line["members"]
     scores = line["member_scores"]
     if len(members) != len(scores):
@@ -81,15 +82,15 @@ def _alone(line: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _place(member: Mapping[str, Any]) -> str:
-    """A network's workdir, however it was typed."""
+    """Returns a network's workdir as an absolute path, in whatever form it was recorded."""
     return str(pathlib.Path(member["workdir"]).resolve())
 
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[TableLine]:
-    """Single networks by crops, then the largest ensembles of each number of crops: of different
-    networks, and as its control of one network's seeds.
+    """Groups evaluations into lines: single networks by crops, then the largest ensembles by crops.
 
-    Where there is an ensemble, its members are the single networks.
+    There are two kinds of ensembles: of different networks, and, as a control, of one network's
+    seeds. If there is an ensemble, only its members are shown as single networks.
     """
     found = []
     ensembles = [x for x in lines if len(x["members"]) > 1]
@@ -110,8 +111,10 @@ def rows(lines: Sequence[Mapping[str, Any]]) -> list[TableLine]:
 
 
 def _of_seeds(line: Mapping[str, Any]) -> bool:
-    """Whether the networks of an ensemble are one experiment's, with different seeds: they have
-    one name, and lie in EXPERIMENT/seed_K."""
+    """Whether the networks of an ensemble differ only in their seeds.
+
+    They then have one name and lie in folders EXPERIMENT/seed_K.
+    """
     experiments = {
         (member["name"], pathlib.Path(member["workdir"]).parent.name) for member in line["members"]
     }
@@ -119,7 +122,7 @@ def _of_seeds(line: Mapping[str, Any]) -> bool:
 
 
 def error(row: TableLine, name: str) -> str:
-    """Error of a row: one evaluation's with its 95% interval, or mean and range of several."""
+    """Gives a row's error: of one evaluation with its 95% interval, of several mean and range."""
     shares = [100 * wrong(line, name) for line in row.lines]
     if len(shares) == 1:
         return counted(wrong(row.lines[0], name), row.lines[0]["examples"])
@@ -128,31 +131,31 @@ def error(row: TableLine, name: str) -> str:
 
 
 def wrong(line: Mapping[str, Any], name: str) -> float:
-    """The share of wrong examples, from their count."""
+    """Returns the share of wrong examples, from their count."""
     n = line["examples"]
     return (n - round(line[name] * n)) / n
 
 
 def interval(line: Mapping[str, Any], name: str) -> Interval:
-    """The 95% interval of an error's count, as shares."""
+    """Returns the 95% interval of an error's count, as shares."""
     return wilson(round(wrong(line, name) * line["examples"]), line["examples"])
 
 
 def models(row: TableLine) -> str:
-    """How many networks a row rests on, in words."""
+    """Says how many networks a row rests on."""
     if row.label != "single":
         return f"{len(row.lines[0]['members'])}, averaged"
     return "1" if len(row.lines) == 1 else f"1 (mean of {len(row.lines)} networks)"
 
 
 def _paper_line(row: TableLine) -> int | None:
-    """The line of the paper's table that a row of ours is compared with."""
+    """Returns the line of the paper's table that a row of ours is compared with."""
     places = {("single", 1): 4, ("single", 144): 5, ("ensemble", 144): 6}
     return places.get((row.label, row.crops))
 
 
 def markdown(folder: pathlib.Path) -> str:
-    """The table, its setting and the networks behind it. Raises ConfigError as `collect` does."""
+    """Makes the table with its setting and its networks. Raises ConfigError as `collect` does."""
     lines = collect(folder)
     ours = rows(lines)
     beside = {place: row for row in ours if (place := _paper_line(row)) is not None}
@@ -197,7 +200,7 @@ def _setting(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _gains(ours: Sequence[TableLine]) -> str:
-    """What averaging gains over the members alone, with the interval of a paired bootstrap."""
+    """Lists what averaging gains over the members alone, with a paired bootstrap's interval."""
     said = ["| ensemble | crops | gain in top-1 on the members' mean, points |", "|---" * 3 + "|"]
     for row in ours:
         if row.label == "single" or not row.lines[0]["member_scores"]:
@@ -222,7 +225,7 @@ def _gains(ours: Sequence[TableLine]) -> str:
 
 
 def _networks(ours: Sequence[TableLine]) -> str:
-    """Every network of the table with its own errors."""
+    """Lists every network of the table with its own errors."""
     text = ["| network | seed | steps | crops | top-1 error | top-5 error |", "|---" * 6 + "|"]
     for row in ours:
         for line in row.lines if row.label == "single" else ():
@@ -242,7 +245,7 @@ def _networks(ours: Sequence[TableLine]) -> str:
 
 
 def as_csv(folder: pathlib.Path) -> str:
-    """Every evaluation behind the table, errors as shares of 1."""
+    """Lists every evaluation behind the table as CSV; errors are shares of 1."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     head = ["networks", "names", "seeds", "steps", "crops", "views", "image_size", "examples"]
@@ -260,7 +263,7 @@ def as_csv(folder: pathlib.Path) -> str:
 
 
 def draw_fig4(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
-    """The table of Fig. 4 from the evaluations recorded below `folder`; prints it.
+    """Writes and prints the table of Fig. 4 from the evaluations recorded below `folder`.
 
     Raises ConfigError if they cannot be compared with each other.
     """

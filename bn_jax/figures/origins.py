@@ -1,4 +1,4 @@
-"""What the runs of a table were made with: commit, packages, processor; and where they differ."""
+"""Says what the runs of a table were made with (commit, packages, processor), and what differs."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ UNKNOWN = "not recorded"
 
 
 def facts(origin: Mapping[str, Any]) -> dict[str, str]:
-    """What an origin (`source`, `versions`, `hardware` of a record) says, by name."""
+    """Returns the facts of an origin (`source`, `versions`, `hardware` of a record), by name."""
     source = origin.get("source", {})
     versions = origin.get("versions", {})
     hardware = origin.get("hardware", {})
@@ -28,7 +28,7 @@ def facts(origin: Mapping[str, Any]) -> dict[str, str]:
 
 
 def made_by(origins: Iterable[Mapping[str, Any]], what: str = "runs") -> str:
-    """One paragraph: what all share, and a warning that names each fact in which they differ."""
+    """Says in a paragraph what all share, with a warning that names each fact that differs."""
     listed = [facts(origin) for origin in origins]
     names = list(dict.fromkeys(name for found in listed for name in found))
     same = []
@@ -51,7 +51,7 @@ def made_by(origins: Iterable[Mapping[str, Any]], what: str = "runs") -> str:
 
 
 def apart(ours: Iterable[Mapping[str, Any]], theirs: Iterable[Mapping[str, Any]]) -> str:
-    """The names of the facts in which two groups of runs are not alike, or ''."""
+    """Returns the names of the facts in which two groups of runs differ, or ''."""
     one = [facts(origin) for origin in ours]
     two = [facts(origin) for origin in theirs]
     names = dict.fromkeys(name for found in (*one, *two) for name in found)

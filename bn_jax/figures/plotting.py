@@ -25,7 +25,7 @@ GREY = "#777777"
 def subplots(
     rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], squeeze: bool = True
 ) -> tuple[Figure, Any]:
-    """A figure (its size in inches) and its axes, as `matplotlib.pyplot.subplots` gives them."""
+    """Makes a figure (size in inches) and its axes, as `matplotlib.pyplot.subplots` does."""
     figure = Figure(figsize=figsize, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=squeeze)
 

@@ -1,4 +1,4 @@
-"""The pictures of one run: its accuracy, and the percentiles of one activation."""
+"""Draws one run: its accuracy, and the percentiles of one activation."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ from bn_jax.workdir.reader import read_run
 
 
 def draw_run(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
-    """One run's accuracy curve and, if recorded, the percentiles of one activation's input."""
+    """Draws a run's accuracy and, if recorded, the percentiles of one layer; returns the files."""
     run = read_run(workdir)
     layers = list(dict.fromkeys(line["layer"] for line in run.lines["activation"]))
     inputs = [layer for layer in layers if layer.endswith("/input")] or layers

@@ -1,6 +1,6 @@
-"""The Inception network of section 4.2: Fig. 5 as a table of modules, and the block it describes.
+"""The Inception network of section 4.2: Fig. 5 as a table, and the module that each row describes.
 
-Height and width of the maps, for two sizes of image:
+The maps have these heights and widths, for two sizes of image:
 
     image                        224    28
     conv1_7x7 (stride 2)         112    14
@@ -27,7 +27,7 @@ from bn_jax.ops import mixed
 
 
 class Fig5Row(NamedTuple):
-    """One row of Fig. 5: numbers of filters. `one` 0: no 1x1 branch. `project` 0: pass-through."""
+    """One row of Fig. 5: numbers of filters. 0 means no 1x1 branch (`one`), no `project`ion."""
 
     name: str
     one: int
@@ -59,13 +59,13 @@ class Variant(NamedTuple):
     """What differs between the published forms of the network.
 
     Attributes:
-      project_4cd: filters of the pool projection in 4c and 4d. Fig. 5 prints 128 and an output of
-        576 channels, but its branches sum to 608; 576 takes 96.
-      separable_stem: the first convolution is a 7x7 depthwise one of multiplier 8 and a 1x1 one
-        (Fig. 5), not a plain 7x7.
-      symmetric: Caffe's padding (as much before as after, none in the stem's pools), and averages
-        over the padded window.
-      mean, scale: of the pixels, (x - mean) / scale in RGB order.
+      project_4cd: filters of the pool projection in 4c and 4d. Fig. 5 prints 128, and an output of
+        576 channels; but with 128 the branches sum to 608, and 576 needs 96.
+      separable_stem: whether the first convolution is separable, a depthwise 7x7 of multiplier 8
+        and a 1x1 (Fig. 5), and not a plain 7x7.
+      symmetric: whether padding is Caffe's (as much before as after, none in the stem's pools), and
+        average pools divide by the size of the padded window.
+      mean, scale: of the pixels in RGB order, which become (x - mean) / scale.
     """
 
     project_4cd: int
@@ -82,17 +82,21 @@ VARIANTS = {
 }
 
 
-SMALLEST_FOR_POOL2 = 64  # pixels: at 32 px stage 5 would be a single position
+SMALLEST_FOR_POOL2 = 64  # pixels: at 32 px the maps of stage 5 would have a single position
 
 
 class Block(nn.Module):
     """One Inception module: four branches over the same input, concatenated over channels.
 
-    Layers: conv_1x1; conv_3x3_reduce, conv_3x3; double_3x3_reduce, double_3x3_1, double_3x3_2;
-    pool_proj. A stride is that of the last 3x3 of each branch and of the pool.
+    The branches have these layers: conv_1x1; conv_3x3_reduce, conv_3x3; double_3x3_reduce,
+    double_3x3_1, double_3x3_2; pool_proj. The row's stride is that of the last 3x3 of each branch
+    and of the pool.
 
-    conv makes a layer, as `layers.ConvBN`. width multiplies the numbers of filters. symmetric: see
-    `Variant`.
+    Attributes:
+      row: the numbers of filters.
+      conv: makes a layer, as `layers.ConvBN` does.
+      width: multiplies the numbers of filters.
+      symmetric: see `Variant`.
     """
 
     row: Fig5Row
@@ -102,7 +106,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """[N, H, W, C] to [N, H/stride, W/stride, one + three + double + project (or C)]."""
+        """Maps [N, H, W, C] to [N, H/stride, W/stride, one + three + double + project (or C)]."""
         row = self.row
         last = strided_3x3(row.stride, self.symmetric)
 
@@ -144,15 +148,15 @@ class Block(nn.Module):
         return jnp.concatenate(branches, axis=-1)
 
     def _average(self, x: jax.Array) -> jax.Array:
-        """3x3 average pool of stride 1."""
+        """Averages 3x3 windows, with stride 1."""
         y = nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=self.symmetric)
-        return y.astype(x.dtype)  # flax divides by float32 numbers of cells
+        return y.astype(x.dtype)  # Flax divides by float32 numbers of cells, which widens it
 
 
 class Parallel1x1:
-    """The 1x1 layers of a Block that read its input x [N, H, W, C], from one product if that pays.
+    """The 1x1 layers of a Block that read its input x [N, H, W, C]; one product if that is faster.
 
-    The kernels stay the layers' own parameters: they are read ahead and concatenated.
+    The kernels stay the layers' own parameters, which are concatenated here.
     """
 
     def __init__(self, x: jax.Array, layers: Sequence[ConvBN], **call: Any):
@@ -168,9 +172,9 @@ class Parallel1x1:
     def __call__(
         self, layer: ConvBN, pool: Callable[[jax.Array], jax.Array] = lambda x: x
     ) -> jax.Array:
-        """The output of a layer of pool(x), g(BN(W pool(x))). pool: linear, keeps the shape."""
+        """Computes a layer of pool(x), g(BN(W pool(x))). pool: linear, and keeps the shape."""
         if layer.name in self._products:
-            # Both are linear: pool(W x) is W pool(x), and has fewer channels to pool.
+            # Both are linear, so pool(W x) is W pool(x), and pools fewer channels.
             return layer.from_product(pool(self._products[layer.name]), **self._call)
         return layer(pool(self._x), **self._call)
 
@@ -178,8 +182,8 @@ class Parallel1x1:
 class AuxiliaryHead(nn.Module):
     """GoogLeNet's auxiliary classifier (its section 5).
 
-    Average pool 5x5/3, 1x1 convolution, dense layer of 1024, 70% dropout. The convolution has a
-    bias and no BN: the paper mentions no such heads.
+    It consists of an average pool 5x5/3, a 1x1 convolution, a dense layer of 1024 units and 70%
+    dropout. The convolution has a bias and no BN, because the paper does not mention such heads.
     """
 
     num_classes: int
@@ -192,7 +196,7 @@ class AuxiliaryHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[N, H, W, C] to logits float32 [N, num_classes], in training only."""
+        """Maps [N, H, W, C] to logits float32 [N, num_classes]; it is only used in training."""
         window = (min(5, x.shape[1]), min(5, x.shape[2]))  # small images have smaller maps
         x = nn.avg_pool(x, window, (3, 3), "VALID")
         x = self.conv(scaled(128, self.width), (1, 1), norm=None, name="conv_1x1")(x, train=True)
@@ -211,17 +215,17 @@ class AuxiliaryHead(nn.Module):
 
 
 class Inception(PooledInit):
-    """Fig. 5, from pixels to logits.
+    """The network of Fig. 5, from pixels to logits.
 
     Attributes:
       width: multiplies every number of filters (1 in the paper).
       variant: one of VARIANTS.
       norm: as in `layers.ConvBN`, or None.
       dropout: share of features dropped before the classifier.
-      lrn: local response normalization after pool1 and conv2_3x3 (GoogLeNet).
-      aux: two auxiliary heads, after 4a and 4d (GoogLeNet).
-      per_activation: names of modules ("inception_5b") whose BN has one scale and offset per
-        activation instead of per feature map (4.2.3).
+      lrn: whether local response normalization follows pool1 and conv2_3x3 (GoogLeNet).
+      aux: whether there are two auxiliary heads, after 4a and 4d (GoogLeNet).
+      per_activation: names of modules ("inception_5b") whose BN has a scale and an offset for each
+        activation instead of each feature map (4.2.3).
       kernel_init: of the convolutions, and of the auxiliary heads' hidden layers without its gain.
       dtype: of the computation; parameters are float32.
       precision: of every product and convolution, as lax takes it.
@@ -242,10 +246,10 @@ class Inception(PooledInit):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> Any:
-        """Images [N, H, W, C] in 0..255 to logits [N, num_classes], float32 or wider.
+        """Maps images [N, H, W, C] in 0..255 to logits [N, num_classes], float32 or wider.
 
-        In training with `aux`: (logits, (logits of head 1, of head 2)). mask: bool [N]; rows that
-        are False take no part in batch statistics.
+        In training with `aux` it returns (logits, (logits of head 1, of head 2)). mask: bool [N];
+        rows that are False do not enter batch statistics.
         """
         variant = VARIANTS[self.variant]
         conv = partial(
@@ -277,7 +281,7 @@ class Inception(PooledInit):
                     conv,
                     self.activation,
                     self.width,
-                    self.kernel_init._replace(gain=1.0),  # not a convolution: not scaled
+                    self.kernel_init._replace(gain=1.0),  # `init_scale` is for convolutions
                     self.dtype,
                     self.precision,
                     name=f"aux_{row.name}",
@@ -291,14 +295,14 @@ class Inception(PooledInit):
         return (logits, tuple(aux)) if aux else logits
 
     def _pixels(self, images: jax.Array) -> jax.Array:
-        """What the network reads of images in 0..255."""
+        """Preprocesses images in 0..255: subtracts the mean and divides by the scale."""
         variant = VARIANTS[self.variant]
         wide = jnp.promote_types(jnp.float32, self.dtype)
         mean = jnp.array(variant.mean if images.shape[-1] == 3 else sum(variant.mean) / 3, wide)
         return ((images.astype(wide) - mean) / variant.scale).astype(self.dtype)
 
     def _stem(self, x, conv, *, train, mask):
-        """[N, H, W, C] to [N, H/8, W/8, 192] (H/4 below 64 px)."""
+        """Maps [N, H, W, C] to [N, H/8, W/8, 192], or H/4 and W/4 below 64 px."""
         variant = VARIANTS[self.variant]
         keep_pool2 = min(x.shape[1:3]) >= SMALLEST_FOR_POOL2
 
@@ -341,17 +345,17 @@ class Inception(PooledInit):
 
 
 def scaled(features: int, width: float) -> int:
-    """A number of filters times the width multiplier, at least 1."""
+    """Multiplies a number of filters by the width; the result is at least 1."""
     return max(1, round(features * width))
 
 
 def strided_3x3(stride: int, symmetric: bool) -> dict[str, Any]:
-    """Strides and padding of a 3x3 convolution; the two paddings differ only at stride 2."""
+    """Returns strides and padding of a 3x3 convolution; the paddings differ only at stride 2."""
     return {"strides": (stride, stride), "padding": [(1, 1)] * 2 if symmetric else "SAME"}
 
 
 def classifier(num_classes: int, dtype: Any, precision: Any) -> nn.Module:
-    """The last layer, linear with a bias; called `classifier` in the parameters.
+    """Makes the last layer, linear with a bias; its parameters are called `classifier`.
 
     No nonlinearity follows it, so its initial weights are Glorot's.
     """

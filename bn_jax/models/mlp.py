@@ -13,7 +13,7 @@ from bn_jax.ops import mixed
 
 
 class Mlp(PooledInit):
-    """Hidden layers `dense_0`, `dense_1`, ... and a linear `classifier` (4.1).
+    """A network with hidden layers `dense_0`, `dense_1`, ... and a linear `classifier` (4.1).
 
     Attributes:
       widths: units of the hidden layers.
@@ -39,9 +39,9 @@ class Mlp(PooledInit):
     def __call__(
         self, images: jax.Array, *, train: bool, mask: jax.Array | None = None
     ) -> jax.Array:
-        """Images [N, H, W, C] in 0..255 to logits [N, num_classes], float32 or wider.
+        """Maps images [N, H, W, C] in 0..255 to logits [N, num_classes], float32 or wider.
 
-        mask: bool [N]; rows that are False take no part in batch statistics.
+        mask: bool [N]; rows that are False do not enter batch statistics.
         """
         x = (images > self.threshold * 255).astype(self.dtype)
         x = x.reshape(images.shape[0], -1)

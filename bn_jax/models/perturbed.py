@@ -13,13 +13,13 @@ class PerturbedBatchNorm(BatchNorm):
     """`BatchNorm` with noise in its statistics, and with an end of its use of batches.
 
     Attributes:
-      noise: in training, the mean that is subtracted is off by `noise` times a standard normal
-        number, in standard deviations, and the logarithm of the standard deviation by another. Both
-        numbers are drawn for every feature and step, from the random stream `noise`. Where that is
-        not given, as for population statistics, there is no noise. The running estimate does not
-        see it.
-      freeze_after: after so many updates of the running estimate, training normalizes with it, as
-        inference does, and it is not updated any more. 0: never.
+      noise: in training, the mean that is subtracted is wrong by `noise` times a standard normal
+        number, in standard deviations, and so is the logarithm of the standard deviation, by
+        another number. Both are drawn for every feature and step, from the random stream `noise`.
+        If that is not given, as for population statistics, there is no noise. The running estimate
+        is not affected.
+      freeze_after: after so many updates of the running estimate, training normalizes by it, as
+        inference does, and it is no longer updated. 0: never.
     """
 
     noise: float = 0.0
@@ -28,7 +28,7 @@ class PerturbedBatchNorm(BatchNorm):
     def __call__(
         self, x, use_running_average: bool | None = None, *, mask=None, relu: bool = False
     ):
-        """Normalizes `x`; see `BatchNorm`. `use_running_average` is given here."""
+        """Normalizes `x`; see `BatchNorm`. Without `use_running_average` it trains."""
         if use_running_average or self.is_initializing():
             return super().__call__(x, use_running_average, mask=mask, relu=relu)
 
@@ -40,7 +40,7 @@ class PerturbedBatchNorm(BatchNorm):
         return y if mask is None else jnp.where(_rows(mask, y), y, 0)
 
     def _train(self, x, mask):
-        """Training mode, until the statistics are frozen."""
+        """Normalizes in training mode, until the statistics are frozen."""
         if not self.freeze_after:
             return super().__call__(x, False, mask=mask)
         names = ("mean", "var", "count")
@@ -55,8 +55,10 @@ class PerturbedBatchNorm(BatchNorm):
         return jnp.where(over, held, y)
 
     def _disturbed(self, y):
-        """What BN with other statistics had made of x: y = scale * x_hat + bias, with x_hat moved
-        and stretched."""
+        """Turns y = scale * x_hat + bias into the result of BN with other statistics.
+
+        These move and stretch x_hat.
+        """
         keys = jax.random.split(self.make_rng("noise"))
         params = self.variables.get("params", {})
         scale = params.get("scale", jnp.ones(y.shape[-1]))
@@ -69,5 +71,5 @@ class PerturbedBatchNorm(BatchNorm):
 
 
 def _rows(mask, y):
-    """A mask [examples] in y's rank; one that can be broadcast to y stays."""
+    """Reshapes a mask [examples] to y's rank; a mask that can be broadcast to y stays as it is."""
     return mask.reshape(mask.shape + (1,) * (y.ndim - mask.ndim)) if mask.ndim == 1 else mask

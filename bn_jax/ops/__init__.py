@@ -1,7 +1,7 @@
-"""Hand-tuned forms of a few operations: exact, each kept because it is faster somewhere.
+"""Hand-tuned forms of a few operations, which compute the same and are faster somewhere.
 
     form             plain                              hand-tuned                          runs on
-    max_pool         reduce_window, select-and-scatter  keeps the maxima's places as uint8  CPU, GPU
+    max_pool         reduce_window, select-and-scatter  keeps maxima's positions as uint8   CPU, GPU
     conv_1x1         convolution                        matrix product (stride 1)           CPU
     kernel_gradient  gradient by YNNPACK                by Eigen (kernel_gradient.py)       CPU
     products         one convolution each               one product (models/inception.py)   CPU, GPU
@@ -9,22 +9,23 @@
     filter_gradient  convolution, float32 result        product, or rounded once (mixed.py) GPU
     vectors          a sum of squares for each array    one for forty arrays (vectors.py)   GPU
 
-`FORMS` (forms.py) is the one place that says which form runs on which backend; on a TPU all are
+`FORMS` (forms.py) is the only place that says which form runs on which backend; on a TPU all are
 plain. On GPUs max pooling is ours because XLA's gradient adds with atomics, in an order that
-changes from run to run, and where it must not, it sorts millions of keys. Filter gradients are ours
-because cuDNN has no convolution of bfloat16 operands with a float32 result, so that XLA writes both
-operands to memory in float32. Of BN-x30 in bfloat16, batch 256, compiled for an H100, max pooling
-moves 30 MB an image less, filter gradients and products together another 63. Nothing was measured
-on a GPU or a TPU.
+changes from run to run, and if it must be deterministic, XLA sorts millions of keys instead. Filter
+gradients are ours because cuDNN has no convolution of bfloat16 operands with a float32 result, so
+that XLA writes both operands to memory in float32. In BN-x30 compiled for an H100 (bfloat16, batch
+256), max pooling moves 30 MB less for each image, and filter gradients and products together
+another 63 MB. These bytes are counted in compiled programs; docs/performance.md says what was
+measured on a GPU.
 
-`python -m benchmarks.step` times the forms, with BN, beside plain Flax; results/bench/ has the
-figures. Tried and left out, because no gain was seen: the input gradient of a 3x3 as a convolution
-with the flipped kernel (it is that in XLA). Weight gradients as shifted products gain too, but less
-than Eigen's convolutions, and take more memory.
+`python -m benchmarks.step` compares the time of the forms, and of BN, with plain Flax;
+results/bench/ has the figures. Two other forms were tried. The input gradient of a 3x3 convolution
+as a convolution with the flipped kernel gained nothing, because XLA does the same. Weight gradients
+as shifted products are faster than XLA's, but slower than Eigen's and need more memory.
 
 Parameters do not depend on the form. The choice is made while tracing, from the default backend.
 `with plain():` forces the plain forms, for comparisons. `with tracing_for("gpu"):` chooses the
-forms of another backend, for a program that is compiled for it here.
+forms of another backend, to compile a program for it on this machine.
 """
 
 import functools
@@ -65,12 +66,13 @@ def conv(
     preferred_element_type: Any = None,
     **options: Any,
 ) -> jax.Array:
-    """`lax.conv_general_dilated` for x [N, H, W, C] and kernel [h, w, C/groups, features].
+    """Convolves x [N, H, W, C] with kernel [h, w, C/groups, features].
 
-    Takes its arguments as `flax.linen.Conv` gives them (`conv_general_dilated=ops.conv`). A 1x1
-    convolution of stride 1 becomes a product [N*H*W, C] x [C, features]: XLA's CPU convolution
-    computes the weight gradient of such a layer more slowly than the product. Larger kernels get
-    the gradient of `kernel_gradient.conv`. A kernel that is wider than x is left to `mixed.conv`.
+    It stands in for `lax.conv_general_dilated` and takes the arguments that `flax.linen.Conv` gives
+    it (`conv_general_dilated=ops.conv`). On CPU a 1x1 convolution of stride 1 becomes a product
+    [N*H*W, C] x [C, features], because XLA computes the weight gradient of the convolution more
+    slowly. Larger kernels get the gradient of `kernel_gradient.conv`. If the kernel's dtype differs
+    from x's, `mixed.conv` is used.
     """
     if kernel.dtype != x.dtype:
         return mixed.conv(x, kernel, strides, padding, feature_group_count, precision)
@@ -103,7 +105,7 @@ def conv(
 
 
 def products(x: jax.Array, kernels: Sequence[jax.Array], precision: Any = None) -> list[jax.Array]:
-    """1x1 convolutions of one x [N, H, W, C] with kernels [1, 1, C, features], as one product."""
+    """Convolves x [N, H, W, C] with several kernels [1, 1, C, features], in one product."""
     merged = jnp.concatenate(kernels, axis=-1)
     merged = merged.astype(jnp.promote_types(merged.dtype, x.dtype))
     numbers = ("NHWC", "HWIO", "NHWC")
@@ -113,9 +115,10 @@ def products(x: jax.Array, kernels: Sequence[jax.Array], precision: Any = None) 
 
 
 def max_pool(x: jax.Array, stride: int) -> jax.Array:
-    """3x3 max pooling of x [N, H, W, C], padded as SAME: [N, ceil(H/stride), ceil(W/stride), C].
+    """Pools the maxima of 3x3 windows of x [N, H, W, C], padded as SAME.
 
-    Of equal values the first of a window, row by row, takes the gradient, as in XLA's.
+    Returns [N, ceil(H/stride), ceil(W/stride), C]. If values of a window are equal, the first of
+    them, row by row, receives the gradient, as in XLA.
     """
     if hand_tuned("max_pool"):
         return _max_pool(x, stride)
@@ -123,10 +126,11 @@ def max_pool(x: jax.Array, stride: int) -> jax.Array:
 
 
 def max_pool_unpadded(x: jax.Array) -> jax.Array:
-    """3x3 max pooling of stride 2 as Caffe has it: [N, H, W, C] to [N, floor(H/2), floor(W/2), C].
+    """Pools the maxima of 3x3 windows with stride 2 as Caffe does.
 
-    Windows start at the first pixel, and the last one may reach past the edge (torch's ceil_mode).
-    That is SAME where H and W are even; where they are odd, SAME pads before the first pixel too.
+    x: [N, H, W, C]. Returns [N, floor(H/2), floor(W/2), C]. Windows start at the first pixel, and
+    the last one may reach past the edge (torch's ceil_mode). For even H and W this equals SAME; for
+    odd ones SAME also pads before the first pixel.
     """
     height, width = x.shape[1:3]
     if height % 2 or width % 2:
@@ -146,19 +150,20 @@ def _max_pool_forward(x: jax.Array, stride: int):
 
 
 def _max_pool_backward(stride: int, residuals, dy: jax.Array):
-    """Each dy goes to its place, as a sum over the windows that a value of x lies in.
+    """Sends each dy to the position of its maximum: dx is a sum over the windows of a value of x.
 
-    A value lies in window o as its value k, o = (position + low - k) / stride: which k divide
-    depends on the position modulo the stride only. Those stride x stride classes of positions are
-    computed apart, in arrays of y's size, and interleaved. (Nine dilated copies of x's size, as
-    written at first, are one loop when compiled alone, but nine arrays in a whole network.)
+    Along one axis, the value at `position` is value k of window o = (position + low - k) / stride.
+    Whether this is a whole number depends only on k and the position modulo the stride. So the
+    stride x stride classes of positions are computed separately, in arrays of y's size, and then
+    interleaved. (Nine dilated copies of x's size would also do. XLA compiles them to one loop when
+    they stand alone, but to nine arrays in a whole network.)
     """
     place, shape = residuals
     low = [_padding(n, stride)[0] for n in shape[1:3]]
     cells = [-(-n // stride) for n in shape[1:3]]
 
     def sent(i: int, j: int, position: tuple[int, int]) -> jax.Array:
-        """What value (i, j) of its windows sends to the class of positions."""
+        """Returns what this class of positions receives as value (i, j) of its windows."""
         edges = [(0, 0, 0)]
         for k, at, start in zip((i, j), position, low, strict=True):
             shift = (at + start - k) // stride
@@ -167,6 +172,7 @@ def _max_pool_backward(stride: int, residuals, dy: jax.Array):
         return lax.pad(part, jnp.zeros((), dy.dtype), [*edges, (0, 0, 0)])
 
     def received(row: int, column: int) -> jax.Array:
+        """Sums the gradients of the class of positions that begins at (row, column)."""
         rows, columns = (
             [k for k in range(3) if (at + start - k) % stride == 0]
             for at, start in zip((row, column), low, strict=True)
@@ -185,7 +191,7 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def _max_and_place(x: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
-    """The maxima and, as uint8, which of the 9 values of the window each of them is."""
+    """Returns the maxima and, as uint8, which of the window's 9 values each of them is."""
     edges = [_padding(n, stride) for n in x.shape[1:3]]
     padded = jnp.pad(x, ((0, 0), *edges, (0, 0)), constant_values=-jnp.inf)
     height, width = (-(-n // stride) for n in x.shape[1:3])
@@ -205,6 +211,6 @@ def _max_and_place(x: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _padding(size: int, stride: int) -> tuple[int, int]:
-    """SAME padding of a window of 3, before and after."""
+    """Returns the SAME padding of a window of 3 along one axis: before and after."""
     total = max((-(-size // stride) - 1) * stride + 3 - size, 0)
     return total // 2, total - total // 2

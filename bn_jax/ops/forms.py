@@ -1,4 +1,4 @@
-"""Which form of an operation runs on which backend: the one place that says so.
+"""Says which form of an operation runs on which backend; nothing else decides it.
 
 The choice is made while tracing. The table in `bn_jax/ops/__init__.py` says what each form is.
 """
@@ -24,7 +24,7 @@ _backend: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend",
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """What is traced inside uses XLA's own operations and their autodiff."""
+    """Makes what is traced inside use XLA's own operations and their derivatives."""
     token = _plain.set(True)
     try:
         yield
@@ -34,7 +34,7 @@ def plain() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tracing_for(backend: str) -> Iterator[None]:
-    """What is traced inside has the forms of this backend ("cpu", "gpu", "tpu")."""
+    """Makes what is traced inside use the forms of this backend ("cpu", "gpu" or "tpu")."""
     token = _backend.set(backend)
     try:
         yield
@@ -43,10 +43,10 @@ def tracing_for(backend: str) -> Iterator[None]:
 
 
 def backend() -> str:
-    """The backend whose forms are chosen: that of `tracing_for`, else jax's default backend."""
+    """Returns the backend whose forms are used: that of `tracing_for`, else jax's default."""
     return _backend.get() or jax.default_backend()
 
 
 def hand_tuned(form: str) -> bool:
-    """Whether the hand-tuned form of one of FORMS is used: on its backends, outside `plain()`."""
+    """Whether the hand-tuned form of one of FORMS is used: on its backends, unless `plain()`."""
     return backend() in FORMS[form] and not _plain.get()

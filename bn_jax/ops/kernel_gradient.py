@@ -1,11 +1,11 @@
-"""A convolution whose kernel gradient is computed by Eigen instead of YNNPACK, on CPU.
+"""A convolution whose kernel gradient is computed on CPU by Eigen instead of YNNPACK.
 
-The gradient of a kernel is itself a convolution: of the image, with the examples as features and dy
-as the kernel. jaxlib 0.10 gives convolutions to YNNPACK, which is fast at forward passes and at the
-gradients of inputs, but up to 7 times slower than Eigen where the kernel is as large as the map
-(docs/performance.md). YNNPACK does not take a kernel that is taller than its image, so rows of
-zeros are added below dy. They do not change the sums. A version of XLA that decides by another rule
-only has a few more zeros to add.
+The gradient of a kernel is itself a convolution, whose image is x, with the examples as its
+channels, and whose kernel is dy. jaxlib gives convolutions to YNNPACK from 0.10 on. It is fast at
+forward passes and at the gradients of inputs, but up to 7 times slower than Eigen if the kernel is
+as large as the map (docs/performance.md). XLA does not use YNNPACK for a kernel that is taller than
+its image, so rows of zeros are added below dy. They do not change the sums. If another version of
+XLA decides by another rule, the result is still right, and the zeros only cost a little time.
 """
 
 import functools
@@ -17,11 +17,12 @@ from jax import lax
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 
-# A kernel is filled up to whole strides. One that grows by more than this is left to XLA.
+# A kernel is padded to a multiple of the stride. If that makes it larger by more than this factor,
+# XLA's own gradient is used.
 WASTE = 1.5
 
-# Multiplications in a gradient; smaller ones are left to XLA. At 3e6, as in the digits network,
-# Eigen takes up to 1.4 times as long.
+# If a gradient has fewer multiplications than this, XLA's own is used. At 3e6, as in the digits
+# network, Eigen takes up to 1.4 times as long.
 LEAST = 1e7
 
 
@@ -33,7 +34,7 @@ class Axis(NamedTuple):
       kernel: blocks that the kernel covers.
       blocks: blocks of the image.
       ahead: blocks of zeros before those of the image.
-      edges: pixels to add at both ends, so that the image is whole blocks (negative: to leave out).
+      edges: pixels to add at both ends, so that the image has whole blocks (if negative: to crop).
       out: positions in the result.
     """
 
@@ -46,17 +47,17 @@ class Axis(NamedTuple):
 
     @property
     def filled(self) -> int:
-        """Pixels of the kernel, filled up to whole blocks."""
+        """The pixels of the kernel, padded to whole blocks."""
         return self.kernel * self.stride
 
     @property
     def reach(self) -> int:
-        """Blocks that the kernel passes over."""
+        """The number of blocks that the kernel passes over."""
         return self.out + self.kernel - 1
 
 
 def _axes(shape, kernel_shape, strides, padding) -> list[Axis]:
-    """The two axes of a convolution of an image [N, H, W, C]."""
+    """Describes the two axes of a convolution of an image [N, H, W, C]."""
     sizes = shape[1:3]
     windows = kernel_shape[:2]
     if isinstance(padding, str):
@@ -69,25 +70,26 @@ def _axes(shape, kernel_shape, strides, padding) -> list[Axis]:
 
         # Whole blocks of padding come first, and what remains is added to the image.
         ahead, first = divmod(low, stride)
-        blocks = -(-(first + size) // stride)
-        blocks = min(
-            blocks, out + kernel - 1 - ahead
-        )  # those behind the last position are not read
+        # Blocks behind the last position of the kernel are not read.
+        present = -(-(first + size) // stride)
+        read = out + kernel - 1 - ahead
+        blocks = min(present, read)
+
         last = blocks * stride - first - size
         axes.append(Axis(stride, kernel, blocks, ahead, (first, last), out))
     return axes
 
 
 def _tall(rows: Axis) -> int:
-    """The height of dy with the zeros below it."""
+    """Returns the height of dy with the zeros below it."""
     return max(rows.out, rows.blocks + 1)
 
 
 def pays(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any) -> bool:
     """Whether `conv` accepts x [N, H, W, C] and kernel [h, w, C, features], and is faster on them.
 
-    It is not where dy, with its zeros, is larger than the image: XLA then exchanges the two, and
-    has no library for the result.
+    It is slower if dy, with its zeros, is larger than the image: XLA then exchanges the two, and
+    uses no library for the result.
     """
     if x.dtype not in (jnp.float32, jnp.float64) or x.ndim != 4:
         return False
@@ -109,7 +111,7 @@ def pays(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def conv(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, precision: Any) -> jax.Array:
-    """Convolves x [N, H, W, C] with kernel [h, w, C, features]."""
+    """Convolves x [N, H, W, C] with kernel [h, w, C, features]: returns [N, H', W', features]."""
     return _convolve(x, kernel, strides, padding, precision)
 
 
@@ -126,9 +128,9 @@ def _forward(x, kernel, *constants):
 def _backward(strides, padding, precision, residuals, dy):
     """Returns (dx, dkernel).
 
-    dkernel[i, j] is the sum over examples and positions of dy times x, i and j pixels away. The
-    pixels of a block become channels, and the kernel is filled up with zeros to whole blocks: what
-    remains is the gradient of a convolution of stride 1.
+    dkernel[i, j] is the sum over examples and positions of dy times the x that lies i and j pixels
+    further. Here the pixels of a block become channels, and the kernel is padded with zeros to
+    whole blocks, so that only the gradient of a convolution of stride 1 is needed.
     """
     x, kernel = residuals
 
@@ -141,8 +143,8 @@ def _backward(strides, padding, precision, residuals, dy):
     image = _image(x, rows, columns)
     gradient = _gradient(dy, rows)
 
-    # Without the barrier XLA takes the columns of zeros into the convolution's own padding, and
-    # then dy is the larger of the two (see `pays`).
+    # Without the barrier XLA makes the columns of zeros the convolution's own padding. The image is
+    # then smaller than dy, and XLA exchanges the two (see `pays`).
     image, gradient = lax.optimization_barrier((image, gradient))
     below = rows.kernel - 1 + _tall(rows) - rows.ahead - rows.blocks
     edges = [(rows.ahead, below), (0, 0)]
@@ -151,7 +153,7 @@ def _backward(strides, padding, precision, residuals, dy):
 
 
 def _image(x, rows: Axis, columns: Axis):
-    """x as the image of the gradient's convolution: [pixels of a block * C, blocks, blocks, N]."""
+    """Makes x the image of the gradient's convolution: [stride * stride * C, blocks, blocks, N]."""
     examples, _, _, channels = x.shape
     zero = jnp.zeros((), x.dtype)
     none = (0, 0, 0)
@@ -166,7 +168,7 @@ def _image(x, rows: Axis, columns: Axis):
 
 
 def _gradient(dy, rows: Axis):
-    """dy as the kernel of the gradient's convolution, with zeros below: [h, w, N, features]."""
+    """Makes dy the kernel of the gradient's convolution, zeros below it: [h, w, N, features]."""
     zero = jnp.zeros((), dy.dtype)
     none = (0, 0, 0)
     below = _tall(rows) - rows.out
@@ -175,7 +177,7 @@ def _gradient(dy, rows: Axis):
 
 
 def _kernel(blocks, shape, rows: Axis, columns: Axis):
-    """The gradient of the kernel [h, w, C, features], from what the convolution gives by blocks."""
+    """Reorders the convolution's result by blocks to the kernel's gradient [h, w, C, features]."""
     height, width, channels, features = shape
     blocks = blocks.reshape(rows.stride, columns.stride, channels, rows.kernel, columns.kernel, -1)
     blocks = blocks.transpose(3, 0, 4, 1, 2, 5)

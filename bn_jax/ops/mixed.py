@@ -1,10 +1,9 @@
-"""Layers that compute in bfloat16 and leave the gradients of their parameters in float32.
+"""Layers that compute in bfloat16, with float32 gradients of their parameters.
 
 Flax casts a kernel to bfloat16 before the layer, so the kernel's gradient is in bfloat16, too: it
-is rounded after the sum over a device's examples, and added up between devices in bfloat16. Here a
-layer gets the float32 kernel, rounds it for the products with x, and adds up the gradient in
-float32. Where the computation is as wide as the parameters (float32, float64), results are Flax's,
-bit for bit.
+is rounded after the sum over a device's examples, and summed over devices in bfloat16. Here a layer
+gets the float32 kernel, rounds it for the products with x, and sums the gradient in float32. If the
+computation is as wide as the parameters (float32, float64), results equal Flax's bit for bit.
 """
 
 import functools
@@ -21,9 +20,10 @@ from bn_jax.ops.forms import hand_tuned
 
 
 def promote(*args: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
-    """Casts (x, kernel, bias) as Flax's layers do, but leaves parameters wider than `dtype` as is.
+    """Casts (x, kernel, bias) as Flax's layers do, but does not narrow parameters to `dtype`.
 
-    For a layer's `promote_dtype`. With a bias the layer's result is then wider than `dtype`.
+    It is meant for a layer's `promote_dtype`. With a bias the layer's result is then wider than
+    `dtype`.
     """
     x, kernel, bias = args
     if dtype is None or jnp.promote_types(kernel.dtype, dtype) == dtype:
@@ -35,9 +35,9 @@ def promote(*args: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
 def conv(
     x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, groups: int, precision: Any
 ) -> jax.Array:
-    """The convolution of x [N, H, W, C] with kernel [h, w, C/groups, features] in x's dtype.
+    """Convolves x [N, H, W, C] with kernel [h, w, C/groups, features] in x's dtype.
 
-    The kernel is rounded to x's dtype; its gradient has its own.
+    The kernel is rounded to x's dtype; the kernel's gradient has the kernel's own dtype.
     """
     return _convolve(x, kernel, strides, padding, groups, precision)
 
@@ -59,7 +59,7 @@ def _forward(x, kernel, *constants):
 
 
 def _backward(strides, padding, groups, precision, residuals, dy):
-    """dx in x's dtype; dkernel from x and dy, in the kernel's dtype."""
+    """Returns (dx, dkernel), each in the dtype of its value."""
     x, kernel = residuals
     constants = (strides, padding, groups, precision)
     (dx,) = jax.linear_transpose(lambda x: _convolve(x, kernel, *constants), x)(dy)
@@ -69,7 +69,7 @@ def _backward(strides, padding, groups, precision, residuals, dy):
 
     pointwise = kernel.shape[:2] == (1, 1) and {*strides} == {1} and groups == 1
     if pointwise:
-        # A product has narrow operands and a float32 result; cuDNN has no such convolution.
+        # A product can have bfloat16 operands and a float32 result; cuDNN has no such convolution.
         dkernel = lax.dot_general(
             x.reshape(-1, x.shape[-1]),
             dy.reshape(-1, dy.shape[-1]),
@@ -79,8 +79,8 @@ def _backward(strides, padding, groups, precision, residuals, dy):
         )
         return dx, dkernel[None, None]
 
-    # cuDNN adds up in float32 and rounds the sum once to x's dtype. XLA would otherwise write x
-    # and dy to memory in float32 first.
+    # cuDNN sums in float32 and rounds the sum once to x's dtype. If a float32 result were asked for
+    # instead, XLA would first write x and dy to memory in float32.
     def rounded(x, dy):
         return _filter_gradient(x, dy, kernel, *constants, x.dtype).astype(kernel.dtype)
 
@@ -91,7 +91,7 @@ def _backward(strides, padding, groups, precision, residuals, dy):
     if mesh.empty or len(x) % devices:
         return dx, _filter_gradient(x, dy, kernel, *constants, kernel.dtype)
 
-    # The sum over devices is in float32: XLA by itself would take it of what is rounded.
+    # The sum over devices is in float32; XLA by itself would sum the rounded values.
     def of_all_devices(x, dy):
         return lax.psum(rounded(x, dy), mesh.axis_names)
 
@@ -101,12 +101,12 @@ def _backward(strides, padding, groups, precision, residuals, dy):
 
 
 def _filter_gradient(x, dy, kernel, strides, padding, groups, precision, dtype):
-    """The gradient of the kernel as the convolution of x and dy, with a result of `dtype`."""
+    """Computes the kernel's gradient as the convolution of x and dy, with a result of `dtype`."""
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     sizes = zip(x.shape[1:3], kernel.shape[:2], dy.shape[1:3], strides, padding, strict=True)
 
-    # Padded at the end to as many places as the kernel has, fewer than none included.
+    # The padding at the end makes the result as large as the kernel; it may be negative.
     edges = [(low, (out - 1) * s + k - n - low) for n, k, out, s, (low, _) in sizes]
     return lax.conv_general_dilated(
         x,
@@ -125,9 +125,9 @@ conv.defvjp(_forward, _backward)
 
 
 def dot(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, *, precision: Any = None):
-    """`lax.dot_general` of x [N, C] and kernel [C, features], as `flax.linen.Dense` calls it.
+    """Multiplies x [N, C] by kernel [C, features]; `flax.linen.Dense` calls it as `dot_general`.
 
-    A kernel that is wider than x is treated as in `conv`.
+    If the kernel's dtype differs from x's, it is rounded, and its gradient kept wide, as in `conv`.
     """
     if kernel.dtype == x.dtype:
         return lax.dot_general(x, kernel, dimension_numbers, precision=precision)

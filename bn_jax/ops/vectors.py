@@ -1,10 +1,10 @@
-"""What the step does with all parameters, in few kernels on GPUs, without copies of parameters.
+"""Operations on all parameters at once, with few kernels on GPUs and without copies of parameters.
 
-XLA for GPUs launches a kernel or two for every sum of squares and every update of an array, and
-copies a parameter that it is not sure to have read before it is overwritten. In a step of six
-layers `squares`, `raveled` and `after` save 38 of 166 kernels; in one of eight `gathered` saves 14
-of 175; in one of twelve `after` saves 21 of 233 by making one array of its numbers
-(docs/performance.md).
+XLA for GPUs launches one or two kernels for every sum of squares and every update of an array. It
+also copies a parameter if it cannot prove that the parameter is read before it is overwritten. In a
+step of six layers `squares`, `raveled` and `after` save 38 of 166 kernels; in one of eight layers
+`gathered` saves 14 of 175; in one of twelve layers `after` saves 21 of 233, because it puts its
+numbers into one array (docs/performance.md).
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ TOGETHER = 40  # arrays that one kernel reads, two operands for each; XLA's limi
 
 
 def squares(arrays: Sequence[jax.Array]) -> jax.Array:
-    """The sum of squares of each of these arrays, [arrays]."""
+    """Returns the sum of squares of each array, as one array [len(arrays)]."""
     if not hand_tuned("vectors"):
         return jnp.stack([jnp.sum(jnp.square(x)) for x in arrays])
     sums = [_squares_of_rows(arrays[k : k + TOGETHER]) for k in range(0, len(arrays), TOGETHER)]
     rows = [-(-x.size // ROW) for x in arrays]
 
-    # Not a product with zeros: what is not finite stays in its own array's sum.
+    # `where`, not a product with zeros: a value that is not finite must not reach other sums.
     owner = np.repeat(np.arange(len(arrays)), rows)
     mine = jnp.arange(len(arrays))[:, None] == jnp.array(owner)
     found = jnp.sum(jnp.where(mine, jnp.concatenate(sums), 0), axis=1)
@@ -36,7 +36,7 @@ def squares(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def _squares_of_rows(arrays: Sequence[jax.Array]) -> jax.Array:
-    """Sums of squares of rows, filled up with zeros, of which none is of two arrays."""
+    """Returns sums of squares of rows of ROW values; zeros fill up the last row of each array."""
     parts = []
     for x in arrays:
         parts += [x.reshape(-1), jnp.zeros(-x.size % ROW, x.dtype)]
@@ -45,27 +45,27 @@ def _squares_of_rows(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def raveled(tree: Any) -> Any:
-    """The tree with arrays of one axis.
+    """Flattens every array of a tree to one axis, on GPUs.
 
-    What is computed with them has the parameters' own order in memory. A gradient as cuDNN gives it
-    has another one, in which XLA would do all that follows, and turn the parameters to it and back.
+    The arrays then have the parameters' own layout in memory. cuDNN returns gradients in another
+    layout, in which XLA would otherwise compute the update, transposing the parameters twice.
     """
     return jax.tree.map(jnp.ravel, tree) if hand_tuned("vectors") else tree
 
 
 def after(known: jax.Array, *numbers: Any) -> tuple[Any, ...]:
-    """The scalars `numbers`, in a way that XLA cannot compute before the scalar `known`.
+    """Returns the scalars `numbers` such that XLA cannot use them before the scalar `known`.
 
-    They come out of one array: updates that read it, and have one shape, are one kernel.
+    They are read from one array, so that XLA can merge updates of one shape into one kernel.
     """
     if not hand_tuned("vectors"):
         return numbers
-    never = (known != known) & (known == known)  # not even if it is NaN
+    never = (known != known) & (known == known)  # false even for NaN
     return tuple(lax.optimization_barrier(jnp.where(never, 0, jnp.stack(numbers))))
 
 
 def gathered(tree: Any) -> Any:
-    """The tree with its float32 scalars out of one array, so that one kernel reads them."""
+    """Reads the float32 scalars of a tree from one array, so that one kernel reads them all."""
     leaves, structure = jax.tree.flatten(tree)
     places = [k for k, x in enumerate(leaves) if jnp.ndim(x) == 0 and x.dtype == jnp.float32]
     if not places or not hand_tuned("vectors"):

@@ -1,1 +1,1 @@
-"""Preparing and checking data sets: `python -m bn_jax.prepare`."""
+"""Prepares and checks data sets: `python -m bn_jax.prepare`."""

@@ -8,7 +8,7 @@ from bn_jax.distributed.cpus import usable_cpus
 
 
 def main() -> None:
-    """Reads the command line and does what it says."""
+    """Reads the command line and runs one of the commands."""
     parser = errors.Parser(prog="python -m bn_jax.prepare", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -80,7 +80,7 @@ def run_imagenet(options: argparse.Namespace) -> None:
 
 
 def run_mnist(options: argparse.Namespace) -> None:
-    """Prints the folder of MNIST, after downloading it where it is not there."""
+    """Prints the folder of MNIST, after downloading it if it is absent."""
     from bn_jax.prepare.mnist import locate
 
     print(locate(errors.expand_path(options.data_dir) if options.data_dir else None))

@@ -1,4 +1,4 @@
-"""The check of a data set: reads and decodes every record, and ends with a verdict."""
+"""Checks a data set: reads and decodes every record, and ends with a verdict."""
 
 import concurrent.futures
 import hashlib
@@ -16,14 +16,14 @@ from bn_jax.data.load import BadRecordError, Readable, Record, checked_label
 from bn_jax.errors import ConfigError, DataError, printable, reading
 from bn_jax.prepare import imagenet
 
-_SHOWN = 10  # problems printed of each split
-_CHUNK = 64  # records a thread takes at a time
+_SHOWN = 10  # problems of each split that are printed
+_CHUNK = 64  # records that a thread takes at a time
 _UNLABELLED = -1  # the label of all records of a split that has no labels
 
 
 @dataclass
 class Report:
-    """What was found in one split."""
+    """The findings in one split."""
 
     labels: Counter = field(default_factory=Counter)
     kinds: Counter = field(default_factory=Counter)
@@ -62,9 +62,9 @@ class Part:
 def check(directory: pathlib.Path, name: str, *, threads: int) -> None:
     """Prints what is in a set and whether it can be used.
 
-    Duplicates are printed and are not problems; nor is a split without any labels. A JPEG that
-    libjpeg decodes with a warning is printed and counted as doubtful. Raises ConfigError if there
-    is no set, and DataError, with the number of problems, if it is damaged or incomplete.
+    Duplicates are printed but do not count as problems, nor does a split without any labels. A JPEG
+    that libjpeg decodes with a warning is printed and counted as doubtful. Raises ConfigError if
+    there is no set, and DataError, with the number of problems, if it is damaged or incomplete.
     """
     problems = 0
     doubtful = 0
@@ -97,7 +97,7 @@ def check(directory: pathlib.Path, name: str, *, threads: int) -> None:
 
 
 def _parts(directory: pathlib.Path, name: str) -> Iterator[Part]:
-    """The splits of a TFDS set or of a folder of pictures, with the records that can be read."""
+    """Yields the splits of a TFDS set or a folder of pictures, with the readable records."""
     found = tfds.find(name, str(directory))
     if found is None:
         if not (directory / "train").is_dir():
@@ -126,7 +126,7 @@ def _parts(directory: pathlib.Path, name: str) -> Iterator[Part]:
 
 
 def _judge(part: Part, report: Report) -> None:
-    """Adds what is wrong with the split as a whole to its problems."""
+    """Adds to a split's problems what is wrong with it as a whole."""
     report.problems[:0] = part.problems
     if part.expected is not None and report.examples != part.expected:
         report.problems.append(f"{report.examples:,} readable images, {part.expected:,} expected")
@@ -176,8 +176,11 @@ def _examine(part: Part, threads: int) -> Report:
 
 @dataclass
 class Checked:
-    """What was found out about one record. An empty `problem` is none; a record that cannot be read
-    has no label, no header and no digest. `warnings` are the decoder's."""
+    """The findings about one record.
+
+    Without a problem, `problem` is empty. A record that cannot be read has no label, header and
+    digest. `warnings` are the decoder's.
+    """
 
     name: str
     problem: str = ""
@@ -201,7 +204,7 @@ def _check_record(records: Readable, index: int, classes: int) -> Checked:
     digest = hashlib.blake2b(record.data, digest_size=16).digest()
     checked = Checked(record.name, label=record.label, digest=digest)
     try:
-        if record.label != _UNLABELLED:  # judged when all records are known
+        if record.label != _UNLABELLED:  # that is judged when all records are known
             checked_label(record, classes)
         checked.header = decode.frame(record.data)
         decode.pixels(record.data, checked.header, warnings=checked.warnings)
@@ -260,7 +263,7 @@ def _print(part: Part, report: Report, seconds: float) -> None:
 
 
 def _print_labels(counts: list[int]) -> None:
-    """How many images each class has."""
+    """Prints how many images the classes have."""
     print(
         f"  labels: {sum(n > 0 for n in counts)} of {len(counts)} classes have images, "
         f"{min(counts, default=0)} to {max(counts, default=0)} each"
@@ -270,7 +273,7 @@ def _print_labels(counts: list[int]) -> None:
 
 
 def _histogram(counts: list[int]) -> str:
-    """How many classes have how many images, in at most eight bins."""
+    """Says how many classes have how many images, in at most eight bins."""
     heights, edges = np.histogram(counts, bins=min(8, max(counts) - min(counts) + 1))
     return ", ".join(
         f"{n} classes with {int(np.ceil(a))}-{int(np.floor(b))}"

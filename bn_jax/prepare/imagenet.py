@@ -1,10 +1,9 @@
 """Writes ILSVRC2012 as TFDS' set `imagenet2012` in ArrayRecord files, without TensorFlow.
 
 The records are those of TFDS' own builder: features, labels, file names, order (sorted by the MD5
-of split and file name) and shards. Pictures are read where they lie (layouts.py), in the order of
-the shards; on a spinning disk that is slow, on an SSD it is not. Preparation can be interrupted:
-each shard is whole or absent, and the folder becomes a data set at the moment its dataset_info.json
-appears, which is written last.
+of split and file name) and shards. Pictures are read from their source (layouts.py) in the order of
+the shards, which is slow on a spinning disk. Preparation can be interrupted: each shard is whole or
+absent, and dataset_info.json, which makes the folder a data set, is written last.
 
 Differs from TFDS: the 22 CMYK and 1 PNG images are found by their content and re-encoded as RGB
 JPEGs by libjpeg-turbo, not by TensorFlow, so their bytes differ.
@@ -32,20 +31,20 @@ NAME = "imagenet2012"
 VERSION = "5.1.0"
 COUNTS = {"train": 1_281_167, "validation": 50_000}
 
-_OVERHEAD = 1.02  # ArrayRecord files against the pictures in them (measured 1.002 to 1.01)
-_PLAN = "plan.sha256"  # of the pictures as listed: shards of another source are not mixed in
+_OVERHEAD = 1.02  # size of ArrayRecord files / that of their pictures (measured 1.002 to 1.01)
+_PLAN = "plan.sha256"  # digest of the list of pictures, so that sources are not mixed
 
 
 def build(
     source: pathlib.Path, data_dir: pathlib.Path, *, partial: bool, threads: int
 ) -> pathlib.Path:
-    """Prepares both splits; returns the set's folder. Shards that are there already are kept.
+    """Prepares both splits and returns the set's folder. Shards that exist are kept.
 
     Args:
       source: a file or folder in one of the forms of layouts.py.
       data_dir: a TFDS data_dir to write to.
-      partial: accept a source that lacks pictures.
-      threads: shards that are written at a time.
+      partial: whether to accept a source that lacks pictures.
+      threads: the number of shards that are written at a time.
 
     Raises:
       ConfigError: the source is not there, or the folder holds another set.
@@ -92,8 +91,8 @@ class Shard:
 def _plan(
     source: pathlib.Path, folder: pathlib.Path, unpacked: pathlib.Path, partial: bool
 ) -> tuple[list[Shard], str]:
-    """All shards to write and a digest of what they will hold."""
-    # Imported here: half a second. TFDS' own rules for the number and the bounds of shards.
+    """Lists all shards to write, and makes a digest of what they will hold."""
+    # TFDS' own rules for the number and the bounds of shards; importing them takes half a second.
     from tensorflow_datasets.core.utils import shard_utils
 
     found = layouts.find(source, unpacked)
@@ -115,7 +114,7 @@ def _plan(
 
 
 def in_tfds_order(split: str, images: list[Image]) -> list[Image]:
-    """Sorted as TFDS sorts records: by the MD5 of the split's name and the file name."""
+    """Sorts images as TFDS does: by the MD5 of the split's name and the file name."""
     return sorted(images, key=lambda image: hashlib.md5((split + image.name).encode()).digest())
 
 
@@ -161,7 +160,7 @@ def _write(shard: Shard, progress: ImageProgress, stop: threading.Event) -> None
     from array_record.python import array_record_module
 
     part = shard.path.with_name(shard.path.name + ".part")
-    # One record a chunk, as TFDS: random access then reads one record only.
+    # As in TFDS, each chunk holds one record, so that random access reads only that record.
     writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1")
     try:
         for image in shard.images:
@@ -209,7 +208,7 @@ def _finish(folder: pathlib.Path, shards: list[Shard]) -> None:
 
 
 def record(image: Image) -> bytes:
-    """The serialized Example of one image. Raises DataError if its file is cut."""
+    """Serializes the Example of one image. Raises DataError if its file is cut."""
     warnings: list[str] = []
     data = as_jpeg(image.read(), warnings)
     if warnings:
@@ -219,7 +218,7 @@ def record(image: Image) -> bytes:
 
 
 def serialized_size(image: Image) -> int:
-    """Bytes of its record, unless the picture is re-encoded."""
+    """Returns the bytes of an image's record, assuming that it is not re-encoded."""
     return tfds.serialized_size(_other_features(image), "image", image.size)
 
 
@@ -228,9 +227,11 @@ def _other_features(image: Image) -> dict[str, tfds.Value]:
 
 
 def as_jpeg(data: bytes, warnings: list[str]) -> bytes:
-    """The image as it is, or as an RGB JPEG if it is a CMYK image or not a JPEG (TFDS does the same
-    since 3.0.0). What cannot be decoded is kept: reading it will say so. The decoder's warnings of
-    what is re-encoded are appended to `warnings`."""
+    """Returns an image unchanged, or re-encoded as an RGB JPEG if it is CMYK or not a JPEG.
+
+    TFDS does the same since 3.0.0. What cannot be decoded is kept unchanged, and reading it will
+    fail. If an image is re-encoded, the decoder's warnings are appended to `warnings`.
+    """
     try:
         found = decode.frame(data)
         if found.kind == "jpeg" and found.components != 4:
@@ -246,7 +247,7 @@ def as_jpeg(data: bytes, warnings: list[str]) -> bytes:
 
 
 def features() -> dict:
-    """features.json of this set, as TFDS writes it."""
+    """Returns the features.json of this set, as TFDS writes it."""
     base = "tensorflow_datasets.core.features."
     image = {
         "dtype": "uint8",
@@ -268,7 +269,7 @@ def features() -> dict:
 
 
 def dataset_info(splits: list[dict]) -> dict:
-    """dataset_info.json of this set. `splits`: name, numBytes, shardLengths of each."""
+    """Returns this set's dataset_info.json. `splits`: name, numBytes, shardLengths of each."""
     template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     return {
         "description": "ILSVRC 2012, 'ImageNet', written by bn_jax.prepare in TFDS' format.",
@@ -283,5 +284,5 @@ def dataset_info(splits: list[dict]) -> dict:
 
 
 def dump(content: dict) -> str:
-    """JSON as TFDS formats it."""
+    """Formats JSON as TFDS does."""
     return json.dumps(content, indent=4, sort_keys=True)

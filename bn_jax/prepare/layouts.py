@@ -1,14 +1,14 @@
-"""The forms in which people have ImageNet, and where the pictures lie in each of them.
+"""Finds the pictures of ImageNet in the forms in which people have it.
 
     tars      ILSVRC2012_img_train.tar (tars of the synsets) and ILSVRC2012_img_val.tar
     folders   train/nXXXXXXXX/*.JPEG and val/nXXXXXXXX/*.JPEG
     Kaggle's  ILSVRC/Data/CLS-LOC/train/nXXXXXXXX/*.JPEG and val/*.JPEG
     parquet   files with an image and a label column, as the hub's copy has them
 
-All give the same list: a picture is some bytes of a file. Only parquet files are unpacked, because
-their pictures cannot be read one by one; nothing is ever written under a name that was read. The
-names are those of the original tars. The label follows from the name, and whatever else the source
-says of a label is compared with it.
+All forms give the same list, in which a picture is a range of bytes of a file. Only parquet files
+are unpacked, because their pictures cannot be read one by one. A name that was read is never used
+to write a file. Names are those of the original tars. The label follows from the name, and is
+compared with any label that the source has.
 """
 
 import csv
@@ -46,7 +46,7 @@ _NAME_COLUMNS = ("file_name", "filename", "path")  # of parquet files
 
 @dataclass(frozen=True)
 class Image:
-    """A picture: `size` bytes of a file, from byte `place` on."""
+    """A picture: `size` bytes of a file, which begin at byte `place`."""
 
     name: str
     label: int
@@ -55,7 +55,7 @@ class Image:
     size: int
 
     def read(self) -> bytes:
-        """Its bytes. Raises DataError if the file cannot be read or is cut."""
+        """Reads the bytes. Raises DataError if the file cannot be read or is cut."""
         try:
             descriptor = os.open(self.file, os.O_RDONLY)
             try:
@@ -73,7 +73,7 @@ Found = dict[str, list[Image]]  # split -> its pictures
 
 
 def find(source: pathlib.Path, unpacked: pathlib.Path) -> Found:
-    """The pictures of both splits in a file or folder, whose form its content decides.
+    """Finds the pictures of both splits in a file or folder; its content decides the form.
 
     Args:
       source: a folder, or one of its tars or parquet files.
@@ -81,7 +81,7 @@ def find(source: pathlib.Path, unpacked: pathlib.Path) -> Found:
 
     Raises:
       ConfigError: there is no ImageNet.
-      DataError: a file is damaged, or holds what ImageNet does not have: other names, a picture
+      DataError: a file is damaged, or has what ImageNet does not have: other names, a picture
         twice or in the wrong class.
     """
     if source.is_file() and not (_is_tar(source) or source.suffix == ".parquet"):
@@ -123,7 +123,7 @@ def _find(folder: pathlib.Path, unpacked: pathlib.Path, skipped: Counter[str]) -
 
 
 def _is_tar(path: pathlib.Path) -> bool:
-    """Whether a file is a tar by its name or its content; not a compressed one."""
+    """Whether a file is an uncompressed tar, by its name or its content."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -136,7 +136,7 @@ def _is_tar(path: pathlib.Path) -> bool:
 
 @functools.cache
 def label_files() -> tuple[list[str], list[int]]:
-    """(synset of each class, class of each validation image by number), from the installed TFDS."""
+    """Reads (synset of each class, class of each validation image) from the installed TFDS."""
     spec = importlib.util.find_spec("tensorflow_datasets")
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError("the package tensorflow-datasets holds ImageNet's labels: install it")
@@ -153,11 +153,10 @@ def _class_of() -> dict[str, int]:
 
 
 def named(name: str) -> tuple[str, str, int] | None:
-    """(split, name in the original tars, label) of a file name, or None for one that ImageNet does
-    not have.
+    """Returns (split, name in the original tars, label) of a file name; None if it is unknown.
 
-    A validation picture's label goes by the number in its name. (TFDS goes by rank in the sorted
-    tar: the same where no file is missing.)
+    The label of a validation picture follows from the number in its name. (In TFDS it follows from
+    the rank in the sorted tar, which is the same if no file is missing.)
     """
     train = _TRAIN_NAME.fullmatch(name)
     if train and train[2].lower() in _class_of():
@@ -212,8 +211,7 @@ def _in_tars(tars: list[pathlib.Path], skipped: Counter[str]) -> Found:
 
 
 def _in_tar_of_synset(path: pathlib.Path, skipped: Counter[str]) -> list[Image]:
-    """The pictures of a file nXXXXXXXX.tar, as unpacking the tar of the training split leaves
-    it."""
+    """Lists the pictures of a file nXXXXXXXX.tar, one of those in the training split's tar."""
     with path.open("rb") as file:
         return list(_of_synset(file, path.stem, path, 0, skipped))
 
@@ -221,7 +219,7 @@ def _in_tar_of_synset(path: pathlib.Path, skipped: Counter[str]) -> list[Image]:
 def _of_synset(
     file: "Slice | BinaryIO", synset: str, path: pathlib.Path, start: int, skipped: Counter[str]
 ) -> Iterator[Image]:
-    """The pictures in the tar of a synset, which begins at byte `start` of the tar at `path`."""
+    """Yields the pictures in a synset's tar, which begins at byte `start` of the tar at `path`."""
     tar = f"{path}:{synset}.tar"
     for name, place, size in members(file, tar):
         base = _plain_name(name, skipped)
@@ -236,8 +234,10 @@ def _of_synset(
 
 
 def _plain_name(name: str, skipped: Counter[str]) -> str:
-    """A member's name without the folders that it lies in, or "" for one that is counted and
-    skipped. A name with .. comes back as it is, and is refused."""
+    """Removes the folders from a member's name; returns "" for a hidden file, which is skipped.
+
+    A name with .. is returned unchanged, so that it is refused.
+    """
     parts = [part for part in name.split("/") if part != "."]
     if ".." in parts or name.startswith("/"):
         return name
@@ -263,11 +263,11 @@ class Slice:
         return self._at
 
     def tell(self) -> int:
-        """The place of the next byte."""
+        """Returns the position of the next byte."""
         return self._at
 
     def read(self, count: int = -1) -> bytes:
-        """The next bytes, fewer at the end."""
+        """Reads the next bytes, fewer at the end."""
         left = max(self._size - self._at, 0)
         wanted = left if count < 0 else min(count, left)
         data = os.pread(self._file.fileno(), wanted, self._start + self._at)
@@ -276,13 +276,13 @@ class Slice:
 
 
 def members(file: Any, tar: str) -> Iterator[tuple[str, int, int]]:
-    """(name, place of the first byte, size) of the plain files in a tar, which `tar` names in
-    messages. Directories are left out. Only headers are read.
+    """Yields (name, place of the first byte, size) of a tar's plain files; only reads headers.
 
-    Raises DataError for a tar that is cut or damaged, and for links, devices and sparse files.
+    tar: its name in messages. Directories are left out. Raises DataError for a tar that is cut or
+    damaged, and for links, devices and sparse files.
     """
     try:
-        # Without `errors` a name that is not UTF-8 would end here, not where it is judged.
+        # With `errors` a name that is not UTF-8 is returned, and judged by the caller.
         with tarfile.open(fileobj=file, mode="r:", errors="backslashreplace") as opened:
             for member in opened:
                 if member.isdir():
@@ -297,7 +297,7 @@ def members(file: Any, tar: str) -> Iterator[tuple[str, int, int]]:
     except (tarfile.TarError, ValueError, EOFError) as e:
         raise DataError(f"{tar} is cut or damaged ({e}): fetch it again") from None
 
-    # tarfile stops without a word at a header that it cannot read: only zeros are an end.
+    # tarfile silently stops at a header that it cannot read, but a tar ends with zeros.
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
@@ -338,7 +338,7 @@ def _in_folders(root: pathlib.Path, skipped: Counter[str]) -> Found:
 
 
 def _entries(folder: pathlib.Path, skipped: Counter[str]) -> list[os.DirEntry[str]]:
-    """What lies in a folder, sorted; hidden files are counted."""
+    """Lists a folder, sorted by name; hidden files are counted and left out."""
     with os.scandir(folder) as scanned:
         entries = sorted(scanned, key=lambda e: e.name)
     shown = [e for e in entries if not is_hidden(e.name)]
@@ -350,8 +350,10 @@ def _entries(folder: pathlib.Path, skipped: Counter[str]) -> list[os.DirEntry[st
 def _pictures(
     entries: Iterable[os.DirEntry[str]], split: str, synset: str | None, skipped: Counter[str]
 ) -> Iterator[Image]:
-    """The pictures among these files, of a class folder or of no class. Raises DataError for names
-    that ImageNet does not have there."""
+    """Yields the pictures among the files of a class folder, or of no class.
+
+    Raises DataError for names that ImageNet does not have there.
+    """
     for entry in entries:
         if not re.search(rf"{_PICTURE}$", entry.name, re.IGNORECASE):
             skipped["files that are not pictures by their names"] += 1
@@ -368,7 +370,7 @@ def _pictures(
 
 
 def _compare_with_kaggle(root: pathlib.Path, images: list[Image]) -> None:
-    """Compares labels with LOC_val_solution.csv, where Kaggle's table lies beside the pictures."""
+    """Compares labels with Kaggle's LOC_val_solution.csv, if it lies beside the pictures."""
     tables = [folder / "LOC_val_solution.csv" for folder in (root, *list(root.parents)[:3])]
     table = next((t for t in tables if t.is_file()), None)
     if table is None:
@@ -393,8 +395,8 @@ def _compare_with_kaggle(root: pathlib.Path, images: list[Image]) -> None:
             raise _wrong_class(str(table), said, image.name, image.label)
 
 
-# Parquet files. Rows cannot be read one by one, and shards want them in another order: the pictures
-# of each file are copied, one after another, into one plain file, which is removed at the end.
+# Parquet files. Their rows cannot be read one by one, and shards need them in another order. So the
+# pictures of each file are copied into one plain file, which is removed at the end.
 
 
 def _in_parquet(files: list[pathlib.Path], unpacked: pathlib.Path, skipped: Counter[str]) -> Found:
@@ -418,8 +420,10 @@ def _in_parquet(files: list[pathlib.Path], unpacked: pathlib.Path, skipped: Coun
 
 
 def _unpack(path: pathlib.Path, pictures: pathlib.Path) -> list[tuple[str, int, int, int]]:
-    """Copies the pictures of one file, unless that is done, and returns (name, label, place, size)
-    of each."""
+    """Copies the pictures of one file, unless that is done, into the file `pictures`.
+
+    Returns (name, label, place, size) of each picture.
+    """
     listing = pictures.with_suffix(".json")
     stat = path.stat()
     known = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
@@ -438,13 +442,13 @@ def _unpack(path: pathlib.Path, pictures: pathlib.Path) -> list[tuple[str, int, 
                 out.write(data)
                 rows.append((name, label, place, len(data)))
                 place += len(data)
-    # Written last and at once: a listing means that the pictures are there.
+    # The listing is written last, so that it means that the pictures are complete.
     write_atomic(listing, json.dumps({"file": known, "rows": rows}).encode())
     return rows
 
 
 def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, int, bytes]]:
-    """(file name, label, encoded picture) of each row.
+    """Yields (file name, label, encoded picture) of each row.
 
     Raises ConfigError without pyarrow, DataError for a file that is damaged or has other columns.
     """
@@ -477,7 +481,7 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, int, bytes]]:
 
 
 def _columns(path: pathlib.Path, schema: Any) -> tuple[str, str | None, str]:
-    """The columns of pictures, file names (None: they are in the column of pictures) and labels."""
+    """Finds the columns of pictures, of file names (None: inside the pictures') and of labels."""
     import pyarrow
 
     images = []

@@ -1,7 +1,7 @@
-"""MNIST's four files: found where they lie already, or downloaded from public mirrors.
+"""Finds MNIST's four files on this machine, or downloads them from public mirrors.
 
-Every file is compared with the SHA-256 of the original before it gets its name. A download that was
-cut off is resumed, from whichever mirror answers next.
+Every file is compared with the SHA-256 of the original before it gets its name. A download that
+was cut off is resumed, from the next mirror that answers.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ MIRRORS = (
     "https://raw.githubusercontent.com/fgnt/mnist/master/",
 )
 
-# What a mirror can fail with; errors of the disk are others.
+# The errors of a mirror, as opposed to those of the disk.
 _NETWORK = (
     urllib.error.URLError,
     http.client.HTTPException,
@@ -72,13 +72,13 @@ def locate(
     originals: dict[str, Original] = ORIGINALS,
     patience: float = PATIENCE,
 ) -> pathlib.Path:
-    """The folder of MNIST: TFDS' own, or one with the four files, which are downloaded if need be.
+    """Returns the folder of MNIST: TFDS' own, or one with the four files, downloaded if need be.
 
     Args:
       data_dir: where the files are or go; by default `memory.mnist_cache`.
       mirrors: addresses of folders, each with all four files.
       originals: what the files must be.
-      patience: seconds.
+      patience: seconds in which at least one block must arrive.
 
     Raises:
       ConfigError: no mirror has answered, or none had the original; or BN_JAX_OFFLINE=1.
@@ -105,9 +105,9 @@ def locate(
 
 
 class _Download:
-    """A download in a thread of its own, which is left alone when it does not get on.
+    """A download in a thread of its own, which is abandoned if it makes no progress.
 
-    Looking up a host's name can take longer than any timeout of a socket.
+    A thread is needed because looking up a host's name can take longer than a socket's timeout.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class _Download:
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def wait(self) -> None:
-        """Returns when all files are there. Raises ConfigError, DiskError."""
+        """Waits until all files are there. Raises ConfigError or DiskError."""
         self.thread.start()
         while self.thread.is_alive() and time.monotonic() < self.deadline:
             self.thread.join(max(0.01, min(0.1, self.deadline - time.monotonic())))
@@ -158,13 +158,13 @@ class _Download:
             self.error = error  # raised again by `wait`
 
     def _fetch(self, name: str) -> bool:
-        """Whether a file is there in the end; tries each mirror."""
+        """Fetches a file from one of the mirrors; returns whether it is there in the end."""
         path = self.folder / name
         part = path.with_name(f"{name}.part")
         if path.is_file():
             return True
         for mirror in self.mirrors:
-            # What a damaged part or a bad mirror has left is removed: the second attempt is anew.
+            # A damaged part, or one of a bad mirror, is removed before the second attempt.
             for _ in range(2):
                 resumed = part.is_file()
                 if self.given_up:
@@ -181,7 +181,7 @@ class _Download:
         return False
 
     def _append(self, url: str, part: pathlib.Path, size: int) -> bool:
-        """Whether the part has as many bytes as the original, or more; asks for those missing."""
+        """Fetches missing bytes; returns whether the part has as many as the original, or more."""
         have = part.stat().st_size if part.is_file() else 0
         if have >= size:
             return True
@@ -202,7 +202,7 @@ class _Download:
         return True
 
     def _copy(self, answer, file, size: int) -> None:
-        """Writes what comes, at most a block more than the original has."""
+        """Writes what arrives, at most a block more than the original has."""
         block = 0
         while not self.given_up and file.tell() <= size:
             data = answer.read1(BLOCK)
@@ -210,7 +210,7 @@ class _Download:
                 return
             file.write(data)
             block += len(data)
-            # Single bytes are no progress: a server may send one a second.
+            # Only whole blocks count as progress: a server may send a byte each second.
             if block >= BLOCK or file.tell() >= size:
                 block = 0
                 self.deadline = time.monotonic() + self.patience

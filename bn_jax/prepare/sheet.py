@@ -9,7 +9,7 @@ from bn_jax.data import decode, distort, load, memory, order
 from bn_jax.errors import ConfigError
 
 COLUMNS = 8  # pictures a row
-DISTORTED = COLUMNS - 1  # of these; the first one is as it was
+DISTORTED = COLUMNS - 1  # the first picture of a row is not distorted
 GAP = 4  # pixels between them
 WHITE = 255
 GREY = 128
@@ -50,7 +50,7 @@ def draw(image: str, out: str, strengths: list[float], *, size: int, seed: int) 
 
 
 def _picture(path: pathlib.Path, strength: float, size: int, draws: np.ndarray) -> np.ndarray:
-    """A row of the sheet: the picture, and random crops of it, mirrored and distorted."""
+    """Makes a row of the sheet: the picture, and random crops of it, mirrored and distorted."""
     try:
         record = load.Record(path.read_bytes(), 0, str(path))
         found = decode.frame(record.data)
@@ -74,7 +74,7 @@ def _picture(path: pathlib.Path, strength: float, size: int, draws: np.ndarray) 
 
 
 def _digits(strength: float, draws: np.ndarray) -> np.ndarray:
-    """A row of the sheet: a digit, and the same digit shifted and distorted."""
+    """Makes a row of the sheet: a digit, and the same digit shifted and distorted."""
     images, _ = memory.digits().train.arrays()
     digit = images[:1]
 

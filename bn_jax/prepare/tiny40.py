@@ -1,8 +1,8 @@
-"""tiny40: 40 classes of Tiny-ImageNet as a folder of pictures, for experiments on a CPU.
+"""Makes tiny40: 40 classes of Tiny-ImageNet as a folder of pictures, for experiments on a CPU.
 
 The source is tiny-imagenet-200.zip (Stanford's CS231n; non-commercial research and education only).
-The rule: all 500 training and all 50 validation pictures of each of the 40 synsets below, as they
-are in the zip. The synsets are those of the published runs.
+The set has all 500 training and all 50 validation pictures of each of the 40 synsets below, as they
+are in the zip. The published runs had these synsets.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ ROOT = "tiny-imagenet-200"  # the folder in the zip
 
 
 def build(archive: pathlib.Path, folder: pathlib.Path, *, other: bool = False) -> None:
-    """Writes train/SYNSET/* and val/SYNSET/*, which appear in `folder` when all are whole.
+    """Writes train/SYNSET/* and val/SYNSET/*; `folder` appears when all files are complete.
 
     Args:
       archive: tiny-imagenet-200.zip.
       folder: to be made.
-      other: accept pictures that are not those of the published runs.
+      other: whether to accept other pictures than those of the published runs.
 
     Raises:
       ConfigError: there is no such zip, or `folder` exists with other content.
@@ -78,7 +78,7 @@ def build(archive: pathlib.Path, folder: pathlib.Path, *, other: bool = False) -
 
 
 def _places(source: zipfile.ZipFile, archive: pathlib.Path) -> dict[str, str]:
-    """{name in the zip: place in the folder} of all pictures. Raises DataError if any is absent."""
+    """Maps names in the zip to places in the folder. Raises DataError if a picture is absent."""
     names = set(source.namelist())
     annotations = f"{ROOT}/val/val_annotations.txt"
     if annotations not in names:
@@ -103,7 +103,7 @@ def _places(source: zipfile.ZipFile, archive: pathlib.Path) -> dict[str, str]:
 
 
 def digest(folder: pathlib.Path) -> str:
-    """SHA-256 of the names and contents of all pictures in a folder, in the order of the names."""
+    """Computes SHA-256 of the names and contents of all pictures in a folder, sorted by name."""
     found = hashlib.sha256()
     for split in ("train", "val"):
         paths = (folder / split).rglob("*.JPEG")

@@ -1,4 +1,4 @@
-"""Studies of batch normalization: each one question, on the ordinary step, networks and data."""
+"""Studies of batch normalization. Each asks one question, with the ordinary step and networks."""
 
 from bn_jax.studies import group_size, init, landscape, noise, population, rates, shift
 from bn_jax.studies.frame import Study

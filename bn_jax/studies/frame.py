@@ -1,10 +1,9 @@
-"""What all studies share: runs of one config that differ in some fields, what is measured on them
-afterwards, a table and a picture.
+"""Runs a study: runs of one config that differ in some fields, measurements, a table and a picture.
 
-The runs are those of a sweep (`experiment.members`): processes of `bn_jax.main`, each in its own
+The runs are members of a sweep (`experiment.members`): processes of `bn_jax.main`, each in its own
 folder DIR/PART/seed_K. What is measured on a finished run is kept beside it in measured.json. A
-study that is started again skips both, so that it resumes where it stopped; table and picture are
-made from these records alone.
+study that is started again skips finished runs and measurements. Table and picture are made only
+from these records.
 """
 
 import json
@@ -36,14 +35,14 @@ MEASURED = "measured.json"
 
 
 class Part(NamedTuple):
-    """One network of a study: the folder of its runs, and the fields (FIELD=VALUE) it changes."""
+    """One network of a study: the folder of its runs, and the fields (FIELD=VALUE) that it sets."""
 
     name: str
     settings: tuple[str, ...] = ()
 
 
 class Result(NamedTuple):
-    """A recorded run, and what was measured on it: nothing where it diverged."""
+    """A recorded run, and what was measured on it, which is empty if it diverged."""
 
     run: Run
     measured: dict[str, Any]
@@ -53,7 +52,7 @@ Results = Mapping[str, Mapping[int, Result]]  # part -> seed -> result
 
 
 class Table(NamedTuple):
-    """Cells of a table, and the sentences below it that say what they are."""
+    """The cells of a table, and the sentences below it that explain them."""
 
     head: list[str]
     rows: list[list[str]]
@@ -64,13 +63,15 @@ class Study(NamedTuple):
     """A question, and how it is answered.
 
     Attributes:
-      name, question, follows: for people. follows: the paper.
-      minutes: of one seed at its default size on two cores, in words.
-      config: the experiment that is changed, if the command line names no other.
+      name: the word on the command line.
+      question: what it asks.
+      follows: the paper that it follows.
+      minutes: of one seed at its default size on two cores, as text.
+      config: the experiment that is changed, unless the command line names another.
       sizes: fields by `model.name`, which make the study as short as `minutes` says.
-      parts: the networks, from the config with these fields.
-      table, draw: from the results.
-      measure: what is measured on a finished run, as JSON has it.
+      parts: makes the networks from the config with these fields.
+      table, draw: make table and picture from the results.
+      measure: measures a finished run; returns JSON.
     """
 
     name: str
@@ -93,18 +94,18 @@ def run(
     seeds: int = 1,
     jobs: int | None = None,
 ) -> list[pathlib.Path]:
-    """Trains and measures what is not yet there; writes and prints the table; returns all paths.
+    """Trains and measures what is missing; writes and prints the table; returns all paths.
 
     Args:
       config: NAME[:SCALE] of the experiment; empty: the study's own.
       settings: FIELD=VALUE for all its runs.
       seeds: 0 .. seeds - 1, added to the config's own seed.
-      jobs: runs side by side, as `bn_jax.sweep` has it.
+      jobs: the number of runs at the same time, as in `bn_jax.sweep`.
 
     Raises:
       ConfigError: a field or value that main would refuse, or `workdir` holds a study of another
         config.
-      UserError: as `members.run`.
+      UserError: as in `members.run`.
     """
     file = config or study.config
     found = runs(study, workdir, file, settings, seeds)
@@ -126,7 +127,7 @@ def run(
 def runs(
     study: Study, workdir: pathlib.Path, file: str, settings: Sequence[str], seeds: int
 ) -> list[SweepMember]:
-    """The runs of a study, seed by seed. Raises ConfigError as `config.read` does."""
+    """Lists the runs of a study, seed by seed. Raises ConfigError as `config.read` does."""
     own = load(file)
     fields = [*study.sizes.get(own.model.name, ()), *settings]
     parts = study.parts(read(file, fields))
@@ -165,7 +166,7 @@ def _begin(study: Study, workdir: pathlib.Path, file: str, settings: Sequence[st
 def _measured(
     function: Callable[[Experiment, pathlib.Path], dict[str, Any]], workdir: pathlib.Path
 ) -> dict[str, Any]:
-    """What was measured on a run; measured now if it was not before."""
+    """Returns what was measured on a run; measures it now if it was not measured before."""
     path = workdir / MEASURED
     if path.exists():
         try:
@@ -178,7 +179,7 @@ def _measured(
 
 
 def _write(study: Study, workdir: pathlib.Path, results: Results) -> list[pathlib.Path]:
-    """The table, printed and written, and the picture."""
+    """Writes the table, which is also printed, and the picture; returns their paths."""
     table = study.table(results)
     lines = [f"| {' | '.join(cells)} |" for cells in (table.head, *table.rows)]
     lines.insert(1, "|---" * len(table.head) + "|")
@@ -200,24 +201,24 @@ def _write(study: Study, workdir: pathlib.Path, results: Results) -> list[pathli
 
 
 def arms(config: ConfigDict) -> list[Part]:
-    """The network with BN and without it, otherwise the same."""
+    """Makes two parts, the network with BN and without it, which are otherwise the same."""
     return [Part("bn", ("norm=batch_norm",)), Part("plain", ("norm=none",))]
 
 
 def diverged_at(run: Run) -> str:
-    """'diverged at step 7' of a run that did; else ''."""
+    """Returns 'diverged at step 7' for a run that diverged, else ''."""
     if run.status != "diverged":
         return ""
     return run.error[run.error.find("diverged") :].partition(":")[0]
 
 
 def last_accuracy(run: Run) -> float:
-    """Top-1 (share) of the last evaluation, with population statistics."""
+    """Returns top-1 (a share) of the last evaluation, with population statistics."""
     return run.lines["eval"][-1]["top1"]
 
 
 def states(exp: Experiment, workdir: pathlib.Path) -> Iterator[tuple[int, TrainState]]:
-    """(step, state) of the initial network and of every kept checkpoint."""
+    """Yields (step, state) of the initial network and of every kept checkpoint."""
     for step in measure.kept_steps(workdir):
         if step:
             yield build.restore(exp, workdir, step)
@@ -231,5 +232,5 @@ def states(exp: Experiment, workdir: pathlib.Path) -> Iterator[tuple[int, TrainS
 
 
 def percent(shares: Sequence[float]) -> str:
-    """Shares of 1, one for each seed, for a table."""
+    """Writes shares of 1, one for each seed, for a table."""
     return written(single(shares), ".2f", factor=100, unit="%")

@@ -1,8 +1,8 @@
-"""How many examples should normalize together? One batch, cut into groups of 2 to all of it.
+"""How many examples should normalize together? One batch is cut into groups of several sizes.
 
-While it trains, a network sees the statistics of its group; afterwards it has those of the
-population. The smaller the groups, the more the two differ: their noise regularizes, and it costs
-accuracy where the population's statistics take their place.
+In training a network uses the statistics of its groups, afterwards those of the population. The
+smaller the groups, the more the two differ. Their noise regularizes, but it costs accuracy when the
+population's statistics replace them.
 """
 
 import pathlib
@@ -23,7 +23,7 @@ from bn_jax.studies.frame import Part, Results, Study, Table, diverged_at, perce
 
 EXAMPLES = 2048  # of training: for population statistics and for accuracy, at every size of group
 
-# What is measured, in the words of the table: how it is drawn, marked so that it needs no colour.
+# {what is measured, in the words of the table: how it is drawn}. Marks differ as well as colours.
 CURVES = {
     "training, own group": (GREY, "s:"),
     "evaluation, own group": (ORANGE, "^--"),
@@ -32,7 +32,7 @@ CURVES = {
 
 
 def parts(config: ConfigDict) -> list[Part]:
-    """Groups of 2, 4, 8, ... examples, up to the whole batch."""
+    """Makes a part for groups of 2, 4, 8, ... examples, up to the whole batch."""
     sizes = [2**k for k in range(1, config.batch_size.bit_length())]
     return [Part(f"group_size={n}", _settings(config, n)) for n in sizes if _fits(config, n)]
 
@@ -54,9 +54,9 @@ def _settings(config: ConfigDict, size: int) -> tuple[str, ...]:
 def accuracy_in_groups(
     exp: Experiment, state: TrainState, batches: Iterable[dict[str, Any]]
 ) -> float:
-    """Top-1 (share) of the network in training mode, where every group has its own statistics.
+    """Computes top-1 (a share) in training mode, where every group has its own statistics.
 
-    batches: `image`, `label`, and `mask` where rows are missing; of one size, which the group
+    batches: `image`, `label`, and `mask` if rows are missing. All have one size, which the group
     divides.
     """
 
@@ -85,9 +85,9 @@ def accuracy_in_groups(
 
 
 def evaluated(exp: Experiment) -> Iterator[dict[str, Any]]:
-    """Batches of the evaluated examples in a random order; the last one has masked rows.
+    """Yields batches of the evaluated examples in a random order; the last one has masked rows.
 
-    A set may be stored class by class, and a group of one class has statistics of its own.
+    A set may be stored class by class, and a group of one class would have other statistics.
     """
     held = exp.data.held
     size = exp.config.batch_size
@@ -98,7 +98,7 @@ def evaluated(exp: Experiment) -> Iterator[dict[str, Any]]:
 
 
 def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
-    """Accuracies (shares) of the trained network, by CURVES."""
+    """Measures accuracies (shares) of the trained network, by CURVES."""
     _, state = restore(exp, workdir)
     evaluator = Evaluator(exp)
     population = evaluator.population(state.params, state.batch_stats)
@@ -115,7 +115,7 @@ def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def table(results: Results) -> Table:
-    """Accuracy by size of group."""
+    """Makes a table of accuracies by size of group."""
     rows = []
     for part, seeds in results.items():
         cells = [part.removeprefix("group_size=")]
@@ -133,7 +133,7 @@ def table(results: Results) -> Table:
 
 
 def draw(results: Results) -> Figure:
-    """Accuracy against the size of the group; every seed is a point."""
+    """Draws accuracy against the size of the group, with a point for every seed."""
     figure, axes = subplots(figsize=(6.4, 4.2))
     for name, (colour, style) in CURVES.items():
         sizes = []

@@ -1,5 +1,7 @@
-"""What of BN's gain does the initialization explain? Initial weights of different size, with BN and
-without it: steps to a level of accuracy.
+"""What of BN's gain does the initialization explain?
+
+Networks with BN and without it start from initial weights of several sizes, and their steps to a
+level of accuracy are compared.
 """
 
 import math
@@ -20,7 +22,7 @@ LEVEL = 0.8  # of accuracy
 
 
 def parts(config: ConfigDict) -> list[Part]:
-    """Every gain with BN and without it. On Inception a gain of 1 is He's rule."""
+    """Makes a part for every gain, with BN and without. In Inception a gain of 1 is He's rule."""
     field = "model.init_std"
     rule: tuple[str, ...] = ()
     if config.model.name != "mlp":
@@ -35,7 +37,7 @@ def parts(config: ConfigDict) -> list[Part]:
 
 
 def steps_to(results: Iterable[Result], level: float) -> list[Reached]:
-    """When each run has the level, in steps of its own batch."""
+    """Finds when each run reaches the level, in steps of its own batch."""
     found = []
     for result in results:
         scale = result.run.config["batch_size"] / 32  # `curve` counts steps of 32 examples
@@ -46,13 +48,13 @@ def steps_to(results: Iterable[Result], level: float) -> list[Reached]:
 
 
 def effect(reached: Iterable[Reached]) -> Effect:
-    """Steps as a quantity that is averaged on the logarithmic scale, with what bounds it."""
+    """Makes an Effect of steps, which is averaged on the logarithmic scale and may be a bound."""
     lows, values, highs = zip(*reached, strict=True)
     return Effect(lows, values, highs, ratio=True)
 
 
 def speed_up(results: Results, gain: str) -> Effect:
-    """Steps of the plain network over those of BN, paired by seed."""
+    """Divides the steps of the plain network by those with BN, paired by seed."""
     bn = results[f"bn/gain={gain}"]
     plain = results[f"plain/gain={gain}"]
     seeds = sorted(bn.keys() & plain.keys())
@@ -64,12 +66,12 @@ def speed_up(results: Results, gain: str) -> Effect:
 
 
 def gains(results: Results) -> list[str]:
-    """The gains of a study, as the names of its parts have them."""
+    """Lists the gains of a study, as they are written in the names of its parts."""
     return list(dict.fromkeys(part.partition("/gain=")[2] for part in results))
 
 
 def table(results: Results) -> Table:
-    """One row a gain."""
+    """Makes a table with a row for each gain."""
     rows = []
     for gain in gains(results):
         cells = [gain]
@@ -89,7 +91,7 @@ def table(results: Results) -> Table:
 
 
 def draw(results: Results) -> Figure:
-    """Steps to the level against the gain; a run that does not reach it is an open triangle."""
+    """Draws steps to the level against the gain; open triangles have not reached it."""
     figure, axes = subplots(figsize=(6.4, 4.2))
     for arm, colour, style in (("bn", BLUE, "o-"), ("plain", GREY, "s--")):
         middle = []

@@ -1,5 +1,7 @@
-"""Does BN smooth the loss? At kept steps of a training, the loss and its gradient are computed at
-points along the gradient, at distances like those of a training step.
+"""Does BN smooth the loss?
+
+At kept steps of a training, the loss and its gradient are computed at points along the gradient, at
+distances like those of a training step.
 """
 
 import functools
@@ -32,15 +34,15 @@ KINDS = {
 def along_gradient(
     value_and_grad: Callable[[Any], tuple[Any, Any]], params: Any, rates: Sequence[float]
 ) -> dict[str, Any]:
-    """Loss and gradient at params - rate * gradient, for each of the rates.
+    """Computes loss and gradient at params - rate * gradient, for each of the rates.
 
     Args:
       value_and_grad: params -> (loss, gradient of the same structure).
 
     Returns:
-      loss: at params. norm: of the gradient there. losses [rates]. changes [rates]: norm of the
-      difference between the gradient there and at params. smoothness: the largest of these by the
-      distance moved, which for a quadratic loss is at most its largest eigenvalue.
+      loss: at params. norm: of the gradient at params. losses: [rates]. changes: [rates], the norm
+      of the gradient minus that at params. smoothness: the largest change / distance moved, which
+      for a quadratic loss is at most its largest eigenvalue.
     """
     loss, gradient = value_and_grad(params)
     norm = _norm(gradient)
@@ -67,7 +69,7 @@ def _norm(tree: Any) -> float:
 
 
 def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
-    """`along_gradient` at the kept steps, of the loss (without L2) on the next training batch."""
+    """Measures `along_gradient` at the kept steps, for the loss without L2 on the next batch."""
     config = exp.config
     size = config.batch_size
     gradients = jax.jit(functools.partial(step.gradients, model=exp.model))
@@ -87,7 +89,7 @@ def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def series(measured: dict[str, Any], kind: str) -> np.ndarray:
-    """One number for each kept step: [steps]."""
+    """Returns one of KINDS for each kept step, [steps]."""
     if kind == "smoothness":
         return np.array([one["smoothness"] for one in measured["steps"]], float)
     if kind == "change":
@@ -96,20 +98,20 @@ def series(measured: dict[str, Any], kind: str) -> np.ndarray:
 
 
 def typical(results: Results, arm: str, kind: str) -> dict[int, float]:
-    """{seed: the median over the kept steps}, without the initial network."""
+    """Returns {seed: median over the kept steps}, without the initial network."""
     measured = {seed: r.measured for seed, r in results[arm].items() if r.measured}
     return {seed: float(np.median(series(m, kind)[1:])) for seed, m in measured.items()}
 
 
 def quotient(ours: dict[int, float], theirs: dict[int, float]) -> Effect:
-    """ours / theirs, paired by seed; a pair with a value that is not finite or 0 is left out."""
+    """Divides ours by theirs, paired by seed; leaves out pairs with 0 or infinite values."""
     pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
     values = tuple(a / b for a, b in pairs if 0 < a < math.inf and 0 < b < math.inf)
     return Effect(values, values, values, ratio=True)
 
 
 def table(results: Results) -> Table:
-    """A row for each of KINDS."""
+    """Makes a table with a row for each of KINDS."""
     rows = []
     for kind, words in KINDS.items():
         bn = typical(results, "bn", kind)
@@ -125,7 +127,7 @@ def table(results: Results) -> Table:
 
 
 def draw(results: Results) -> Figure:
-    """Bands of the loss and the changes of the gradient, and the smoothness, against steps."""
+    """Draws bands of the loss and of the gradient's changes, and the smoothness, against steps."""
     figure, panels = subplots(1, 3, figsize=(13, 3.8))
     for arm, colour, style in (("plain", GREY, "s--"), ("bn", BLUE, "o-")):
         for seed, result in results.get(arm, {}).items():

@@ -1,5 +1,7 @@
-"""Is it the noise, or its absence? BN with statistics that are wrong at every step, and BN that is
-frozen for the last steps, beside BN and the plain network.
+"""Is it the noise, or its absence?
+
+BN with statistics that are wrong at every step, and BN that is frozen for the last steps, are
+compared with BN and with the plain network.
 """
 
 import pathlib
@@ -34,7 +36,7 @@ STYLES = ("o-", "s--", "^-.", "v:", "D-")
 
 
 def parts(config: ConfigDict) -> list[Part]:
-    """BN, the plain network, BN with two strengths of noise, BN that is frozen at the end."""
+    """Makes parts for BN, the plain network, BN with two strengths of noise, and frozen BN."""
     after = round((1 - FROZEN) * config.total_steps)
     return [
         Part("bn", ("norm=batch_norm",)),
@@ -45,20 +47,19 @@ def parts(config: ConfigDict) -> list[Part]:
 
 
 def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
-    """Accuracy (share) at the end with the running statistics, which a frozen network trains
-    with."""
+    """Measures accuracy (a share) with the running statistics, with which frozen BN trains."""
     _, state = restore(exp, workdir)
     scores = Evaluator(exp).scores(state.params, state.batch_stats)
     return {"running": scores["top1"]}
 
 
 def finals(seeds: Mapping[int, Result]) -> dict[int, float]:
-    """{seed: last accuracy} of the runs that are done."""
+    """Returns {seed: last accuracy} of the runs that are done."""
     return {s: last_accuracy(r.run) for s, r in seeds.items() if r.run.status == "done"}
 
 
 def trained(seeds: Mapping[int, Result]) -> dict[int, float]:
-    """{seed: training cross-entropy, mean over the last tenth of the recorded steps}."""
+    """Returns {seed: mean training cross-entropy of the last tenth of the recorded steps}."""
     found = {}
     for seed, result in seeds.items():
         if result.run.status == "done":
@@ -68,7 +69,7 @@ def trained(seeds: Mapping[int, Result]) -> dict[int, float]:
 
 
 def table(results: Results) -> Table:
-    """A row a network."""
+    """Makes a table with a row for each network."""
     plain_bn = finals(results["bn"])
     rows = []
     for part, seeds in results.items():
@@ -93,7 +94,7 @@ def table(results: Results) -> Table:
 
 
 def draw(results: Results) -> Figure:
-    """Accuracy against steps: mean over seeds, with the range of seeds."""
+    """Draws accuracy against steps: the mean over seeds, with their range."""
     figure, axes = subplots(figsize=(6.8, 4.4))
     for (part, seeds), colour, style in zip(results.items(), COLOURS, STYLES, strict=True):
         done = [r.run for r in seeds.values() if r.run.status == "done"]

@@ -1,5 +1,7 @@
-"""Moving average or population statistics? Accuracy with both along training, and the error at the
-end against the number of examples that the population's statistics are computed from.
+"""Moving average or population statistics?
+
+Accuracy is measured with both during training, and at the end for several numbers of examples from
+which the population's statistics are computed.
 """
 
 import functools
@@ -22,17 +24,17 @@ EXAMPLES = (100, 300, 1000, 3000, 10_000)
 
 
 def parts(config: ConfigDict) -> list[Part]:
-    """One network with BN."""
+    """Makes the only part, a network with BN."""
     return [Part("bn", ("norm=batch_norm",))]
 
 
 def mini_batches(examples: int, size: int) -> int:
-    """How many mini-batches of `size` come closest to so many examples: at least one."""
+    """Returns how many mini-batches of `size` come closest to so many examples, at least one."""
     return max(1, round(examples / size))
 
 
 def from_examples(exp: Experiment, state: step.TrainState, number: int) -> Any:
-    """Population statistics (Algorithm 2) from the first `number` mini-batches of training."""
+    """Computes population statistics (Algorithm 2) from the first `number` mini-batches."""
     size = mini_batch(exp.config)
     batches = exp.data.statistics(number, size, slice(0, size), exp.config.seed)
     add = jax.jit(functools.partial(step.statistics_step, model=exp.model))
@@ -43,12 +45,12 @@ def from_examples(exp: Experiment, state: step.TrainState, number: int) -> Any:
 
 
 def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
-    """Accuracies (shares) of every kept checkpoint, and of the last one by EXAMPLES."""
+    """Measures accuracies (shares) of every kept checkpoint, and of the last one by EXAMPLES."""
     evaluator = Evaluator(exp)
     kept = []
     for number, state in states(exp, workdir):
         if not number:
-            continue  # nothing was averaged yet
+            continue  # there is no moving average yet
         population = evaluator.population(state.params, state.batch_stats)
         kept.append(
             {
@@ -68,19 +70,19 @@ def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _at(results: Results, key: str, place: int, name: str) -> dict[int, float]:
-    """{seed: value} of one measured number."""
+    """Returns {seed: value} of one measured number."""
     found = {seed: r.measured for seed, r in results["bn"].items() if r.measured}
     return {seed: float(m[key][place][name]) for seed, m in found.items()}
 
 
 def _numbers(results: Results, key: str, name: str) -> list[int]:
-    """The steps, or numbers of examples, that were measured."""
+    """Lists the steps, or the numbers of examples, that were measured."""
     first: Sequence[Any] = next((r.measured[key] for r in results["bn"].values() if r.measured), ())
     return [one[name] for one in first]
 
 
 def table(results: Results) -> Table:
-    """A row for every kept step, then for every number of examples."""
+    """Makes a table with a row for every kept step, then for every number of examples."""
     rows = []
     for k, number in enumerate(_numbers(results, "steps", "step")):
         moving = _at(results, "steps", k, "moving")
@@ -102,7 +104,7 @@ def table(results: Results) -> Table:
 
 
 def draw(results: Results) -> Figure:
-    """Accuracy along training with both; error at the end against the number of examples."""
+    """Draws accuracy during training with both, and the error at the end by examples."""
     figure, (left, right) = subplots(1, 2, figsize=(10.4, 4))
     for seed, result in results["bn"].items():
         if not result.measured:

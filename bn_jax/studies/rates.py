@@ -1,5 +1,7 @@
-"""Which learning rates train? A grid of rates for BN and for the plain network under two kinds of
-initial weights; a run whose loss is no longer finite is marked with its step.
+"""Which learning rates train?
+
+The network with BN and the plain one, from two kinds of initial weights, are trained at a grid of
+rates. If a run's loss is no longer finite, the step is shown.
 """
 
 import numpy as np
@@ -17,11 +19,11 @@ from bn_jax.studies.frame import (
     percent,
 )
 
-TIMES = (0.2, 1.0, 6.0, 40.0, 200.0)  # the config's rate: of bn_x5 up to 1.5
+TIMES = (0.2, 1.0, 6.0, 40.0, 200.0)  # the config's rate; for bn_x5 this gives up to 1.5
 
 
 def parts(config: ConfigDict) -> list[Part]:
-    """Every rate with BN and without it; of Inception from He's and from Glorot's weights."""
+    """Makes a part for every rate: with BN and without, from both kinds of weights."""
     networks: dict[str, tuple[str, ...]] = {"bn": ("norm=batch_norm",)}
     if "init" in config.model:
         networks["plain_he"] = ("norm=none", "model.init=he")
@@ -37,13 +39,13 @@ def parts(config: ConfigDict) -> list[Part]:
 
 
 def by_network(results: Results) -> tuple[list[str], list[str]]:
-    """The networks and the rates of a study, as the names of its parts have them."""
+    """Lists the networks and rates of a study, as they are written in the names of its parts."""
     pairs = [part.split("/learning_rate=") for part in results]
     return list(dict.fromkeys(p[0] for p in pairs)), list(dict.fromkeys(p[1] for p in pairs))
 
 
 def cell(results: Results, part: str) -> str:
-    """Accuracy of the seeds that were trained to the end, and where the others diverged."""
+    """Gives the accuracy of the seeds that were trained to the end, and where others diverged."""
     runs = [result.run for result in results[part].values()]
     shares = [last_accuracy(run) for run in runs if run.status == "done"]
     said = [percent(shares)] if shares else []
@@ -52,7 +54,7 @@ def cell(results: Results, part: str) -> str:
 
 
 def table(results: Results) -> Table:
-    """One row a network, one column a rate."""
+    """Makes a table with a row for each network and a column for each rate."""
     networks, rates = by_network(results)
     rows = [[n, *(cell(results, f"{n}/learning_rate={r}") for r in rates)] for n in networks]
     legend = "Accuracy of the last evaluation, with population statistics, by learning rate."
@@ -60,7 +62,7 @@ def table(results: Results) -> Table:
 
 
 def draw(results: Results) -> Figure:
-    """The map of accuracies, with the numbers in it; diverged runs are hatched."""
+    """Draws a map of accuracies with numbers; hatched cells have only diverged runs."""
     networks, rates = by_network(results)
     figure, axes = subplots(figsize=(1.6 * len(rates) + 2, 0.8 * len(networks) + 1.6))
     values = np.full((len(networks), len(rates)), np.nan)

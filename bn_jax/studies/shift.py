@@ -1,8 +1,8 @@
-"""Is internal covariate shift reduced? The measure of Santurkar et al. for every layer, and how far
-the distribution of its activations has moved.
+"""Is internal covariate shift reduced?
 
-Shift of a layer: how much its gradient changes when all layers before it take the step that they
-take together with it.
+The measure of Santurkar et al. is computed for every layer, and how far the distribution of its
+activations has moved. The shift of a layer is the change of its gradient when all layers before it
+take the step that they take together with it.
 """
 
 import functools
@@ -30,7 +30,7 @@ Flat = Mapping[str, Any]  # path of a parameter -> array
 
 
 class Shift(NamedTuple):
-    """distance: L2 norm of G' - G. cosine: of the angle between G and G'. norm: of G."""
+    """The shift of a layer. distance: |G' - G|. cosine: of the angle of G and G'. norm: |G|."""
 
     distance: float
     cosine: float
@@ -38,7 +38,7 @@ class Shift(NamedTuple):
 
 
 def layers_in_order(paths: Iterable[str]) -> dict[str, list[str]]:
-    """{layer: its parameters}: of inception_3a/1x1 the kernel, bias, scale and offset."""
+    """Groups parameters by layer: inception_3a/1x1 has the kernel, bias, scale and offset."""
     layers: dict[str, list[str]] = {}
     for path in paths:
         parts = path.split("/")[:-1]
@@ -54,13 +54,13 @@ def shifts(
     after: Flat,
     layers: Mapping[str, Sequence[str]],
 ) -> dict[str, Shift]:
-    """The shift of every layer, in a step that moves the parameters from `before` to `after`.
+    """Computes the shift of every layer, in a step from the parameters `before` to `after`.
 
     gradient: of the loss, by parameter. layers: their parameters, in the order of the forward pass.
-    G is a layer's gradient at `before`, G' that with all layers before it at `after`.
+    G is a layer's gradient at `before`, G' its gradient with all layers before it at `after`.
     """
     start = gradient(before)
-    there = start  # nothing stands before the first layer
+    there = start  # there are no layers before the first
     current = dict(before)
     found: dict[str, Shift] = {}
     for layer, paths in layers.items():
@@ -76,7 +76,7 @@ def shifts(
 
 
 def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
-    """The shifts of the step after every kept one, and spread and movement of the activations."""
+    """Measures the shifts of each step after a kept one, and spread and movement of activations."""
     config = exp.config
     size = config.batch_size
     layers = layers_in_order(forward_order(exp))
@@ -108,7 +108,7 @@ def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def maps(measured: Mapping[str, Any]) -> dict[str, tuple[list[str], np.ndarray]]:
-    """What is drawn of a run: title -> (names of the rows, values [rows, steps])."""
+    """Returns the maps that are drawn of a run: title -> (names of rows, values [rows, steps])."""
     names = list(measured["steps"][0]["layers"])
     cells = [[one["layers"][name] for one in measured["steps"]] for name in names]
     relative = [[float(c["distance"]) / max(float(c["norm"]), 1e-30) for c in row] for row in cells]
@@ -123,7 +123,7 @@ def maps(measured: Mapping[str, Any]) -> dict[str, tuple[list[str], np.ndarray]]
 
 
 def typical(results: Results, arm: str) -> dict[str, dict[int, float]]:
-    """{what: {seed: median over layers and kept steps}}; the first layer has no shift."""
+    """Returns {what: {seed: median over layers and kept steps}}; the first layer has no shift."""
     found: dict[str, dict[int, float]] = {}
     for seed, result in results[arm].items():
         if not result.measured:
@@ -141,7 +141,7 @@ def typical(results: Results, arm: str) -> dict[str, dict[int, float]]:
 
 
 def table(results: Results) -> Table:
-    """A row for every measure."""
+    """Makes a table with a row for every measure."""
     bn = typical(results, "bn")
     plain = typical(results, "plain")
     rows = []
@@ -164,7 +164,7 @@ def table(results: Results) -> Table:
 
 
 def draw(results: Results) -> Figure:
-    """Maps of layers x steps of the first seed, with BN in the upper row; one scale a column."""
+    """Draws maps of layers x steps of the first seed, BN above; each column has one scale."""
     shown = {arm: seeds[0].measured for arm, seeds in results.items() if seeds[0].measured}
     drawn = {arm: maps(measured) for arm, measured in shown.items()}
     rows = max(1, len(shown))

@@ -1,1 +1,1 @@
-"""Weights in and out: files of tensors, other networks' names, inference networks as files."""
+"""Imports and exports weights: files of tensors, other networks' names, networks as files."""

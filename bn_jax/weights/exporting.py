@@ -1,4 +1,4 @@
-"""The formats of `bn_jax.export`: how a network becomes a file, and how the file is run again.
+"""Defines the formats of `bn_jax.export`: writes a network to a file, and runs the file again.
 
 Each `write` takes a network and a batch size (None: any) and returns the bytes of a file. Each
 `run` takes a file and images uint8 [N, H, W, C] and returns logits [N, classes].
@@ -47,9 +47,9 @@ class Format(NamedTuple):
 
 
 def stablehlo_label(network: Network) -> str:
-    """What a StableHLO file says of itself: network, date, jax's version, how long it is read.
+    """Returns the text in a StableHLO file: network, date, jax's version, how long it can be read.
 
-    jax promises to read a file of a version that was released at most six months before its own.
+    A version of jax promises to read files of versions released at most six months before it.
     """
     today = datetime.date.today()
     return (
@@ -60,8 +60,10 @@ def stablehlo_label(network: Network) -> str:
 
 
 def write_stablehlo(network: Network, batch: int | None) -> bytes:
-    """The serialization of `jax.export`, for all PLATFORMS; `jax.export.deserialize` reads it, and
-    its `fun_name` is then `stablehlo_label`."""
+    """Serializes the network with `jax.export`, for all PLATFORMS.
+
+    `jax.export.deserialize` reads it, and its `fun_name` is then `stablehlo_label`.
+    """
     label = stablehlo_label(network)
     network = folded(network)
 
@@ -74,7 +76,7 @@ def write_stablehlo(network: Network, batch: int | None) -> bytes:
         return network.logits(images)
 
     logits.__name__ = label  # the only text that the format keeps
-    with ops.plain():  # our own forms are for this machine's backend
+    with ops.plain():  # hand-tuned forms would be those of this machine's backend
         exported = export.export(jax.jit(logits), platforms=PLATFORMS)(images)
     return bytes(exported.serialize())
 
@@ -86,7 +88,7 @@ def run_stablehlo(path: pathlib.Path, images: np.ndarray) -> np.ndarray:
 
 
 def write_onnx(network: Network, batch: int | None) -> bytes:
-    """An ONNX model with input `images` and output `logits`."""
+    """Writes an ONNX model with input `images` and output `logits`."""
     network = folded(network)
     return model(network, batch, network.texts())
 
@@ -101,7 +103,7 @@ def run_onnx(path: pathlib.Path, images: np.ndarray) -> np.ndarray:
 
 
 def write_safetensors(network: Network, batch: int | None) -> bytes:
-    """Kernels and biases by path, [h, w, in, out]; config and preprocessing as metadata."""
+    """Writes kernels [h, w, in, out] and biases by path; metadata say config and preprocessing."""
     network = folded(network)
     flat = traverse_util.flatten_dict(network.variables, sep="/")
     return tensor_files.safetensors_bytes(flat, network.texts())
@@ -115,7 +117,7 @@ def run_safetensors(path: pathlib.Path, images: np.ndarray) -> np.ndarray:
 
 
 def write_flax(network: Network, batch: int | None) -> bytes:
-    """`params` and `batch_stats`, not folded, in the form of flax.linen.BatchNorm."""
+    """Writes `params` and `batch_stats`, not folded, in the form of flax.linen.BatchNorm."""
     flat = traverse_util.flatten_dict(network.variables)
     plain = {path: leaf for path, leaf in flat.items() if path[-1] != "count"}
     tree = traverse_util.unflatten_dict(plain)
@@ -135,10 +137,10 @@ def _run_tensors(file: tensor_files.TensorFile, config: Any, images: np.ndarray)
 
 
 def formats(network: Network | None = None) -> dict[str, Format]:
-    """The formats by name.
+    """Returns the formats by name.
 
     Args:
-      network: the plain Flax file is run with its config, because that file carries none.
+      network: its config is used to run a plain Flax file, which does not hold one.
     """
 
     def run_flax(path: pathlib.Path, images: np.ndarray) -> np.ndarray:
@@ -219,14 +221,14 @@ class Writer:
         return name
 
     def leaf(self, collection: str, *path: str) -> dict[str, Any]:
-        """A subtree of the variables, or {} where there is none."""
+        """Returns a subtree of the variables, or {} if there is none."""
         tree: dict[str, Any] = self.network.variables.get(collection, {})
         for part in path:
             tree = tree.get(part, {})
         return tree
 
     def conv(self, x: Map, kernel: Any, bias: Any, stride: int, pads: Callable, group: int) -> Map:
-        """A convolution with a square kernel [h, w, in, out], and a bias or None."""
+        """Adds a convolution with a square kernel [h, w, in, out], and a bias or None."""
         window, _, _, channels = kernel.shape
         edges = [pads(n, window, stride) for n in x.size]
 
@@ -245,7 +247,7 @@ class Writer:
         return Map(name, channels, _size(x.size, edges, window, stride))
 
     def conv_bn(self, x: Map, path: tuple[str, ...], stride: int, pads: Callable) -> Map:
-        """layers.ConvBN: convolution, BN where it could not be folded, nonlinearity."""
+        """Adds a layers.ConvBN: convolution, BN if it could not be folded, nonlinearity."""
         conv = self.leaf("params", *path, "conv")
         kernel = conv["kernel"]
         stats = self.leaf("batch_stats", *path, "bn")
@@ -268,7 +270,7 @@ class Writer:
         return y._replace(name=self.add(self.activation, y.name))
 
     def pool(self, operation: str, x: Map, stride: int, pads: Callable, **attributes: Any) -> Map:
-        """A 3x3 pool."""
+        """Adds a 3x3 pool."""
         edges = [pads(n, 3, stride) for n in x.size]
         name = self.add(
             operation,
@@ -281,16 +283,16 @@ class Writer:
         return Map(name, x.channels, _size(x.size, edges, 3, stride))
 
     def dense(self, x: str, params: dict[str, Any]) -> str:
-        """Computes x W + b."""
+        """Adds a dense layer, x W + b."""
         kernel = self.constant(params["kernel"])
         bias = self.constant(params["bias"])
         return self.add("Gemm", x, kernel, bias)
 
 
 def model(network: Network, batch: int | None, metadata: dict[str, str]) -> bytes:
-    """The serialized model: images uint8 [batch, H, W, C] to logits [batch, classes].
+    """Makes and serializes the model: images uint8 [batch, H, W, C] to logits [batch, classes].
 
-    A batch of None leaves its size open. Raises ImportError without the package onnx.
+    With a batch of None any size will do. Raises ImportError without the package onnx.
     """
     import onnx
     from onnx import TensorProto, helper
@@ -431,7 +433,7 @@ def _block(writer: Writer, x: Map, row: Fig5Row, *, symmetric: bool) -> Map:
 
 
 def same(n: int, window: int, stride: int) -> Pads:
-    """XLA's and TensorFlow's SAME: ceil(n / stride) outputs, the odd cell after."""
+    """Pads as SAME of XLA and TensorFlow: ceil(n / stride) outputs, and an odd cell after."""
     outputs = -(-n // stride)
     covered = (outputs - 1) * stride + window
     total = max(covered - n, 0)
@@ -440,22 +442,22 @@ def same(n: int, window: int, stride: int) -> Pads:
 
 
 def unpadded(n: int, window: int, stride: int) -> Pads:
-    """That of Caffe's pools in the stem (ops.max_pool_unpadded): one cell after an even n."""
+    """Pads as Caffe's pools in the stem (ops.max_pool_unpadded): one cell after an even n."""
     return (0, 0) if n % 2 else (0, 1)
 
 
 def one(n: int, window: int, stride: int) -> Pads:
-    """Caffe's of a 3x3 convolution: one cell on both sides."""
+    """Pads as Caffe's 3x3 convolutions: one cell on both sides."""
     return 1, 1
 
 
 def three(n: int, window: int, stride: int) -> Pads:
-    """Caffe's of a 7x7 convolution: three cells on both sides."""
+    """Pads as Caffe's 7x7 convolution: three cells on both sides."""
     return 3, 3
 
 
 def _size(size: tuple[int, int], edges: list[Pads], window: int, stride: int) -> tuple[int, int]:
-    """The size of a map after a convolution or pool."""
+    """Returns the size of a map after a convolution or pool."""
 
     def outputs(n: int, pads: Pads) -> int:
         return (n + sum(pads) - window) // stride + 1
@@ -464,7 +466,7 @@ def _size(size: tuple[int, int], edges: list[Pads], window: int, stride: int) ->
 
 
 def _flat(edges: list[Pads]) -> list[int]:
-    """ONNX's order: what comes before on every axis, then what comes after."""
+    """Orders paddings as ONNX does: before on every axis, then after on every axis."""
     before = [edge[0] for edge in edges]
     after = [edge[1] for edge in edges]
     return before + after
@@ -473,11 +475,11 @@ def _flat(edges: list[Pads]) -> list[int]:
 # Writing a file, and checking it.
 
 
-TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order differ by some 1e-6
+TOLERANCE = 1e-4  # of the largest logit; float32 sums in another order differ by about 1e-6
 
 
 def largest_difference(got: np.ndarray, want: np.ndarray) -> float:
-    """max |got - want| / max |want|, or infinity if shapes differ or a value is not finite."""
+    """Returns max |got - want| / max |want|; infinity if shapes differ or a value is not finite."""
     if got.shape != want.shape:
         return float("inf")
     if not np.isfinite(got).all() or not np.isfinite(want).all():
@@ -528,7 +530,7 @@ def export_run(net: network.Network, name: str, batch: int | None, out: pathlib.
 
 
 def batch_size(text: str) -> int | None:
-    """The value of --batch: None for 'any', else a positive number."""
+    """Parses --batch: None for 'any', else a positive number."""
     if text == "any":
         return None
     if not text.isdecimal() or int(text) < 1:

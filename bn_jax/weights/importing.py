@@ -26,7 +26,7 @@ DEFAULT_CONFIG = "configs/bn_baseline.py"
 
 
 def recorded_config(path: pathlib.Path, file: tensor_files.TensorFile) -> ConfigDict:
-    """The config that `bn_jax.export` writes into a file. Raises ConfigError if there is none."""
+    """Reads the config that `bn_jax.export` wrote into a file. Raises ConfigError without one."""
     if "config" not in file.metadata:
         raise ConfigError(
             f"{path} does not say which network it is from: give --config=configs/NAME.py[:SCALE], "
@@ -39,7 +39,7 @@ def recorded_config(path: pathlib.Path, file: tensor_files.TensorFile) -> Config
 
 
 def published(variant: str, config: ConfigDict) -> ConfigDict:
-    """The config, with the fields that the published network of a variant determines."""
+    """Sets the fields of a config that the published network of a variant determines."""
     config = config.copy_and_resolve_references().unlock()
     config.name = f"imported_{variant}"
     config.norm = "batch_norm"
@@ -57,10 +57,10 @@ def published(variant: str, config: ConfigDict) -> ConfigDict:
 def variables(
     file: tensor_files.TensorFile, variant: str, config: ConfigDict, *, background: bool
 ) -> tuple[dict[str, Any], tuple[int, int, int]]:
-    """`params` and `batch_stats` from a file's tensors, in their own precision, and the shape of
-    the images they are for.
+    """Returns `params` and `batch_stats` from a file's tensors, and the images' shape [H, W, C].
 
-    Raises ConfigError naming the first tensors that do not fit, and how many there are.
+    The arrays keep the file's precision. Raises ConfigError that names the first tensors that do
+    not fit, and says how many there are.
     """
     bias = {
         "caffe": "last_linear.bias",
@@ -83,7 +83,7 @@ def variables(
 
 
 def _channels(file: tensor_files.TensorFile, config: ConfigDict) -> int:
-    """Channels of the images, from the first layer's kernel; 3 where there is none."""
+    """Finds the channels of the images from the first layer's kernel; 3 if that is absent."""
     for name, per_channel in (
         ("params/conv1_7x7_depthwise/kernel", lambda shape: shape[-1] // 8),
         ("params/conv1_7x7/conv/kernel", lambda shape: shape[-2]),
@@ -104,7 +104,7 @@ def write(
 ) -> None:
     """Writes run.json and a checkpoint at step 0; the workdir appears when both are whole.
 
-    Raises DiskError, and ConfigError where the workdir cannot be made.
+    Raises DiskError, and ConfigError if the workdir cannot be made.
     """
     params, batch_stats = jax.tree.map(
         lambda leaf: np.asarray(leaf, np.float32), (found["params"], found["batch_stats"])

@@ -2,8 +2,8 @@
 
 * `caffe`: the state dict of `bninception` (Cadene's pretrained-models.pytorch, ported from Caffe).
   Kernels [out, in, h, w], pixels in BGR order, each convolution with a bias before its BN.
-* `slim`: TF-slim's `inception_v2`. Kernels [h, w, in, out], BN without a scale, no BN in the stem's
-  first convolution but a bias, class 0 is 'background'.
+* `slim`: TF-slim's `inception_v2`. Kernels [h, w, in, out], BN without a scale, a bias and no BN in
+  the stem's first convolution. Class 0 is 'background'.
 * `flax`: our own names, as `flax.serialization` or `bn_jax.export` write them.
 
 Every tensor of the file must be used once, and every variable be filled.
@@ -22,7 +22,7 @@ from bn_jax.models.inception import TABLE
 EPSILON = {"caffe": 1e-5, "slim": 1e-3}  # of BN in the published networks
 SLIM = "InceptionV2"
 SLIM_LOGITS = f"{SLIM}/Logits/Conv2d_1c_1x1"
-SLIM_BLOCKS = {  # TF-slim counts the pooling modules 3c and 4e to the next stage
+SLIM_BLOCKS = {  # in TF-slim the pooling modules 3c and 4e belong to the next stage
     "3a": "3b", "3b": "3c", "3c": "4a", "4a": "4b", "4b": "4c",
     "4c": "4d", "4d": "4e", "4e": "5a", "5a": "5b", "5b": "5c",
 }  # fmt: skip
@@ -58,7 +58,7 @@ SHOWN = 5  # names in a message; the rest are counted
 
 
 def common_prefix(names: Iterable[str]) -> str:
-    """The prefix of all names that is not part of them, such as `module.`; '' if there is none."""
+    """Finds a prefix that a program put before all names, such as `module.`; '' without one."""
     names = list(names)
     found = ""
     while names:
@@ -72,10 +72,10 @@ def common_prefix(names: Iterable[str]) -> str:
 
 
 class Source:
-    """The file's tensors as they are taken; what does not fit is collected for one message.
+    """The tensors of a file; it collects what does not fit, for one message.
 
     A prefix that is common to all names (`common_prefix`) is removed. Raises ConfigError for the
-    GoogLeNet of torchvision and timm, which is often taken for this network.
+    GoogLeNet of torchvision and timm, which is often mistaken for this network.
     """
 
     def __init__(self, tensors: Mapping[str, np.ndarray]):
@@ -93,7 +93,7 @@ class Source:
             )
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A tensor of that shape, in floating point; zeros where there is none.
+        """Takes a tensor of that shape, in floating point; zeros if there is none.
 
         Axes of length 1 do not count: older files have BN vectors of shape [1, C].
         """
@@ -118,12 +118,14 @@ class Source:
         return found
 
     def optional(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
-        """A tensor that a file may lack."""
+        """Takes a tensor that a file may lack; returns None if it does."""
         return self.take(name, shape) if name in self.tensors else None
 
     def finish(self, ignored: Callable[[str], bool]) -> None:
-        """Raises ConfigError if tensors are missing, extra or of the wrong shape: how many, and
-        the first of each kind by name."""
+        """Raises ConfigError if tensors are missing, left over or of the wrong shape.
+
+        The message says how many there are of each kind, and names the first of them.
+        """
         if not self._used:
             raise ConfigError(
                 f"the file has none of the network's {len(self._missing)} tensors, such as "
@@ -143,24 +145,24 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _named(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """Lists the first names, and says how many more there are."""
     shown = ", ".join(names[:SHOWN])
     more = len(names) - SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
 
 
 def num_classes(tensors: Mapping[str, np.ndarray], name: str, otherwise: int) -> int:
-    """Classes of the file's last layer, whose bias is `name`."""
+    """Returns the classes of a file's last layer, whose bias is `name`; `otherwise` without it."""
     return tensors[name].shape[0] if name in tensors and tensors[name].ndim == 1 else otherwise
 
 
 def caffe(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables from `bninception`'s state dict.
+    """Makes our variables from `bninception`'s state dict.
 
     like: `params` and `batch_stats` of our network, arrays or their shapes. The convolution's bias
-    is taken off BN's mean, which is the same: (W u + b) - m = W u - (m - b). Pixels come to our
-    network in RGB, so the first kernel's input channels are reversed. The means that Caffe
-    subtracts, 128, 117 and 104 of R, G and B, are the `caffe` variant's own.
+    is subtracted from BN's mean, which is equivalent: (W u + b) - m = W u - (m - b). Our network
+    gets RGB pixels, so the first kernel's input channels are reversed. The `caffe` variant itself
+    subtracts Caffe's means, 128, 117 and 104 of R, G and B.
     """
     source = Source(tensors)
     out = _Variables()
@@ -173,7 +175,7 @@ def caffe(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[st
             weight[:, :, ::-1] if path == ("conv1_7x7",) else weight
         )
         bias = source.optional(f"{name}.bias", features)
-        if bias is None:  # some ports leave out what BN takes off again
+        if bias is None:  # some ports leave out the bias, which BN's mean cancels
             bias = np.zeros(features, np.float32)
         mean = source.take(f"{name}_bn.running_mean", features)
         out.bn(
@@ -191,16 +193,16 @@ def caffe(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[st
 
 
 def _caffe_name(path: tuple[str, ...]) -> str:
-    """('inception_3a', 'conv_3x3') -> 'inception_3a_3x3'."""
+    """Converts a path to Caffe's name: ('inception_3a', 'conv_3x3') to 'inception_3a_3x3'."""
     return "conv1_7x7_s2" if path == ("conv1_7x7",) else "_".join(path).replace("_conv_", "_")
 
 
 def slim(
     tensors: Mapping[str, np.ndarray], like: Mapping[str, Any], *, background: bool
 ) -> dict[str, Any]:
-    """Variables from TF-slim's `inception_v2`, of `like`'s shapes.
+    """Makes our variables from TF-slim's `inception_v2`, of `like`'s shapes.
 
-    background: keep class 0, 'background'; else our class k is theirs of number k + 1. BN has no
+    background: whether to keep class 0, 'background'; else our class k is their k + 1. BN has no
     scale (`gamma`) in the published checkpoint; one is taken if the file has it. The first
     convolution has a bias and no BN there; our BN then multiplies by 1 and adds that bias.
     """
@@ -247,9 +249,9 @@ def _slim_name(path: tuple[str, ...]) -> str:
 
 
 def flax(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables from our own names, `params/...` and `batch_stats/...`, of `like`'s shapes.
+    """Makes variables from our own names, `params/...` and `batch_stats/...`, of `like`'s shapes.
 
-    Statistics without `count`, as plain Flax has them, count as converged.
+    Statistics without `count`, as in plain Flax, are treated as converged.
     """
     source = Source(tensors)
     filled: dict[str, np.ndarray] = {}
@@ -264,7 +266,7 @@ def flax(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str
 
 
 class _Variables:
-    """Leaves by path, as they are found."""
+    """Collects leaves by path."""
 
     def __init__(self) -> None:
         self.params: dict[tuple[str, ...], np.ndarray] = {}
@@ -285,7 +287,7 @@ class _Variables:
 
 
 def _convolutions(like: Mapping[str, Any]) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Paths of the network's ConvBN modules and the shapes [h, w, in, out] of their kernels."""
+    """Lists the paths of ConvBN modules, with the shapes [h, w, in, out] of their kernels."""
     flat = traverse_util.flatten_dict(dict(like["params"]))
     return [
         (path[:-2], leaf.shape) for path, leaf in flat.items() if path[-2:] == ("conv", "kernel")

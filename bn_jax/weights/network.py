@@ -1,4 +1,4 @@
-"""The inference network of a run: the one that evaluation applies, without the data set."""
+"""Loads the inference network of a run, as evaluation applies it, without the data set."""
 
 import json
 import pathlib
@@ -20,10 +20,12 @@ from bn_jax.workdir.reader import read_record
 class Network(NamedTuple):
     """A trained or imported network.
 
-    config: its own. model, variables: in float32 of the highest precision, with `batch_stats` where
-    it has BN.
-    image_shape: [H, W, C] of uint8 pixels in 0..255. statistics: where `batch_stats` come from
-    (population, running, none). about: run, step and origin, as texts.
+    Attributes:
+      config: its own, with float32 and the highest precision.
+      model, variables: of that config; `variables` have `batch_stats` if the network has BN.
+      image_shape: [H, W, C] of its images, which are uint8 in 0..255.
+      statistics: where `batch_stats` come from (population, running, none).
+      about: run, step and origin, as texts.
     """
 
     config: ConfigDict
@@ -35,11 +37,11 @@ class Network(NamedTuple):
     about: dict[str, str]
 
     def logits(self, images: Any) -> Any:
-        """Inference: images [N, H, W, C] to logits float32 [N, classes]. For `jax.jit`."""
+        """Runs inference: images [N, H, W, C] to logits float32 [N, classes]; for `jax.jit`."""
         return self.model.apply(self.variables, images, train=False)
 
     def preprocessing(self) -> str:
-        """What the network does to the pixels first, in words."""
+        """Says in words what the network does to the pixels first."""
         shape = " x ".join(map(str, self.image_shape))
         if self.config.model.name == "mlp":
             threshold = self.config.model.threshold * 255
@@ -52,7 +54,7 @@ class Network(NamedTuple):
         return f"images uint8 [batch, {shape}] in 0..255, {order}; inside the network: {how}"
 
     def texts(self) -> dict[str, str]:
-        """What a file says of the network in it."""
+        """Returns the texts that a file holds about its network."""
         return {
             "preprocessing": self.preprocessing(),
             "statistics": self.statistics,
@@ -68,12 +70,11 @@ def load(
     say: Callable[[str], None] = print,
     data_dir: str | None = None,
 ) -> Network:
-    """The network of a workdir's newest checkpoint, or of one step.
+    """Loads the network of a workdir's newest checkpoint, or of one step.
 
     Args:
-      statistics: population (Algorithm 2: kept beside the checkpoint, or computed, for which the
-        data set must be there), or running. None: population, except that imported weights use
-        their own.
+      statistics: population (of Algorithm 2: read from beside the checkpoint, or computed, which
+        needs the data set) or running. None: population, but imported weights use their own.
       data_dir: where that data set lies now.
       say: called with a line about what was found.
 
@@ -92,7 +93,7 @@ def load(
     }
     if origin is not None:
         about |= {f"imported_{name}": value for name, value in origin.items()}
-    # A TPU and a GPU would otherwise round the factors to fewer digits than the file's readers do.
+    # Otherwise a TPU or GPU would round factors to fewer digits than the readers of the file do.
     config = _changed(exp.config, dtype="float32", precision="highest")
     variables = {"params": member.params}
     if member.batch_stats:
@@ -110,10 +111,10 @@ def load(
 
 
 def folded(network: Network) -> Network:
-    """The same network without BN: one affine layer each (Algorithm 2, line 12).
+    """Folds each BN into the layer before it (Algorithm 2, line 12).
 
-    A network with per-activation BN (bn.per_activation) comes back as it is: such a BN has a pair
-    of numbers for each place of the map, which no convolution has.
+    A network with per-activation BN (bn.per_activation) is returned unchanged: such a BN has its
+    own scale and offset at each position of the map, which a convolution cannot have.
     """
     config = network.config
     if "batch_stats" not in network.variables:
@@ -132,12 +133,12 @@ def _changed(config: ConfigDict, **changes: Any) -> ConfigDict:
     config = config.copy_and_resolve_references().unlock()
     for name, value in changes.items():
         config[name] = value
-    config.record.activations = ()  # what training records may be BN's
+    config.record.activations = ()  # they may be inputs of a BN that is gone
     return config.lock()
 
 
 def examples(network: Network, number: int) -> np.ndarray:
-    """Images uint8 [number, H, W, C] to compare networks on: noise over soft patterns."""
+    """Makes images, uint8 [number, H, W, C], to compare networks on: noise over soft patterns."""
     random = np.random.default_rng(0)
     height, width, channels = network.image_shape
     coarse = random.uniform(0, 255, (number, 4, 4, channels))

@@ -1,4 +1,4 @@
-"""Files of named tensors: safetensors, npz and Flax's msgpack. Nothing is ever unpickled."""
+"""Reads files of named tensors: safetensors, npz and Flax's msgpack. Nothing is unpickled."""
 
 import hashlib
 import io
@@ -43,7 +43,7 @@ FROM_TENSORFLOW = (
 
 
 class TensorFile(NamedTuple):
-    """What a file holds: tensors by name ('a/b' in nested trees), texts, and its own SHA-256."""
+    """A file's tensors by name ('a/b' in nested trees), its texts, and its own SHA-256."""
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, str]
@@ -53,8 +53,8 @@ class TensorFile(NamedTuple):
 def read(path: pathlib.Path) -> TensorFile:
     """Reads a file by its suffix: .safetensors, .npz or .msgpack.
 
-    Raises ConfigError: it is absent, damaged, a pickle, or of another kind; a pickle's message has
-    the lines that convert it.
+    Raises ConfigError if it is absent, damaged, a pickle, or of another kind. For a pickle the
+    message has the lines that convert it.
     """
     try:
         data = path.read_bytes()
@@ -81,7 +81,7 @@ def read(path: pathlib.Path) -> TensorFile:
 
 
 def refuse_stand_ins(path: pathlib.Path, data: bytes) -> None:
-    """Raises ConfigError for what is often found in the place of a large file."""
+    """Raises ConfigError for files that are often found in place of a large one."""
     start = data[:200].lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         raise ConfigError(f"{path} is a pointer of Git LFS, not the file: run git lfs pull")
@@ -94,7 +94,7 @@ def refuse_stand_ins(path: pathlib.Path, data: bytes) -> None:
 def refuse_pickles(path: pathlib.Path, data: bytes) -> None:
     """Raises ConfigError, with the lines that convert it, for a pickle or a TensorFlow file."""
     zipped = data[:2] == b"PK" and b"/data.pkl" in data  # torch.save since 1.6
-    # Pickle's protocols 2 to 5. A safetensors header may have such a length, and then a brace.
+    # Pickle's protocols 2 to 5. A safetensors file may begin so, too, but then a brace follows.
     plain = data[:1] == b"\x80" and data[1:2] in b"\2\3\4\5" and data[8:9] != b"{"
     if zipped or plain or path.suffix in PICKLES:
         code = FROM_TORCH.format(str(path), str(path.with_suffix(".safetensors")))
@@ -137,7 +137,7 @@ def _npz(path: pathlib.Path, data: bytes) -> dict[str, np.ndarray]:
 
 
 def _known(path: pathlib.Path, name: str, tensor: np.ndarray) -> np.ndarray:
-    """A tensor of an npz file with its number format, which numpy drops for bfloat16."""
+    """Restores the number format of an npz file's tensor, which numpy drops for bfloat16."""
     if tensor.dtype == np.dtype("V2"):  # the only format of two bytes that numpy has no name for
         return tensor.view(ml_dtypes.bfloat16)
     if tensor.dtype.kind not in "fiub":
@@ -164,7 +164,7 @@ def _msgpack(path: pathlib.Path, data: bytes) -> dict[str, np.ndarray]:
 
 
 def safetensors_bytes(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file. Raises KeyError for a dtype that the format does not have."""
+    """Makes a safetensors file. Raises KeyError for a dtype that the format does not have."""
     return safetensors.numpy.save(
         {name: np.ascontiguousarray(t).reshape(np.shape(t)) for name, t in tensors.items()},
         dict(metadata) or None,

@@ -1,1 +1,1 @@
-"""What lies in a workdir: records, checkpoints, the lock."""
+"""Reads and writes what lies in a workdir: records, checkpoints, the lock."""

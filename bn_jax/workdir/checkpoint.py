@@ -1,16 +1,16 @@
-"""Checkpoints that are whole or not there.
+"""Saves and restores checkpoints, each of which is whole or absent.
 
-Orbax writes the arrays; the digests, the quarantine and the fallback to an older step are ours.
+Orbax writes the arrays; digests, quarantine and the fallback to an older step are ours.
 
 A step is a directory. It appears under its number by one rename, after all its files are on disk:
 
     1200/arrays/          the state as orbax stores it
     1200/manifest.json    digests of every array and every file, metric, meta
-    index.json            the steps that are there, so that one that vanishes is noticed
-    tmp.1500/             a save that is under way, or was when the process was killed
+    index.json            the steps that are there, so that the loss of one is noticed
+    tmp.1500/             a save under way, or one that was when the process was killed
     quarantine/900/       a damaged step, kept for inspection, never restored
 
-Process 0 alone writes and reads, without a barrier: the state of data-parallel training is the same
+Only process 0 writes and reads, without a barrier: the state of data-parallel training is the same
 in every process, and a save at preemption must not wait for a process that is gone. The others
 receive the restored bytes from process 0, so the directory need not be on a shared disk.
 """
@@ -42,10 +42,10 @@ INDEX = "index.json"
 QUARANTINE = "quarantine"
 TMP = "tmp."
 
-_DIGEST_BYTES = 20  # 160 bits: an accidental collision is out of the question
+_DIGEST_BYTES = 20  # 160 bits, so that accidental collisions do not occur in practice
 
 
-# The manifest: what a step must contain, and how to tell that it no longer does.
+# The manifest: what a step must contain, so that damage is noticed.
 #
 # Orbax restores flipped bits without noticing, so every step carries `manifest.json`:
 #
@@ -61,28 +61,28 @@ class DamagedError(Exception):
 
 
 def digest(data: Any) -> str:
-    """BLAKE2b of a bytes-like object, hexadecimal."""
+    """Computes BLAKE2b of a bytes-like object, in hexadecimal."""
     return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
 
 
 def array_entry(array: np.ndarray) -> dict[str, Any]:
-    """Shape, dtype and digest of one host array."""
+    """Returns shape, dtype and digest of one host array."""
     # ascontiguousarray makes a scalar one-dimensional; the bytes are the same.
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return {"shape": list(array.shape), "dtype": array.dtype.name, "digest": digest(data)}
 
 
 def file_entry(path: pathlib.Path) -> dict[str, Any]:
-    """Size and digest of one file."""
+    """Returns the size and the digest of one file."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES))
     return {"size": path.stat().st_size, "digest": found.hexdigest()}
 
 
 def file_entries(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Size and digest of every file below `directory` but the manifest, by relative path.
+    """Returns size and digest of every file below `directory` but the manifest, by relative path.
 
-    Hidden files are left out: those that NFS and desktops make may vanish again at any time.
+    Hidden files are left out, because those that NFS and desktops make may vanish at any time.
     """
     return {
         path.relative_to(directory).as_posix(): file_entry(path)
@@ -92,7 +92,7 @@ def file_entries(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def canonical(value: Any) -> bytes:
-    """The one JSON encoding of `value`: sorted keys, no spaces, a final newline.
+    """Encodes `value` as JSON in a unique way: sorted keys, no spaces, a final newline.
 
     Raises:
       ValueError, TypeError: `value` is not plain JSON, or has NaN or infinity in it.
@@ -102,12 +102,12 @@ def canonical(value: Any) -> bytes:
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
-    """Canonical JSON of `body` with its own digest."""
+    """Encodes `body`, together with its digest, as canonical JSON."""
     return canonical({"body": body, "digest": digest(canonical(body))})
 
 
 def unseal(data: bytes, what: str) -> dict[str, Any]:
-    """The body of sealed JSON.
+    """Decodes what `seal` wrote, and returns the body.
 
     Raises:
       DamagedError: `data` is not exactly what `seal` wrote; `what` names it in the message.
@@ -124,7 +124,7 @@ def unseal(data: bytes, what: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _permitted(path: pathlib.Path) -> Iterator[None]:
-    """Raises DiskError for a file that this user may not read: that does not make it damaged."""
+    """Raises DiskError for a file that this user may not read, which does not mean damage."""
     try:
         yield
     except PermissionError as error:
@@ -134,7 +134,7 @@ def _permitted(path: pathlib.Path) -> Iterator[None]:
 
 
 def load_manifest(directory: pathlib.Path, step: int) -> dict[str, Any]:
-    """The manifest of a step directory, checked against itself and the step's number.
+    """Reads a step directory's manifest, and checks its digest and the step's number.
 
     Raises:
       DamagedError: it is missing, altered, or of another step.
@@ -154,7 +154,7 @@ def load_manifest(directory: pathlib.Path, step: int) -> dict[str, Any]:
 def check_files(directory: pathlib.Path, body: Mapping[str, Any]) -> None:
     """Raises DamagedError unless the step has all files of its manifest, byte for byte.
 
-    Files that were not saved do no harm and are ignored: desktops, NFS and rsync leave some.
+    Other files, such as desktops, NFS and rsync leave, are ignored.
     """
     for name, entry in body["files"].items():
         path = directory / name
@@ -190,15 +190,17 @@ def check_arrays(arrays: Mapping[str, np.ndarray], body: Mapping[str, Any]) -> N
 
 @functools.cache
 def _orbax() -> Any:
-    """orbax.checkpoint. Its import adds a handler to the host program's root logger, so that only
-    opening a run's checkpoints imports it, not importing this module."""
+    """Imports orbax.checkpoint, once a run's checkpoints are opened.
+
+    Importing this module does not import it, because it adds a handler to the root logger.
+    """
     import orbax.checkpoint
 
     return orbax.checkpoint
 
 
 def flatten_arrays(tree: Any) -> tuple[list[str], list[Any]]:
-    """Names and leaves of a pytree. Raises ValueError if two leaves share a name."""
+    """Lists names and leaves of a pytree. Raises ValueError if two leaves share a name."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
     if len(set(names)) != len(names):
@@ -228,8 +230,8 @@ def load_arrays(
         with _checkpointer() as checkpointer:
             tree = checkpointer.restore(path, args=restore)
     except Exception as error:
-        # The files are those that were written, so the writer or the reader is at fault. The step
-        # is as unusable as a damaged one.
+        # The files are those that were written, so orbax failed to write or to read them. In either
+        # case the step cannot be used, like a damaged one.
         raise DamagedError(f"orbax cannot read it: {first_line(error)}") from error
 
     names, leaves = flatten_arrays(tree)
@@ -237,7 +239,7 @@ def load_arrays(
 
 
 def place_arrays(array: np.ndarray, like: Any) -> jax.Array:
-    """The array on the devices of `like.sharding`, or on the default device."""
+    """Places an array on the devices of `like.sharding`, or on the default device."""
     sharding = getattr(like, "sharding", None)
     if sharding is None:
         return jax.device_put(array)
@@ -270,7 +272,7 @@ def require_finite(step: int, arrays: Mapping[str, np.ndarray]) -> None:
             continue
 
         wide = array.astype(np.float32) if array.dtype.itemsize < 4 else array
-        # A count of statistics updates is infinite where a converged tree was imported.
+        # The count of a BN's updates may be infinite, if converged statistics were imported.
         is_count = name.split("/")[-1] == "count"
         fine = ~np.isnan(wide) if is_count else np.isfinite(wide)
         if not fine.all():
@@ -278,7 +280,7 @@ def require_finite(step: int, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 300 characters."""
+    """Returns the first line of an error's message, at most 300 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
@@ -304,22 +306,22 @@ def _describe(entry: tuple[list[int], str] | None) -> str:
 
 
 class Steps:
-    """Step directories below `directory`; with `read_only` nothing is moved, removed or written."""
+    """The step directories in `directory`. If `read_only`, nothing is moved, removed or written."""
 
     def __init__(self, directory: pathlib.Path, *, read_only: bool):
         self.directory = pathlib.Path(directory).absolute()
         self.read_only = read_only
 
     def path(self, step: int) -> pathlib.Path:
-        """Where `step` is or would be."""
+        """Returns where `step` is, or would be."""
         return self.directory / str(step)
 
     def numbers(self) -> list[int]:
-        """Numbers of the step directories, ascending; not verified."""
+        """Lists the step directories' numbers, ascending. The steps are not verified."""
         return sorted(int(path.name) for path in self._entries() if _is_step(path))
 
     def metrics(self) -> dict[int, float | None]:
-        """The metric of each step whose manifest can be read."""
+        """Returns the metric of each step whose manifest can be read."""
         metrics = {}
         for step in self.numbers():
             with contextlib.suppress(DamagedError):
@@ -370,7 +372,7 @@ class Steps:
         warn(f"checkpoint {path} is damaged ({why}); moved to {QUARANTINE}/{target.name}")
 
     def write_index(self, steps: Iterable[int]) -> None:
-        """Notes which steps are there."""
+        """Records which steps are there."""
         if not self.read_only:
             data = seal({"steps": sorted(steps)})
             files.write_atomic(self.directory / INDEX, data)
@@ -392,7 +394,7 @@ class Steps:
 
 
 def remove(path: pathlib.Path) -> None:
-    """Deletes a file or directory; a kill in the middle leaves no half step under its number."""
+    """Deletes a file or directory; if killed meanwhile, no half step keeps its number."""
     if not path.exists():
         return
 
@@ -413,14 +415,14 @@ def _is_step(path: pathlib.Path) -> bool:
 
 
 class Checkpoints:
-    """The checkpoints of one run. All processes construct it and call its methods alike.
+    """The checkpoints of one run. All processes make one and call the same methods.
 
     Args:
-      directory: created at the first save.
-      keep_last: how many of the newest steps to keep, at least 1; 2 leaves one to fall back to.
+      directory: is created at the first save.
+      keep_last: how many of the newest steps to keep, at least 1; with 2 there is a fallback.
       keep_best: how many of the steps with the highest `metric` to keep in addition.
-      keep_every: keep every step that this divides, too; 0 for none.
-      read_only: never clean, quarantine or write; for commands that look at a run in progress.
+      keep_every: also keep every step that this number divides; 0 for none.
+      read_only: never clean, quarantine or write; for commands that read a run in progress.
     """
 
     def __init__(
@@ -445,10 +447,10 @@ class Checkpoints:
         self._worker: concurrent.futures.ThreadPoolExecutor | None = None
         self._metrics: dict[int, float | None] | None = None  # of the steps that are there
         logging.getLogger("absl").addFilter(_quiet)
-        _orbax()  # now, when nothing waits for it yet
+        _orbax()  # imported now, when nothing waits for it yet
 
     def steps(self) -> list[int]:
-        """Numbers of the steps on this process's disk, ascending; not yet verified."""
+        """Lists the steps on this process's disk, ascending. They are not verified yet."""
         return self._steps.numbers()
 
     # Saving
@@ -463,7 +465,7 @@ class Checkpoints:
     ) -> None:
         """Saves `state` (a pytree of arrays) as `step`; returns when it is copied to the host.
 
-        A save still under way is waited for. `meta` is plain JSON and comes back from `restore`.
+        It waits for a save that is still under way. `meta` is plain JSON, which `restore` returns.
 
         Raises:
           DiskError: too little space for this save, or the previous one failed.
@@ -472,7 +474,7 @@ class Checkpoints:
         self.wait()
         names, leaves = flatten_arrays(state)
         if self._main:
-            # Half as much again: manifests, the indices of orbax, and records written meanwhile.
+            # Half as much again is for manifests, orbax's indices and records written meanwhile.
             files.require_free(self.directory, sum(x.nbytes for x in leaves) * 3 // 2 + (1 << 20))
         arrays = dict(zip(names, mesh.to_host(leaves), strict=True))
         if not self._main:
@@ -482,29 +484,29 @@ class Checkpoints:
 
         finite = metric is not None and math.isfinite(metric)
         body = {"step": step, "metric": metric if finite else None, "meta": dict(meta or {})}
-        canonical(body)  # a meta that is not JSON fails here, where the caller sees it
+        canonical(body)  # raises here, where the caller sees it, if `meta` is not JSON
         self._pending = self._worker.submit(self._write, step, arrays, body)
 
     def check(self) -> None:
-        """Raises what a finished save in the background ran into; cheap enough for every step."""
+        """Raises the error of a background save that has ended; cheap enough for every step."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when no save is under way; raises as `check` does."""
+        """Waits until no save is under way; raises as `check` does."""
         pending = self._pending
         self._pending = None
         if pending is not None:
             pending.result()
 
     def settle(self, seconds: float) -> None:
-        """Waits at most so many seconds for a save under way; raises nothing. From any thread."""
+        """Waits at most `seconds` for a save under way; raises nothing. Any thread may call it."""
         if self._pending is not None:
             most = min(seconds, threading.TIMEOUT_MAX)
             concurrent.futures.wait([self._pending], timeout=most)
 
     def close(self) -> None:
-        """Waits and frees the thread; the object can still be used."""
+        """Waits, and ends the thread; the object can still be used."""
         try:
             self.wait()
         finally:
@@ -524,7 +526,7 @@ class Checkpoints:
             files.warn(str(second))  # the first error is the one that ends the command
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], body: dict[str, Any]) -> None:
-        """Writes one step and removes those that are no longer kept; runs in the thread."""
+        """Writes one step and removes those that are no longer kept. It runs in the thread."""
         scratch = self.directory / f"{TMP}{step}"
         final = self._steps.path(step)
         require_finite(step, arrays)
@@ -538,7 +540,7 @@ class Checkpoints:
                 body["files"] = file_entries(scratch)
                 files.write_atomic(scratch / MANIFEST, seal(body))
 
-                remove(final)  # it is there after a fallback to an older step
+                remove(final)  # it exists after a fallback to an older step
                 scratch.rename(final)
                 files.sync_directory(self.directory)
             self._retain(step, body["metric"])
@@ -555,17 +557,17 @@ class Checkpoints:
             ) from error
 
     def _retain(self, step: int, metric: float | None) -> None:
-        """Removes the steps that are neither among the newest nor among the best."""
+        """Removes the steps that are neither among the newest nor the best, nor kept for ever."""
         metrics = self._steps.metrics() if self._metrics is None else self._metrics
         metrics[step] = metric
         keep = set(sorted(metrics)[-self.keep_last :])
-        ranked = sorted((m, -s) for s, m in metrics.items() if m is not None)  # ties: the earlier
+        ranked = sorted((m, -s) for s, m in metrics.items() if m is not None)  # ties: earlier wins
         keep |= {-s for _, s in ranked[max(0, len(ranked) - self.keep_best) :]}
         if self.keep_every:
             keep |= {s for s in metrics if s % self.keep_every == 0}
         self._metrics = {s: m for s, m in metrics.items() if s in keep}
 
-        # The index first: a kill in between leaves a step too many, not one that seems lost.
+        # The index is written first: a kill in between leaves a step too many, not a missing one.
         self._steps.write_index(keep)
         for old in sorted(metrics.keys() - keep):
             remove(self._steps.path(old))
@@ -573,12 +575,12 @@ class Checkpoints:
     # Restoring
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest good step, or the given one: (step, state, meta).
+        """Restores the newest good step, or the given one; returns (step, state, meta).
 
         Args:
-          like: pytree of jax.ShapeDtypeStruct (with `sharding`, or for the default device) or of
-            arrays; the state comes back in its structure and shardings, whatever devices saved it.
-          step: a particular step; then there is no falling back to another.
+          like: a pytree of jax.ShapeDtypeStruct (with `sharding`, or for the default device) or of
+            arrays. The state has its structure and shardings, whichever devices saved it.
+          step: a particular step, without fallback to another.
 
         Returns:
           None if and only if the directory has never held a step.
@@ -591,7 +593,7 @@ class Checkpoints:
         self._metrics = None
         names, leaves = flatten_arrays(like)
 
-        # Process 0 reads. What it found or why it failed goes to all.
+        # Process 0 reads, and sends all processes what it found or why it failed.
         arrays: dict[str, np.ndarray] = {}
         header: dict[str, Any] = {"step": None}
         if self._main:
@@ -609,7 +611,7 @@ class Checkpoints:
         if header["step"] is None:
             return None
 
-        # One broadcast for all arrays: each size of a broadcast is a program to compile.
+        # All arrays are sent at once, because each size of a broadcast is a program to compile.
         data = mesh.broadcast(b"".join(arrays[name].tobytes() for name in names if self._main))
         placed = []
         start = 0
@@ -623,7 +625,7 @@ class Checkpoints:
     def _read(
         self, names: Sequence[str], leaves: Sequence[Any], wanted: int | None
     ) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
-        """The newest good step, or the wanted one: (step, arrays by name, meta)."""
+        """Reads the newest good step, or the wanted one; returns (step, arrays by name, meta)."""
         ever = self._steps.tidy()
         bad = []
         for step in self.steps()[::-1] if wanted is None else [wanted]:
@@ -655,5 +657,5 @@ class Checkpoints:
 
 
 def _quiet(record: logging.LogRecord) -> bool:
-    """Keeps what orbax logs about each save out of the user's terminal; its errors stay."""
+    """Filters out what orbax logs about each save; errors are kept."""
     return record.levelno > logging.WARNING or "orbax" not in record.pathname

@@ -1,6 +1,6 @@
-"""Writes files that are either old or new after a kill, and lines of JSON that survive one.
+"""Writes files such that after a kill they are old or new, and lines of JSON that survive a kill.
 
-Errors of the disk become one line. Nothing here knows about experiments.
+Errors of the disk become one line. Nothing here depends on experiments.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ import numpy as np
 
 from bn_jax.errors import ConfigError, DiskError
 
-# What a full, read-only, withdrawn or failing disk raises. Any other error (a directory where a
-# file should be) is a mistake of the program and keeps its traceback.
+# What a full, read-only, removed or failing disk raises. Any other error (such as a directory where
+# a file should be) is a mistake of the program and keeps its traceback.
 _DISK_ERRNO = frozenset(
     (
         errno.ENOSPC,
@@ -71,7 +71,7 @@ def readable(path: pathlib.Path) -> Iterator[None]:
 
 
 def write_atomic(path: pathlib.Path, data: bytes) -> None:
-    """Replaces `path` by `data`: after a kill or power loss it holds the old bytes or the new.
+    """Replaces the content of `path`; after a kill or power loss it is the old or the new one.
 
     Raises:
       DiskError: the disk is full or cannot be written; `path` is unchanged.
@@ -93,7 +93,7 @@ def write_atomic(path: pathlib.Path, data: bytes) -> None:
 
 
 def is_scratch(path: pathlib.Path) -> bool:
-    """Whether a call of `write_atomic` has made this file; others may have names with dots, too."""
+    """Whether a call of `write_atomic` made this file, and not only one with a name like that."""
     return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
 
 
@@ -106,7 +106,7 @@ def remove_scratch(directory: pathlib.Path) -> None:
 
 
 def sync_directory(path: pathlib.Path) -> None:
-    """Makes renames inside `path` survive a power loss, on file systems that can."""
+    """Makes renames inside `path` survive a power loss, if the file system can do that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -119,7 +119,7 @@ def sync_directory(path: pathlib.Path) -> None:
 
 
 def existing_parent(path: pathlib.Path) -> pathlib.Path:
-    """`path` itself or its nearest ancestor that exists, as far as this user may see."""
+    """Returns `path` or its nearest ancestor that exists, as far as this user may see."""
     path = path.absolute()
     while not os.access(path, os.F_OK) and path != path.parent:
         path = path.parent
@@ -137,7 +137,7 @@ def require_free(path: pathlib.Path, needed: int) -> None:
 
 
 def free_text(path: pathlib.Path) -> str:
-    """For messages: how much is free on the disk that holds `path`."""
+    """Says for messages how much is free on the disk that holds `path`."""
     try:
         return f"{shutil.disk_usage(existing_parent(path)).free / 1e6:.1f} MB free"
     except OSError:
@@ -176,11 +176,12 @@ def truncate(path: pathlib.Path, last: int | None) -> list[str]:
 
 
 class Lines:
-    """A file of JSON objects, a line each, to which lines are appended.
+    """A file of JSON objects, one in each line, to which lines are appended.
 
     Args:
-      path: made if it is absent.
-      seconds: at least, between two writes; meanwhile lines are kept in memory. 0: none is.
+      path: is made if it is absent.
+      seconds: the least time between two writes; meanwhile lines are kept in memory. With 0 every
+        line is written at once.
     """
 
     def __init__(self, path: pathlib.Path, seconds: float):
@@ -190,33 +191,33 @@ class Lines:
         self._written = -math.inf  # time.monotonic() of the last write
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Appends a line, and writes it if that is due. Raises OSError where the disk fails."""
+        """Appends a line, and writes it if that is due. Raises OSError if the disk fails."""
         self._kept.append(json.dumps(line, allow_nan=False) + "\n")
         if time.monotonic() - self._written >= self._seconds:
             self._write()
 
     def _write(self) -> None:
         text = "".join(self._kept)
-        self._kept = []  # the file has them now, and tries again if the disk is full
+        self._kept = []  # the file object has them now, and tries again if the disk is full
         self._file.write(text)
         self._file.flush()
         self._written = time.monotonic()
 
     def sync(self) -> None:
-        """Puts all lines on the disk itself. Raises OSError where it fails."""
+        """Writes all lines to the disk itself. Raises OSError if that fails."""
         self._write()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Writes what is kept, and closes the file."""
+        """Writes the kept lines, and closes the file."""
         self._write()
         self._file.close()
 
 
 def plain(value: Any) -> Any:
-    """`value` as strict JSON has it: arrays become lists, and NaN and infinity become strings.
+    """Converts `value` to strict JSON: arrays become lists, NaN and infinity become strings.
 
-    A float's text reads back as the same float; a float32 becomes the float64 of equal value.
+    A float is read back as the same float; a float32 becomes the float64 of equal value.
     """
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
@@ -233,7 +234,7 @@ def plain(value: Any) -> Any:
 
 
 def now() -> str:
-    """The time in UTC, for records: '2026-11-27T19:05:04.123456+00:00'. Sorts as text."""
+    """Returns the time in UTC: '2026-11-27T19:05:04.123456+00:00'. Such texts sort by time."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
 
 

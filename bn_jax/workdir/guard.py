@@ -1,5 +1,7 @@
-"""Guards a workdir: only the config and the data that it was made with may use it, and only one run
-at a time. Both are checked before anything is compiled or written."""
+"""Guards a workdir: it has one config and one data set, and only one run may use it at a time.
+
+Both are checked before anything is compiled or written.
+"""
 
 import contextlib
 import errno
@@ -41,12 +43,12 @@ MAY_CHANGE = frozenset(
     )
 )
 
-# Which activations are recorded: lines of training and evaluation do not depend on it.
+# Which activations are recorded. Lines of training and evaluation do not depend on it.
 OBSERVED = frozenset(
     ("record.activations", "record.activation_every", "record.activation_examples")
 )
 
-# Of run.json's info.data. The description is not compared: it may name a folder, which may change.
+# Fields of run.json's info.data. The description is not compared: its folder may have changed.
 SAME_DATA = (
     "name",
     "split",
@@ -71,14 +73,14 @@ def check_workdir(
     *,
     is_main: bool = True,
 ) -> None:
-    """Refuses a workdir that cannot be used for `config`, before anything is written.
+    """Checks that a workdir can be used for `config`, before anything is written.
 
-    Only process 0 (`is_main`) looks at the lock: the others would find process 0's own.
+    Only process 0 (`is_main`) checks the lock, because the others would find process 0's own.
 
     Raises:
-      ConfigError: not a directory, not writable, of another config (MAY_CHANGE apart), or trained
-        on other data than `info` describes.
-      LockedError: another run is at work in it.
+      ConfigError: it is not a directory, not writable, of another config (except for MAY_CHANGE),
+        or was trained on other data than `info` describes.
+      LockedError: another run uses it.
     """
     workdir = pathlib.Path(workdir)
     parent = files.existing_parent(workdir)
@@ -91,9 +93,9 @@ def check_workdir(
     if run is not None:
         before = run["info"].get("data", {})
         now = (info or {}).get("data", {})
-        if "imported" in run["info"]:  # its data says where the weights come from
+        if "imported" in run["info"]:  # info.data then describes where the weights come from
             now = {}
-        # A set of another size changes the config, too (decay_examples): the set is named first.
+        # A set of another size also changes the config (decay_examples); the message names the set.
         if before.get("name") == now.get("name"):
             require_same_data(workdir, before, now)
         require_same_config(workdir, run["config"], config)
@@ -104,11 +106,11 @@ def check_workdir(
 
 
 def as_begun(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
-    """The config with which the run in `workdir` resumes, if it was begun with an older version.
+    """Returns the config with which a run resumes that was begun with an older version.
 
-    `model.init` was Glorot's before there was a choice, and `decay_examples` was given where there
-    is `decay_epochs` now. What the command line asks for by name is not changed: as any other
-    change it is refused by `require_same_config`.
+    Before there was a choice, `model.init` was Glorot's, and `decay_examples` was given instead of
+    `decay_epochs`. What the command line sets explicitly is not changed: like any other change,
+    `require_same_config` refuses it.
     """
     workdir = pathlib.Path(workdir)
     run = read_record(workdir)
@@ -128,7 +130,7 @@ def as_begun(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
 def require_same_config(
     workdir: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> None:
-    """Raises ConfigError naming the fields that differ, MAY_CHANGE apart."""
+    """Raises ConfigError that names the fields that differ, except for MAY_CHANGE."""
     old = flat(completed(old))
     new = flat(completed(json.loads(json.dumps(new))))  # tuples are lists in run.json
     absent = "absent"
@@ -147,7 +149,7 @@ def require_same_config(
 def require_same_data(
     workdir: pathlib.Path, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> None:
-    """Compares info.data of two attempts; what the older one does not hold is not compared.
+    """Compares info.data of two attempts, as far as the older one has the fields.
 
     Raises:
       ConfigError: names what differs.
@@ -170,7 +172,7 @@ def _short(value: Any) -> str:
 
 
 def require_same_threads(workdir: pathlib.Path, platform: str, threads: int) -> None:
-    """Refuses to resume a CPU run with another size of XLA's thread pool: the bits would differ.
+    """Checks that a CPU run resumes with the same size of XLA's thread pool, for the same bits.
 
     Raises:
       ConfigError: the run in `workdir` used another number of threads, and BN_JAX_ANY_THREADS=1
@@ -196,7 +198,7 @@ def create(workdir: pathlib.Path) -> None:
     """Makes the directory if it is absent.
 
     Raises:
-      ConfigError: it cannot be made there at all.
+      ConfigError: it cannot be made there.
       DiskError: the disk is full.
     """
     try:
@@ -231,24 +233,25 @@ def new_attempt(attempts: list[Attempt], resume_step: int, origin: Mapping[str, 
 
 # The lock: WORKDIR/lock names the run that holds the workdir, on one host or on a shared disk.
 #
-# It is flock(2). The kernel drops it when the holder dies, however it dies, so a lock that was left
-# on the same host is taken over at once. Between hosts NFS v4 and Lustre carry it too, gcsfuse does
-# not. A lock left by another host is therefore watched for a while before it is taken over: a live
-# holder touches the file every few seconds. A holder that was paused for longer (SIGSTOP, a virtual
-# machine that was moved) finds another name in the file before it writes again, and ends.
+# It uses flock(2). The kernel drops the lock when its holder dies, however that happens, so a lock
+# that was left on the same host is taken over at once. Between hosts flock works on NFS v4 and
+# Lustre, but not with gcsfuse. Therefore a lock of another host is watched for a while before it is
+# taken over: a live holder touches the file every few seconds. A holder that was paused for longer
+# (by SIGSTOP, or with its virtual machine) finds another name in the file before it writes again,
+# and ends.
 
 
 LOCK = "lock"
 BEAT = 5.0  # seconds between heartbeats
-WATCH = 20.0  # seconds without one after which a holder on another host is taken for dead
+WATCH = 20.0  # seconds without a heartbeat after which a holder on another host counts as dead
 
 
 class WorkdirLock:
-    """Holds the workdir from construction to release() or the end of the process.
+    """Holds the workdir from its construction until release() or the end of the process.
 
     Args:
       workdir: exists.
-      watch: seconds to look for a heartbeat of a holder on another host.
+      watch: seconds to wait for a heartbeat of a holder on another host.
 
     Raises:
       LockedError: another run holds it.
@@ -257,7 +260,7 @@ class WorkdirLock:
 
     def __init__(self, workdir: pathlib.Path, watch: float = WATCH):
         self.path = workdir / LOCK
-        self.taken_over = ""  # a line for the user if a run that is gone had left its lock
+        self.taken_over = ""  # a line for the user if the lock of a dead run was taken over
         with files.reported(workdir, "cannot lock"):
             self._file = _open_locked(self.path)
 
@@ -278,12 +281,12 @@ class WorkdirLock:
         self._beat.start()
 
     def _sign(self) -> None:
-        """Writes into the file whose it is."""
+        """Writes into the file who holds it."""
         me = {"host": socket.gethostname(), "pid": os.getpid(), "started": files.now()}
         self._mine = json.dumps(me).encode() + b"\n"
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, self._mine, 0)
-        os.fsync(self._file)  # in an object store others see it only from here on
+        os.fsync(self._file)  # in an object store others only see it from here on
 
     def _heartbeat(self) -> None:
         while not self._stop.wait(BEAT):
@@ -298,10 +301,10 @@ class WorkdirLock:
         except FileNotFoundError:
             return False
         except OSError:
-            return True  # a disk that fails is reported where it is written
+            return True  # a failing disk is reported by the next write
 
     def require_held(self) -> None:
-        """To be called before writing. Raises LockedError if another run took the workdir over."""
+        """Raises LockedError if another run took the workdir over. Call it before writing."""
         if not self.held():
             raise LockedError(
                 f"{self.path.parent} was taken over by another run, or its lock was removed, while "
@@ -314,7 +317,7 @@ class WorkdirLock:
             return
 
         self._stop.set()
-        self._beat.join()  # it must not touch a descriptor that is closed and used again
+        self._beat.join()  # it must not touch the descriptor once that is closed and reused
         if self.held():
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
@@ -340,7 +343,7 @@ def _open_locked(path: pathlib.Path) -> int:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             _flock(file, path)
-            # Its last holder may have removed the file between our open and our flock.
+            # The last holder may have removed the file between our open and our flock.
             if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
                 return file
         except BaseException:
@@ -355,7 +358,7 @@ def _flock(file: int, path: pathlib.Path) -> None:
     except BlockingIOError:
         raise _in_use(path, _holder(file)) from None
     except OSError:
-        pass  # a file system without flock: the heartbeat alone decides
+        pass  # the file system has no flock, so only the heartbeat decides
 
 
 def _watch(file: int, holder: dict[str, Any], path: pathlib.Path, seconds: float) -> None:
@@ -376,7 +379,7 @@ def _in_use(path: pathlib.Path, holder: dict[str, Any]) -> LockedError:
 
 
 def _holder(file: int) -> dict[str, Any]:
-    """What the lock file says; {} where it says nothing whole."""
+    """Reads who holds the lock from its file; {} if that is empty or incomplete."""
     try:
         value = json.loads(os.pread(file, 4096, 0))
     except (OSError, ValueError):

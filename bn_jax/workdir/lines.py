@@ -1,7 +1,7 @@
-"""The fields of a run's records: run.json, and the lines of the three .jsonl files.
+"""Defines the fields of a run's records: run.json, and the lines of the three .jsonl files.
 
-The recorder writes these and the reader returns them. Strict JSON has no numbers that are not
-finite, so these are written as the strings 'nan', 'inf' and '-inf', which `float` reads.
+The recorder writes them and the reader returns them. Strict JSON only has finite numbers, so others
+are written as the strings 'nan', 'inf' and '-inf', which `float` reads.
 """
 
 from typing import Any, Literal, NotRequired, TypedDict
@@ -11,7 +11,7 @@ PERCENTILES = (15, 50, 85)  # of Fig. 1b, c
 Number = float | str
 
 
-# metrics.jsonl. Nothing here depends on the clock: on CPU, and on GPUs with `deterministic`, the
+# metrics.jsonl. Nothing in it depends on the clock: on CPU, and on GPUs with `deterministic`, the
 # file after a resume is, byte for byte, that of a run that was never interrupted.
 
 
@@ -74,7 +74,7 @@ class MetricLines(TypedDict):
 
 
 class TimingLine(TypedDict):
-    """Where the time of an attempt went so far, in seconds."""
+    """How an attempt has spent its time so far, in seconds."""
 
     attempt: int  # 0-based
     step: int
@@ -86,7 +86,7 @@ class TimingLine(TypedDict):
 
 
 class Scores(TypedDict):
-    """One network or ensemble on the evaluation split."""
+    """The scores of one network or ensemble on the evaluation split."""
 
     top1: float  # share
     top5: float  # share

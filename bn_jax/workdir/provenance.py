@@ -21,7 +21,7 @@ _VARIABLES = ("NPROC", "XLA_FLAGS", "JAX_PLATFORMS")  # they change the bits of 
 
 
 def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
-    """Python's version and those of packages, by default those that the numbers depend on."""
+    """Returns the versions of Python and of packages, by default those that results depend on."""
     found = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -32,7 +32,7 @@ def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
 
 
 def source() -> dict[str, Any]:
-    """The package's version, and the commit where it runs from a git checkout."""
+    """Returns the package's version, and its commit if it runs from a git checkout."""
     try:
         found: dict[str, Any] = {"version": importlib.metadata.version("bn_jax")}
     except importlib.metadata.PackageNotFoundError:
@@ -42,14 +42,14 @@ def source() -> dict[str, Any]:
     # An environment inside some other project's checkout must not name that project's commit.
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None:
         found["commit"] = _git(here.parent, "rev-parse", "HEAD")
-        # Published results are files of the project, too, but they compute nothing.
+        # Published results are tracked, too, but changing them does not change a computation.
         changed = ("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)results")
         found["dirty"] = bool(_git(here.parent, *changed))
     return found
 
 
 def _git(directory: pathlib.Path, *arguments: str) -> str | None:
-    """What git prints; None if it is absent or fails."""
+    """Runs git and returns what it prints; None if it is absent or fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(directory), *arguments],
@@ -64,7 +64,7 @@ def _git(directory: pathlib.Path, *arguments: str) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Devices and processes of the run, and the size of XLA's CPU thread pool."""
+    """Returns the run's devices and processes, and the size of XLA's CPU thread pool."""
     device = jax.devices()[0]
     return {
         "host": socket.gethostname(),
@@ -79,12 +79,12 @@ def hardware() -> dict[str, Any]:
 
 
 def origin() -> dict[str, Any]:
-    """What run.json says of an attempt: `source`, `versions` and `hardware`."""
+    """Returns what run.json records of an attempt: `source`, `versions` and `hardware`."""
     return {"source": source(), "versions": versions(), "hardware": hardware()}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs in source or versions of two origins: 'jax 0.10.2, now 0.10.3; ...', or ''."""
+    """Says what differs in source or versions: 'jax 0.10.2, now 0.10.3; ...', or ''."""
     found = []
     for part in ("source", "versions"):
         for name in sorted(before[part].keys() | now[part].keys()):
@@ -97,7 +97,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def cpu_model() -> str:
-    """The name of the processor, on which the bits of a CPU run depend; 'unknown' off Linux."""
+    """Returns the processor's name, on which the bits of CPU runs depend; 'unknown' off Linux."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -107,9 +107,9 @@ def cpu_model() -> str:
 
 
 def cpu_threads() -> int:
-    """Threads of XLA's CPU backend: $NPROC, or the CPUs that this process may use.
+    """Returns the threads of XLA's CPU backend: $NPROC, or this process's usable CPUs.
 
-    The bits of a CPU run depend on it, since a sum over an array is split by it. Virtual devices
+    The bits of a CPU run depend on them, since threads share a sum over an array. Virtual devices
     share the pool, which has at least as many threads as there are devices.
     """
     devices = jax.local_device_count() if jax.default_backend() == "cpu" else 1

@@ -40,7 +40,7 @@ ADDED = {
 
 
 def read_record(workdir: pathlib.Path) -> RunRecord | None:
-    """WORKDIR/run.json with a complete config; None if there is none.
+    """Reads WORKDIR/run.json and completes its config; returns None if there is no such file.
 
     Raises:
       ConfigError: the file is there but is not the record of a run, or cannot be read.
@@ -67,7 +67,7 @@ def read_record(workdir: pathlib.Path) -> RunRecord | None:
 
 
 def require_record(workdir: pathlib.Path) -> RunRecord:
-    """As `read_record`, but also raises ConfigError if `workdir` does not hold a run."""
+    """Reads as `read_record` does, but raises ConfigError if `workdir` does not hold a run."""
     run = read_record(workdir)
     if run is None:
         raise ConfigError(
@@ -78,11 +78,11 @@ def require_record(workdir: pathlib.Path) -> RunRecord:
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded config with the fields that were ADDED since."""
+    """Completes a recorded config with the fields that were ADDED since."""
     found = dict(config)
     mlp = config.get("model", {}).get("name") == "mlp"
     for field, value in ADDED.items():
-        if mlp and field == "model.init":  # Inception's alone
+        if mlp and field == "model.init":  # only Inception has it
             continue
         section, _, name = field.rpartition(".")
         if not section:
@@ -93,16 +93,21 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def added_since(workdir: pathlib.Path) -> set[str]:
-    """The fields of ADDED that are not in WORKDIR/run.json, which exists and is whole."""
+    """Returns the fields of ADDED that are not in WORKDIR/run.json, which exists and is whole."""
     config = json.loads((workdir / RUN).read_bytes())["config"]
     return ADDED.keys() - flat(config).keys()
 
 
 class Run(NamedTuple):
-    """One recorded run: its config, what run.json says of its data, metrics.jsonl by kind.
+    """One recorded run.
 
-    `status` as in run.json (done, running, preempted, diverged, failed), `error` the line that
-    ended it, `origin` its commit, versions and hardware.
+    Attributes:
+      config: as recorded, completed.
+      data: what run.json says of its data.
+      lines: of metrics.jsonl, by kind.
+      status: as in run.json (done, running, preempted, diverged, failed).
+      error: the line that ended it, or ''.
+      origin: its source (version, commit), versions and hardware.
     """
 
     workdir: pathlib.Path
@@ -163,15 +168,15 @@ def _read_metrics(workdir: pathlib.Path) -> MetricLines:
 
 
 def is_run(folder: pathlib.Path) -> bool:
-    """Whether a run has recorded something in `folder`. Raises ConfigError if none may look."""
+    """Whether a run has recorded something in `folder`. Raises ConfigError if it is unreadable."""
     with files.readable(folder):
         return (folder / RUN).is_file() and (folder / METRICS).is_file()
 
 
 def find_runs(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The workdirs in `folder`, at any depth, in the order of their names.
+    """Yields the workdirs in `folder`, at any depth, in the order of their names.
 
-    Hidden folders are left out, and so are links to what is found without them (`latest`): a run
+    Hidden folders are left out, and links to what is found anyway (such as `latest`), so that a run
     counts once.
 
     Raises:
@@ -181,7 +186,7 @@ def find_runs(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _find_runs(folder: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Iterator[pathlib.Path]:
-    """`above`: the folder where the search began, and what links have led to since."""
+    """Searches one folder. `above`: where the search began, and where links have led since."""
     if is_run(folder):
         yield folder
         return
@@ -202,7 +207,7 @@ def _find_runs(folder: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Iterato
 # Several runs: which ones may be compared
 
 
-# Runs that are compared must agree in these; what experiments change (rate, BN, ...) is not here.
+# Runs that are compared must agree in these. Fields that experiments change are not listed.
 SETTING = (
     "scale",
     "image_size",
@@ -232,13 +237,13 @@ FREE = (
 
 
 def read_groups(folder: pathlib.Path) -> dict[str, list[Run]]:
-    """The runs in `folder` as {experiment: its seeds}, comparable with each other.
+    """Reads the runs in `folder` as {experiment: its seeds}, and checks that they are comparable.
 
     The experiment is the path of the run's folder below `folder`, without a last part `seed_K`.
 
     Raises:
-      ConfigError: no runs; runs of different scales or data; an experiment whose seeds differ in
-        more than the seed, or that has a seed twice.
+      ConfigError: there is no run, runs differ in scale or data, or an experiment's runs differ in
+        more than the seed or have a seed twice.
     """
     groups: dict[str, list[Run]] = {}
     for workdir in find_runs(folder):
@@ -278,7 +283,7 @@ def _require_one_experiment(folder: pathlib.Path, label: str, group: Sequence[Ru
 
 
 def read_pair(one: pathlib.Path, other: pathlib.Path) -> tuple[Run, Run]:
-    """Two runs of one seed on the same data, as Fig. 1 compares them; ConfigError otherwise."""
+    """Reads two runs for Fig. 1. Raises ConfigError unless they share seed, steps and data."""
     a = read_run(one)
     b = read_run(other)
     _require_same(a, b, (*SETTING, "seed", "total_steps"), "cannot be compared as a pair")
@@ -309,8 +314,8 @@ def _require_same(a: Run, b: Run, fields: Iterable[str], why: str) -> None:
 
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """{'data': {'name': 1}} -> {'data.name': 1}."""
-    # Imported here, since flax brings jax: the figures of a single run do without it.
+    """Flattens nested fields: {'data': {'name': 1}} becomes {'data.name': 1}."""
+    # Imported here, since flax imports jax, which the figures of a single run do not need.
     from flax import traverse_util
 
     return traverse_util.flatten_dict(dict(tree), sep=".")
@@ -321,7 +326,7 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def append_evaluation(folder: pathlib.Path, line: Mapping[str, Any]) -> None:
-    """Adds a line and its `time`; where the disk cannot be written, stderr says so."""
+    """Appends a line, with its `time`; if the disk cannot be written, stderr says so."""
     path = folder / EVALUATIONS
     data = json.dumps(files.plain({"time": files.now(), **line})).encode() + b"\n"
     try:
@@ -337,7 +342,7 @@ def append_evaluation(folder: pathlib.Path, line: Mapping[str, Any]) -> None:
 
 
 def read_evaluations(folder: pathlib.Path) -> Iterator[EvaluationLine]:
-    """The lines of one folder; damaged ones are skipped, and stderr names them."""
+    """Yields the lines of one folder; damaged ones are skipped, and stderr names them."""
     path = folder / EVALUATIONS
     with files.readable(path):
         texts = path.read_text(errors="replace").splitlines()
@@ -355,5 +360,5 @@ def read_evaluations(folder: pathlib.Path) -> Iterator[EvaluationLine]:
 
 
 def find_evaluations(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The folders below `folder`, itself included, that hold evaluations."""
+    """Returns the folders below `folder`, itself included, that hold evaluations."""
     return sorted(path.parent for path in folder.rglob(EVALUATIONS))

@@ -1,12 +1,12 @@
-"""Writes what a run leaves behind: run.json, metrics.jsonl, timing.jsonl, events for TensorBoard or
-Weights & Biases. `lines` has every field of them.
+"""Writes the records of a run, whose fields `lines` defines.
 
 * run.json: config, versions, commit, hardware (also of each attempt), status, results, ledger.
-* metrics.jsonl: one JSON object a line, `step` and `kind` first. It holds nothing that depends on
-  when or how often the run was interrupted. After a resume it is byte for byte the file of the
-  uninterrupted run, on CPU, and on GPUs with `deterministic` (not run there).
+* metrics.jsonl: a JSON object in each line, `step` and `kind` first. Nothing in it depends on when
+  or how often the run was interrupted. After a resume it equals, byte for byte, the file of an
+  uninterrupted run: on CPU, and on GPUs with `deterministic` (not run there).
 * timing.jsonl: wall time and its parts, after each training line; the lines of each attempt have
   its number.
+* Events for TensorBoard or Weights & Biases, if they are asked for.
 """
 
 import json
@@ -28,19 +28,19 @@ STATUSES = ("running", "done", "diverged", "preempted", "failed")
 
 
 class Recorder:
-    """Records one attempt at a run; holds the workdir's lock from here to `finish`.
+    """Records one attempt at a run, and holds the workdir's lock until `finish`.
 
-    Every process makes one; only process 0 (`is_main`) writes. `begin` must follow once it is known
-    which step was restored, since the lock comes before the restore. As a context manager it
-    finishes with the status that the exception, if any, stands for.
+    Every process makes one, but only process 0 (`is_main`) writes. The lock is taken before a step
+    is restored; once that step is known, call `begin`. As a context manager it finishes with the
+    status that the exception, if any, stands for.
 
     Args:
       workdir: created if absent.
       config: plain JSON.
       info: more for run.json, plain JSON.
       total_steps: of the whole run.
-      write_seconds: at least, between two writes of lines; `sync` and `finish` write at once.
-      tensorboard, wandb: also write events to WORKDIR/tensorboard, to Weights & Biases.
+      write_seconds: the least time between two writes of lines; `sync` and `finish` write at once.
+      tensorboard, wandb: whether to write events to WORKDIR/tensorboard, to Weights & Biases.
       is_main: whether this is process 0.
       started: time.monotonic() of the program's start (timing.process_started()); default: now.
 
@@ -90,7 +90,7 @@ class Recorder:
                 self.say(self._lock.taken_over)
 
     def begin(self, resume_step: int) -> None:
-        """Starts the records after `resume_step` (0: from scratch); later lines are dropped."""
+        """Starts the records after `resume_step` (0: from scratch), and drops later lines."""
         self._step = resume_step
         self._begun = True
         if not self._main:
@@ -114,12 +114,12 @@ class Recorder:
         )
 
     def _new_record(self, resume_step: int) -> RunRecord:
-        """run.json with one more attempt, and a line if that runs on other code or versions."""
+        """Makes run.json with one more attempt; says so if its code or versions have changed."""
         before = reader.read_record(self.workdir)
         attempts = [] if before is None else before.get("attempts", [])
         origin = provenance.origin()
         if before is not None and attempts:
-            # Attempts in older records have no origin of their own, the record as a whole has.
+            # In older records only the record as a whole has an origin, not each attempt.
             changed = provenance.changes({**before, **attempts[-1]}, origin)
             if changed:
                 self.say(f"{self.workdir}: differs from the previous attempt: {changed}")
@@ -143,7 +143,7 @@ class Recorder:
         }
 
     def keep_place(self) -> None:
-        """Records where the data of a finished run lie now, and nothing else."""
+        """Records where the data of a finished run lie now; nothing else changes."""
         run = reader.read_record(self.workdir) if self._main else None
         place = self._config["data"]["dir"]
         if run is None or run["config"]["data"]["dir"] == place:
@@ -156,7 +156,7 @@ class Recorder:
     # While it runs
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Appends a line to metrics.jsonl. Call it for step k before saving checkpoint k.
+        """Appends a line to metrics.jsonl; call it for step k before checkpoint k is saved.
 
         Args:
           kind: train, eval, test or activation.
@@ -166,7 +166,7 @@ class Recorder:
 
         Raises:
           LockedError: another run took the workdir over, while this process was paused.
-          DiskError: the disk is full or cannot be written; the next start drops half a line.
+          DiskError: the disk is full or cannot be written. The next start drops a cut line.
         """
         self._step = max(self._step, step)
         if not self._main:
@@ -195,7 +195,7 @@ class Recorder:
         self._progress.update(step, text, examples, wall - other)
 
     def say(self, text: str) -> None:
-        """A line for the person who watches; process 0 only."""
+        """Prints a line for the user, in process 0 only."""
         if self._main:
             self._progress.say(text)
 
@@ -204,12 +204,12 @@ class Recorder:
         return self._ledger.timed(part)
 
     def at(self) -> tuple[str, float]:
-        """The part that time is charged to now, and the seconds of steps and input so far."""
+        """Returns the current part of the ledger, and the seconds of steps and input so far."""
         parts = self._ledger.snapshot()[1]
         return self._ledger.part, parts["step"] + parts["input"]
 
     def sync(self) -> None:
-        """Puts the lines so far on the disk itself; before a checkpoint that they must not miss.
+        """Flushes all lines to the disk itself, so that a checkpoint is never ahead of them.
 
         Raises:
           LockedError: another run took the workdir over, while this process was paused.
@@ -274,7 +274,7 @@ class Recorder:
             self.fail(error)
 
     def fail(self, error: BaseException) -> None:
-        """Finishes with the status that `error` stands for; also from another thread."""
+        """Finishes with the status that `error` stands for; any thread may call it."""
         status = "failed"
         if isinstance(error, DivergedError):
             status = "diverged"
@@ -284,7 +284,7 @@ class Recorder:
         try:
             self.finish(status, error=f"{type(error).__name__}: {error}".splitlines()[0])
         except Exception as second:
-            # The first error is the one to report; a full disk often causes both.
+            # The first error is reported; a full disk often causes both.
             self._progress.say(f"run.json could not be finished: {second}")
 
     # Files
@@ -294,7 +294,7 @@ class Recorder:
             self._lock.require_held()
 
     def _mark(self) -> None:
-        """Appends where the time went so far to timing.jsonl."""
+        """Appends to timing.jsonl how the time was spent so far."""
         wall, parts = self._ledger.snapshot()
         line: TimingLine = {
             "attempt": len(self._run["attempts"]) - 1,
@@ -314,7 +314,7 @@ class Recorder:
 
 
 def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any], **info: Any) -> Recorder:
-    """The Recorder of this process for a run of `config`; its time counts from the process's start.
+    """Makes this process's Recorder for a run of `config`, timed from the process's start.
 
     info: more for run.json, plain JSON. Raises as `Recorder` does.
     """

@@ -1,4 +1,4 @@
-"""Measures where the time of a run goes, killed attempts included, and shows its progress.
+"""Measures how a run spends its time, including killed attempts, and shows its progress.
 
 The parts are exclusive: a part that begins inside another one pauses the outer one. So the parts
 and `other` sum to the wall time. All times are in seconds.
@@ -25,7 +25,7 @@ _CALLS = itertools.count()
 
 
 def process_started() -> float:
-    """time.monotonic() at which this process began: importing jax is part of a run's start-up.
+    """Returns time.monotonic() at this process's start, so that imports count as start-up.
 
     Only the first call returns this. Later calls return the present time: of several runs in one
     process, the first one pays for the imports.
@@ -43,15 +43,15 @@ def process_started() -> float:
 
 
 class Ledger:
-    """A stop-watch of exclusive parts. One thread uses it; others may read it.
+    """A stopwatch with exclusive parts. One thread uses it; others may read it.
 
     Args:
-      started: time.monotonic() at which the wall time begins; until now counts as `startup`.
+      started: time.monotonic() at which the wall time begins; the time until now is `startup`.
     """
 
     def __init__(self, started: float):
         self._started = started
-        self._since = started  # what came before has been charged to a part
+        self._since = started  # all time before this has been charged to a part
         self._stack = ["startup"]
         self._parts = dict.fromkeys(PARTS, 0.0)
         # The watchdog closes the records, and with them this ledger, when the loop is stuck.
@@ -77,7 +77,7 @@ class Ledger:
             self._stack.pop()
 
     def snapshot(self) -> tuple[float, dict[str, float]]:
-        """Wall time and its parts so far; the parts sum to the wall time."""
+        """Returns the wall time and its parts so far; the parts sum to the wall time."""
         self._charge()
         return self._since - self._started, dict(self._parts)
 
@@ -95,7 +95,7 @@ class Ledger:
 
 
 def account(lines: Sequence[TimingLine], resumed: Sequence[int]) -> dict[str, Any]:
-    """The ledger of a run: the times of all its attempts, and of the work that was lost.
+    """Sums up the ledger of a run: the times of all its attempts, and of the work that was lost.
 
     Args:
       lines: of timing.jsonl.
@@ -137,9 +137,9 @@ _WINDOW = 30.0  # seconds of work that the rate is averaged over
 
 
 class _Line(tqdm):
-    """tqdm's rewritten line on a terminal; elsewhere, such as in a log file, plain lines."""
+    """A progress line: tqdm's, which is rewritten, on a terminal; elsewhere plain lines."""
 
-    monitor_interval = 0  # no thread beside the loop: every update comes from the loop itself
+    monitor_interval = 0  # no monitoring thread, since every update comes from the loop itself
 
     def display(self, msg: str | None = None, pos: int | None = None) -> Any:
         """Shows `msg`, by default the line."""
@@ -151,7 +151,7 @@ class _Line(tqdm):
         return False
 
 
-# tqdm's own default is a lock between processes, for which some Pythons start a process.
+# tqdm's default is a lock between processes, for which some versions of Python start a process.
 _Line.set_lock(threading.RLock())
 
 
@@ -200,7 +200,7 @@ class Progress:
             self._line.refresh()
 
     def _begin(self, done: int, text: str) -> _Line:
-        """The line, which is shown for the first time."""
+        """Makes the line, which is then shown for the first time."""
         terminal = self._stream.isatty()
         every = self._every
         if every is None:
@@ -219,20 +219,20 @@ class Progress:
         )
 
     def _rate(self) -> str:
-        """'  1,234 images/s', or nothing as long as the rate is not known."""
+        """Writes the rate, such as '  1,234 images/s'; '' until it is known."""
         seconds = self._seen[-1][0] - self._seen[0][0]
         images = self._seen[-1][1] - self._seen[0][1]
         return f"  {images / seconds:,.0f} images/s" if seconds > 0 and images > 0 else ""
 
     def say(self, text: str) -> None:
-        """Prints a line of its own, which stays, above the one that is rewritten."""
+        """Prints a permanent line above the one that is rewritten."""
         if self._line is not None and self._stream.isatty():
             self._line.write(text, file=self._stream)
         else:
             print(text, file=self._stream, flush=True)
 
     def end(self) -> None:
-        """Leaves the line as it is; what is said afterwards comes below."""
+        """Leaves the line as it is; later output comes below it."""
         if self._line is not None:
             self._line.close()
             self._line = None
@@ -258,7 +258,7 @@ class ImageProgress:
 
 
 def duration(seconds: float) -> str:
-    """75 -> '1:15', 7500 -> '2:05:00'."""
+    """Writes a duration: '1:15' for 75 seconds, '2:05:00' for 7500."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

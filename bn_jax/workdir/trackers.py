@@ -1,4 +1,4 @@
-"""Sends the numbers of metrics.jsonl also to TensorBoard and Weights & Biases. Process 0 only."""
+"""Sends the numbers of metrics.jsonl to TensorBoard and Weights & Biases, from process 0 only."""
 
 import importlib.util
 import os
@@ -40,7 +40,7 @@ def writers(
     tensorboard: bool,
     wandb: bool,
 ) -> list[Writer]:
-    """The writers that are asked for, of an attempt that resumes after `resume_step`."""
+    """Makes the writers that are asked for, for an attempt that resumes after `resume_step`."""
     found: list[Writer] = []
     if tensorboard:
         found.append(TensorBoard(workdir, resume_step))
@@ -50,7 +50,7 @@ def writers(
 
 
 class TensorBoard:
-    """Events in WORKDIR/tensorboard."""
+    """Writes events to WORKDIR/tensorboard."""
 
     def __init__(self, workdir: pathlib.Path, resume_step: int):
         self._folder = workdir / "tensorboard"
@@ -58,7 +58,7 @@ class TensorBoard:
         self._events: Any = None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """As `Writer` has it."""
+        """Takes the `scalars` of a step."""
         if self._events is None:
             # Imported with the first numbers, not before the first step: the package imports torch
             # where that is installed, which takes a second or two.
@@ -71,17 +71,17 @@ class TensorBoard:
             self._events.add_scalar(name, value, step)
 
     def close(self, status: str) -> None:
-        """As `Writer` has it."""
+        """Ends the attempt."""
         del status
         if self._events is not None:
             self._events.close()
 
 
 class Wandb:
-    """A run of Weights & Biases, the same one for all attempts: its id is in WORKDIR/wandb_id.
+    """Writes to a run of Weights & Biases, one for all attempts, whose id is in WORKDIR/wandb_id.
 
-    The package's own variables (WANDB_MODE=offline, WANDB_PROJECT, WANDB_ENTITY, ...) hold. If it
-    fails, training continues: one line says so, and nothing more is sent.
+    The package's own variables (WANDB_MODE=offline, WANDB_PROJECT, WANDB_ENTITY, ...) apply. If it
+    fails, a line says so, training continues, and nothing more is sent.
     """
 
     def __init__(
@@ -108,13 +108,13 @@ class Wandb:
         )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """As `Writer` has it."""
-        # Steps that an earlier attempt has sent are the same numbers; wandb leaves them out.
+        """Takes the `scalars` of a step."""
+        # Steps that an earlier attempt sent have the same numbers; wandb ignores them.
         if self._run is not None:
             self._try(self._run.log, dict(scalars), step=step)
 
     def close(self, status: str) -> None:
-        """As `Writer` has it."""
+        """Ends the attempt."""
         if self._run is not None:
             self._try(self._run.finish, exit_code=int(status != "done"))
 

@@ -354,7 +354,7 @@ def test_a_training_split_is_held_in_memory(tmp_path):
     (tmp_path / "train" / "class_1" / "1.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match="1.jpg"):
         folder.source(str(tmp_path)).train.decoded(32)
-    with pytest.raises(ConfigError, match="the limit is 16; set steps_per_dispatch=1"):
+    with pytest.raises(ConfigError, match="the limit is 16 GiB: set steps_per_dispatch=1"):
         records.train.decoded(100_000)
 
 
@@ -415,7 +415,7 @@ def test_another_set_than_the_config_names_is_said(tmp_path, caplog):
     assert not caplog.records
     tfds.source("imagenet2012", str(tmp_path / "mine"))
     assert "data.name is imagenet2012, but" in caplog.text
-    assert "holds the set little: it is used" in caplog.text
+    assert "holds the set little, which is used" in caplog.text
 
 
 def test_metadata_that_an_editor_has_marked_are_read(tmp_path):

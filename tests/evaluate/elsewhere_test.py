@@ -149,7 +149,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     make_read_only(monkeypatch, run)
     _, line, said = command(monkeypatch, capsys, f"--workdir={run}")
     assert line["examples"] == 1000
-    assert "statistics not kept" in said
+    assert "the statistics are not kept" in said
     assert "the evaluation was not recorded" in said and "--out=DIR" in said
 
     out = tmp_path / "new" / "place"
