@@ -46,6 +46,7 @@ for ((i = 0; i < N; i++)); do
   else
     variables+=(JAX_PLATFORMS=cpu)
   fi
+  variables+=(BN_JAX_STEP_TIMEOUT="${BN_JAX_STEP_TIMEOUT:-300}") # seconds that slow storage may take
   command=(env "${variables[@]}" "${PYTHON:-python}" -m "${BN_JAX_MODULE:-bn_jax.main}" "$@")
   if ((DRY_RUN)); then
     printf '%q ' "${command[@]}"

@@ -52,7 +52,8 @@ def named(env: Mapping[str, str]) -> tuple[str, int, int]:
 
 def has_many_hosts(env: Mapping[str, str]) -> bool:
     """Whether the environment is that of a job of several processes that jax can detect itself."""
-    tpu_hosts = env.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    # GKE has named a pod's hosts by either of these; jax looks at the first one first.
+    tpu_hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES", "")).split(",")
     # Without SLURM_PROCID this is a shell of salloc, not a task of srun.
     in_task = "SLURM_PROCID" in env and "SLURM_NTASKS" in env
     slurm_tasks = _whole(env, "SLURM_NTASKS", 1) if in_task else 1

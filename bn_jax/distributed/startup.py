@@ -36,7 +36,7 @@ def initialize() -> None:
     if BN_JAX_CLUSTER has a value (launch/tpu_host.sh sets it), by jax, which asks the metadata
     server.
 
-    Raises ConfigError if a variable is missing or wrong.
+    Raises ConfigError if a variable is missing or wrong, or jax finds no other processes.
     """
     if jax.distributed.is_initialized():
         return
@@ -48,7 +48,14 @@ def initialize() -> None:
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         join(*cluster.named(os.environ))
     elif cluster.has_many_hosts(os.environ):
-        join()
+        try:
+            join()
+        except ValueError as error:  # jax detects TPU hosts only where libtpu and chips are
+            raise ConfigError(
+                f"the environment is that of several processes, but jax finds none ({error}): on "
+                "TPUs install jax[tpu]; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES "
+                "and JAX_PROCESS_ID, or unset BN_JAX_CLUSTER"
+            ) from error
 
 
 def make_gpus_deterministic() -> None:

@@ -29,6 +29,7 @@ def test_a_mesh_of_some_devices():
         ({}, False),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_PROCESS_ADDRESSES": "a:8471,b:8471"}, True),
         ({"SLURM_NTASKS": "4"}, False),  # inside salloc, not inside srun
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),

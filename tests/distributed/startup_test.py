@@ -25,6 +25,19 @@ def test_without_a_home_programs_are_not_kept_and_one_line_says_so(monkeypatch, 
     assert said.count("\n") == 1 and "compiled programs are not kept" in said
 
 
+def test_a_slice_that_jax_does_not_find_is_one_line(monkeypatch):
+    """As in an image without libtpu."""
+
+    def undetected(**options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", undetected)
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    monkeypatch.setenv("BN_JAX_CLUSTER", "1")
+    with pytest.raises(ConfigError, match=r"jax finds none .* install jax\[tpu\]"):
+        startup.initialize()
+
+
 @pytest.mark.parametrize("platforms", ["cuda", "tpu"])
 def test_a_missing_accelerator_is_one_line(tmp_path, platforms):
     """Of one process and of two: the launchers name the platform, so that CPUs do not step in."""

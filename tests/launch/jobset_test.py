@@ -83,6 +83,7 @@ def test_jobsets(path):
     env = environment_of(path)
     assert env["JAX_PLATFORMS"] == ("cuda" if path == H100 else "tpu")
     assert env["BN_JAX_STEP_TIMEOUT"] == "300"
+    assert ("BN_JAX_CLUSTER" in env) is (path != H100)  # those are told who the others are
     # Where every host finds the same compiled programs: in the bucket of the runs.
     places = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert str(env["JAX_COMPILATION_CACHE_DIR"]).startswith(places["runs"] + "/")

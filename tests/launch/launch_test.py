@@ -301,6 +301,7 @@ def test_a_wrong_command_line_is_one_line_and_code_2(line, said):
 def test_the_image_runs_as_a_user_and_copies_what_there_is():
     text = (LAUNCH / "Dockerfile").read_text()
     assert re.search(r"^USER 1000$", text, re.M) and "--require-hashes" in text
+    assert re.search(r"^ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64$", text, re.M)  # GKE's driver
     shipped = (LAUNCH / "Dockerfile.dockerignore").read_text()
     for line in re.findall(r"^COPY (.+)$", text, re.M):
         for source in line.split()[:-1]:
@@ -366,8 +367,9 @@ def test_the_table_names_all_that_the_launchers_set():
             assert seconds and re.search(rf"\b{seconds[0]}\b", text), row[0]
 
 
-def test_every_launcher_for_clusters_lets_slow_storage_take_its_time():
-    for path in ("slurm.sbatch", "tpu_host.sh", "sky.yaml", *(f"gke/{n}.yaml" for n in GKE)):
+def test_every_launcher_lets_slow_storage_take_its_time():
+    scripts = ("local.sh", "slurm.sbatch", "tpu_host.sh", "sky.yaml")
+    for path in (*scripts, *(f"gke/{n}.yaml" for n in GKE)):
         text = (LAUNCH / path).read_text()
         assert re.search(r'BN_JAX_STEP_TIMEOUT(=|:-|\b.*\n +value: ")300\b', text), path
 
