@@ -54,6 +54,10 @@ __all__ = [
 ]
 
 
+# Of lax.dot_general: axis 1 of rows [M, C] and axis 0 of a matrix [C, features] are summed over.
+_ROWS_TIMES_MATRIX = (((1,), (0,)), ((), ()))
+
+
 def conv(
     x: jax.Array,
     kernel: jax.Array,
@@ -76,21 +80,26 @@ def conv(
     """
     if kernel.dtype != x.dtype:
         return mixed.conv(x, kernel, strides, padding, feature_group_count, precision)
+
     dilations = {*(lhs_dilation or (1,)), *(options.get("rhs_dilation") or (1,))}
     simple = feature_group_count == 1 and dilations == {1}
     pointwise = simple and kernel.shape[:-2] == (1, 1) and {*strides} == {1}
     if pointwise and hand_tuned("conv_1x1"):
+        rows = x.reshape(-1, x.shape[-1])
+        matrix = kernel[0, 0]
         y = lax.dot_general(
-            x.reshape(-1, x.shape[-1]),
-            kernel[0, 0],
-            (((1,), (0,)), ((), ())),
+            rows,
+            matrix,
+            _ROWS_TIMES_MATRIX,
             precision=precision,
             preferred_element_type=preferred_element_type,
         )
         return y.reshape(*x.shape[:3], -1)
+
     simple = simple and preferred_element_type is None and hand_tuned("kernel_gradient")
     if simple and kernel_gradient.pays(x, kernel, strides, padding):
         return kernel_gradient.conv(x, kernel, strides, padding, precision)
+
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -164,26 +173,32 @@ def _max_pool_backward(stride: int, residuals, dy: jax.Array):
 
     def sent(i: int, j: int, position: tuple[int, int]) -> jax.Array:
         """Returns what this class of positions receives as value (i, j) of its windows."""
-        edges = [(0, 0, 0)]
+        # The windows lie `shift` rows and columns further than this class of positions.
+        none = (0, 0, 0)
+        edges = [none]
         for k, at, start in zip((i, j), position, low, strict=True):
             shift = (at + start - k) // stride
             edges.append((-shift, shift, 0))
+        edges.append(none)
+
         part = jnp.where(place == 3 * i + j, dy, 0)
-        return lax.pad(part, jnp.zeros((), dy.dtype), [*edges, (0, 0, 0)])
+        return lax.pad(part, jnp.zeros((), dy.dtype), edges)
 
     def received(row: int, column: int) -> jax.Array:
         """Sums the gradients of the class of positions that begins at (row, column)."""
-        rows, columns = (
-            [k for k in range(3) if (at + start - k) % stride == 0]
-            for at, start in zip((row, column), low, strict=True)
-        )
+        rows = [i for i in range(3) if (row + low[0] - i) % stride == 0]
+        columns = [j for j in range(3) if (column + low[1] - j) % stride == 0]
         parts = [sent(i, j, (row, column)) for i in rows for j in columns]
         return functools.reduce(jnp.add, parts)
 
     if stride == 1:
         return (received(0, 0),)
+
+    # The classes are interleaved: first columns, then rows.
     lines = [jnp.stack([received(i, j) for j in range(stride)], 3) for i in range(stride)]
-    dx = jnp.stack(lines, 2).reshape(shape[0], *(stride * n for n in cells), shape[3])
+    height = stride * cells[0]
+    width = stride * cells[1]
+    dx = jnp.stack(lines, 2).reshape(shape[0], height, width, shape[3])
     return (dx[:, : shape[1], : shape[2]],)
 
 
@@ -195,18 +210,21 @@ def _max_and_place(x: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
     edges = [_padding(n, stride) for n in x.shape[1:3]]
     padded = jnp.pad(x, ((0, 0), *edges, (0, 0)), constant_values=-jnp.inf)
     height, width = (-(-n // stride) for n in x.shape[1:3])
-    best = place = None
-    for k in range(9):
+
+    def value(k: int) -> jax.Array:
+        """Returns value k of all windows."""
         i, j = divmod(k, 3)
-        stop = (x.shape[0], i + stride * (height - 1) + 1, j + stride * (width - 1) + 1, x.shape[3])
-        value = lax.slice(padded, (0, i, j, 0), stop, (1, stride, stride, 1))
-        if best is None or place is None:
-            best = value
-            place = jnp.zeros(value.shape, jnp.uint8)
-        else:
-            place = jnp.where(value > best, jnp.uint8(k), place)
-            best = jnp.maximum(value, best)
-    assert best is not None and place is not None
+        last_row = i + stride * (height - 1)
+        last_column = j + stride * (width - 1)
+        stop = (x.shape[0], last_row + 1, last_column + 1, x.shape[3])
+        return lax.slice(padded, (0, i, j, 0), stop, (1, stride, stride, 1))
+
+    best = value(0)
+    place = jnp.zeros(best.shape, jnp.uint8)
+    for k in range(1, 9):
+        found = value(k)
+        place = jnp.where(found > best, jnp.uint8(k), place)
+        best = jnp.maximum(found, best)
     return best, place
 
 

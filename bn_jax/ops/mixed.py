@@ -70,10 +70,13 @@ def _backward(strides, padding, groups, precision, residuals, dy):
     pointwise = kernel.shape[:2] == (1, 1) and {*strides} == {1} and groups == 1
     if pointwise:
         # A product can have bfloat16 operands and a float32 result; cuDNN has no such convolution.
+        rows = x.reshape(-1, x.shape[-1])
+        dy_rows = dy.reshape(-1, dy.shape[-1])
+        over_rows = (((0,), (0,)), ((), ()))
         dkernel = lax.dot_general(
-            x.reshape(-1, x.shape[-1]),
-            dy.reshape(-1, dy.shape[-1]),
-            (((0,), (0,)), ((), ())),
+            rows,
+            dy_rows,
+            over_rows,
             precision=precision,
             preferred_element_type=kernel.dtype,
         )

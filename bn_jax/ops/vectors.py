@@ -25,11 +25,18 @@ def squares(arrays: Sequence[jax.Array]) -> jax.Array:
     """Returns the sum of squares of each array, as one array [len(arrays)]."""
     if not hand_tuned("vectors"):
         return jnp.stack([jnp.sum(jnp.square(x)) for x in arrays])
-    sums = [_squares_of_rows(arrays[k : k + TOGETHER]) for k in range(0, len(arrays), TOGETHER)]
+
+    sums = []
+    for first in range(0, len(arrays), TOGETHER):
+        together = arrays[first : first + TOGETHER]
+        sums.append(_squares_of_rows(together))
+
+    # The array of each row.
     rows = [-(-x.size // ROW) for x in arrays]
+    numbers = np.arange(len(arrays))
+    owner = np.repeat(numbers, rows)
 
     # `where`, not a product with zeros: a value that is not finite must not reach other sums.
-    owner = np.repeat(np.arange(len(arrays)), rows)
     mine = jnp.arange(len(arrays))[:, None] == jnp.array(owner)
     found = jnp.sum(jnp.where(mine, jnp.concatenate(sums), 0), axis=1)
     return lax.optimization_barrier(found)  # so that a sum over the arrays starts here
@@ -39,9 +46,12 @@ def _squares_of_rows(arrays: Sequence[jax.Array]) -> jax.Array:
     """Returns sums of squares of rows of ROW values; zeros fill up the last row of each array."""
     parts = []
     for x in arrays:
-        parts += [x.reshape(-1), jnp.zeros(-x.size % ROW, x.dtype)]
+        missing = -x.size % ROW  # values of the last row
+        parts += [x.reshape(-1), jnp.zeros(missing, x.dtype)]
+
     values = jnp.concatenate([part for part in parts if part.size])
-    return jnp.sum(jnp.square(values.reshape(-1, ROW)), axis=1)
+    rows = values.reshape(-1, ROW)
+    return jnp.sum(jnp.square(rows), axis=1)
 
 
 def raveled(tree: Any) -> Any:
