@@ -2,8 +2,9 @@
 
     python -m benchmarks.batch_norm [--smoke] [--repeats=N] [--threads=1]
 
-Two cases a shape: BN alone, and "trained", BN + ReLU under a mask of examples (all valid), as a
-step of training runs it; the peers apply ReLU after BN and have no mask.
+Three cases a shape: BN alone; "relu", BN + ReLU, as a step of training runs it on a set that lies in
+memory; "mask", BN + ReLU under a mask of examples (all valid), as on a set that is streamed. In the
+last, Flax's two get the mask as well; plain autodiff and PyTorch have none, and run as in "relu".
 All sides run in this process, in turn within every repeat, in float32, on one allocator: glibc's
 malloc kept warm (no mmap, no trimming, one arena), for which the command starts itself anew.
 Before the timing every side's results are compared with ours. PyTorch is optional. Kept as
@@ -20,11 +21,11 @@ SHAPES = ((32, 112, 112, 64), (32, 28, 28, 192), (32, 7, 7, 1024))
 SMOKE = ((8, 7, 7, 64),)
 
 
-def sides(x, dy, trained):
-    """Name -> function () -> (y, dx, dgamma, dbeta), all of the same BN with gamma 1 and beta 0.
+CASES = ("alone", "relu", "mask")
 
-    trained: with a ReLU after it, and ours with a mask.
-    """
+
+def sides(x, dy, case):
+    """Name -> function () -> (y, dx, dgamma, dbeta), all of the same BN with gamma 1 and beta 0."""
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -39,20 +40,23 @@ def sides(x, dy, trained):
     flax = nn.BatchNorm(use_running_average=False, momentum=0.9)
 
     def ours(x, gamma, beta, mask):
-        options = {"relu": True, "mask": mask} if trained else {}
+        options = {"relu": case != "alone", "mask": mask if case == "mask" else None}
         return batch_norm.normalize(
             x, gamma, beta, stats, train=True, epsilon=1e-5, momentum=0.9, **options
         )
 
+    def flax_mask(mask):
+        return mask.reshape(-1, *[1] * (x.ndim - 1)) if case == "mask" else None
+
     def relu(y):
-        return jnp.maximum(y, 0) if trained else y
+        return y if case == "alone" else jnp.maximum(y, 0)
 
     def flax_bn(x, gamma, beta, mask):
         variables = {
             "params": {"scale": gamma, "bias": beta},
             "batch_stats": {"mean": stats.mean, "var": stats.var},
         }
-        y, updates = flax.apply(variables, x, mutable=["batch_stats"])
+        y, updates = flax.apply(variables, x, mask=flax_mask(mask), mutable=["batch_stats"])
         return relu(y), updates
 
     graph, state = nnx.split(nnx.BatchNorm(features, momentum=0.9, rngs=nnx.Rngs(0)))
@@ -60,7 +64,7 @@ def sides(x, dy, trained):
     def flax_nnx(x, gamma, beta, mask):
         layer = nnx.merge(graph, state, copy=True)
         layer.scale[...], layer.bias[...] = gamma, beta
-        y = layer(x)
+        y = layer(x, mask=flax_mask(mask))
         return relu(y), (layer.mean[...], layer.var[...])
 
     def autodiff(x, gamma, beta, mask):
@@ -87,11 +91,11 @@ def sides(x, dy, trained):
     except ImportError:
         return found
     for name, layout in (("torch_channels_last", 1), ("torch_default", 0)):
-        found[name] = torch_side(torch, np.array(x), np.array(dy), bool(layout), trained)
+        found[name] = torch_side(torch, np.array(x), np.array(dy), bool(layout), case)
     return found
 
 
-def torch_side(torch, x, dy, channels_last, trained):
+def torch_side(torch, x, dy, channels_last, case):
     """torch.nn.BatchNorm2d on the same numbers."""
     bn = torch.nn.BatchNorm2d(x.shape[-1])
     x, dy = (torch.from_numpy(a).permute(0, 3, 1, 2) for a in (x, dy))
@@ -102,7 +106,7 @@ def torch_side(torch, x, dy, channels_last, trained):
     def run():
         x.grad = None
         bn.zero_grad()
-        y = torch.relu(bn(x)) if trained else bn(x)
+        y = bn(x) if case == "alone" else torch.relu(bn(x))
         y.backward(dy)
         results = (y.detach().permute(0, 2, 3, 1), x.grad.permute(0, 2, 3, 1))
         return (*results, bn.weight.grad, bn.bias.grad)
@@ -110,14 +114,14 @@ def torch_side(torch, x, dy, channels_last, trained):
     return run
 
 
-def measure(shape, repeats, trained):
-    """One record: a shape, with BN alone or as trained."""
+def measure(shape, repeats, case):
+    """One record: a shape in one of the cases."""
     import jax
     import numpy as np
 
     keys = jax.random.split(jax.random.key(0))
     x, dy = (jax.block_until_ready(jax.random.normal(k, shape)) for k in keys)
-    runs = sides(x, dy, trained)
+    runs = sides(x, dy, case)
     want = [np.asarray(a) for a in runs["bn_jax"]()]
     for name, run in runs.items():
         got = [np.asarray(a) for a in run()]
@@ -128,7 +132,7 @@ def measure(shape, repeats, trained):
     floor = 4 * found["copy"]["median"]  # a copy is 2 of the 8 passes
     return {
         "shape": shape,
-        "case": "trained" if trained else "alone",
+        "case": case,
         "MiB_of_8_passes": round(8 * x.nbytes / 2**20, 1),
         "ours_over_8_passes": round(found["bn_jax"]["median"] / floor, 2),
         "seconds": found,
@@ -151,7 +155,7 @@ def main():
     except ImportError:
         print("PyTorch is not installed and is left out")
     repeats, shapes = (3, SMOKE) if args.smoke else (args.repeats, SHAPES)
-    cases = [measure(shape, repeats, trained) for shape in shapes for trained in (False, True)]
+    cases = [measure(shape, repeats, case) for shape in shapes for case in CASES]
     fair.write("batch_norm", {"cases": cases}, smoke=args.smoke)
 
 

@@ -623,7 +623,9 @@ def _cotangents(known: _Known, outputs, layout: _Layout):
         late = _after(after, mean)
         keep = mask
         if layout.relu:
-            positive = _affine(x, late, rstd, gamma, beta, None, False) > 0
+            # Two names for one value, as in `_moments`: else XLA on CPU writes x - late to memory.
+            late, late_too = lax.optimization_barrier((late, late))
+            positive = _affine(x, late_too, rstd, gamma, beta, None, False) > 0
             keep = positive if mask is None else positive & mask
         dy_in = _promote(dy) if keep is None else jnp.where(keep, _promote(dy), 0)
         centered = _promote(x) - late
@@ -642,10 +644,23 @@ def _cotangents(known: _Known, outputs, layout: _Layout):
     dvar_y = -g * sum_dy_xhat * jnp.square(rstd) / 2
     dvar = dvar_y + var_in
     dmean = -g * sum_dy * rstd + mean_in  # the term dvar * sum(-2(x - mean))/m of the paper is 0
-    dy_in, centered = read(sum_dy)
+    dy_again, centered = read(sum_dy)
+    if layout.relu:
+        # XLA on CPU has written the first to memory, for its sums; elsewhere dy is read again.
+        dy_in = lax.platform_dependent(dy_in, dy_again, cpu=_first, default=_second)
+    else:
+        dy_in = dy_again
     dx = dy_in * (g * rstd) + centered * (2 * dvar / m) + dmean / m
     dx = (dx if mask is None else jnp.where(mask, dx, 0)).astype(x.dtype)
     return dx, dgamma, dbeta, jnp.sum(dvar_y)
+
+
+def _first(first, _):
+    return first
+
+
+def _second(_, second):
+    return second
 
 
 def _sum_values(value, layout: _Layout):
