@@ -456,7 +456,7 @@ def fold_variables(variables, *, epsilon: float):
       epsilon: that of the network's BatchNorm layers.
 
     Returns:
-      Variables of the same network built with `norm=None`: kernels and biases, without BN.
+      Variables of the same network built with `norm=None`, i.e. kernels and biases without BN.
 
     Raises:
       ValueError: a `bn` has no linear layer beside it, or several, or it is per activation.

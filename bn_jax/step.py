@@ -78,9 +78,9 @@ def train_step(
       seed: of the run, an integer.
 
     Returns:
-      The next state and metrics: `loss` (with the L2 and auxiliary terms) and `cross_entropy`, both
-      in nats, `top1` (a share of the valid rows), `learning_rate`, and `gradient_square` [leaves of
-      params], whose sum is the squared norm of the gradient.
+      The next state and metrics. These are `loss` (with the L2 and auxiliary terms) and
+      `cross_entropy`, both in nats, `top1` (a share of the valid rows), `learning_rate`, and
+      `gradient_square` [leaves of params], whose sum is the squared norm of the gradient.
     """
     key = dropout_key(seed, state.step)
     grads, means, batch_stats = gradients(state.params, state.batch_stats, batch, key, model=model)

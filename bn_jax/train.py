@@ -58,7 +58,7 @@ def run(
       draw: called with `workdir` at the end, on process 0.
 
     Returns:
-      The last evaluation's scores: `top1`, `top5` (shares), `cross_entropy` (nats), `examples`.
+      The last evaluation's scores `top1`, `top5` (shares), `cross_entropy` (nats) and `examples`.
 
     Raises:
       ConfigError: the config, the data or the workdir cannot be used; nothing is compiled or

@@ -60,8 +60,8 @@ class Split(abc.ABC):
           draws: float64 [n, distort.DRAWS] for training, None for evaluation.
 
         Returns:
-          A `Batch`: image uint8 [n, S, S, C], label int32 [n], and mask bool [n] if `masked` or in
-          evaluation.
+          A `Batch` of image uint8 [n, S, S, C], label int32 [n], and, if `masked` or in evaluation,
+          mask bool [n].
 
         Raises:
           DataError: a label is out of range, an example of an evaluation is bad, or too many
