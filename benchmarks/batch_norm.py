@@ -2,9 +2,9 @@
 
     python -m benchmarks.batch_norm [--smoke] [--repeats=N] [--threads=1]
 
-Three cases a shape: BN alone; "relu", BN + ReLU, as a step of training runs it on a set that lies in
-memory; "mask", BN + ReLU under a mask of examples (all valid), as on a set that is streamed. In the
-last, Flax's two get the mask as well; plain autodiff and PyTorch have none, and run as in "relu".
+Each shape has three cases: BN alone; "relu", BN + ReLU, as in a step on a set that lies in memory;
+"mask", BN + ReLU under a mask of examples (all valid), as on a set that is streamed. In the last,
+Flax's two get the mask as well; plain autodiff and PyTorch have none, and run as in "relu".
 All sides run in this process, in turn within every repeat, in float32, on one allocator: glibc's
 malloc kept warm (no mmap, no trimming, one arena), for which the command starts itself anew.
 Before the timing every side's results are compared with ours. PyTorch is optional. Kept as
