@@ -2,9 +2,10 @@
 
 Algorithm 1 is `normalize(..., train=True)`: a mini-batch is normalized by its own mean and biased
 variance. The mini-batch is a *statistic group*: `group_size` consecutive examples of the global
-batch (the paper's worker batch of 32), on whatever devices they are. Algorithm 2 is `population` of
-the batches' statistics, then `normalize(..., train=False)` or, as one affine layer, `fold`.
-Statistics are in promote(float32, x.dtype), about a shift, never E[x^2] - E[x]^2.
+batch (the paper's worker batch of 32), whichever devices hold them. Algorithm 2 is `population` of
+the batches' statistics, followed by `normalize(..., train=False)` or, as one affine layer, `fold`.
+Statistics are computed in promote(float32, x.dtype), from deviations from a value near the mean:
+E[x^2] - E[x]^2 would lose the variance of data far from 0.
 
 Reading order: the interface; the layout of x in groups; Algorithm 1 and its derivatives; running
 estimates and Algorithm 2.
@@ -28,16 +29,17 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 CONVERGED = 1e9
-"""The `count` of an estimate that is taken over as a long moving average, e.g. from PyTorch."""
+"""The `count` given to an estimate that is already a long moving average, e.g. from PyTorch."""
 
 
 class Stats(NamedTuple):
-    """Estimates of the population's statistics, one value a feature.
+    """Estimates of the population's statistics, with one value for each feature.
 
     After k updates from `init_stats`, `mean` and `var` are weighted averages of the k batches'
-    means and *unbiased* variances, with weights in the ratio momentum**(k - i): right from the
-    first step. `count` is k (float32). Without a count (None) the estimate is a moving average that
-    has converged, as other libraries keep it: every update has the weight 1 - momentum.
+    means and *unbiased* variances. Batch i has a weight proportional to momentum**(k - i), so the
+    estimates are unbiased from the first step on. `count` is k, a float32 scalar. If `count` is
+    None, the estimate is treated as a converged moving average, as other libraries keep it: every
+    update has the weight 1 - momentum.
     """
 
     mean: jax.Array
@@ -46,7 +48,10 @@ class Stats(NamedTuple):
 
 
 def init_stats(shape, dtype=jnp.float32) -> Stats:
-    """Before the first update: mean 0 and variance 1, which that update replaces entirely."""
+    """Returns statistics before any update: mean 0, variance 1, count 0.
+
+    The first update replaces them entirely. shape: that of the features, e.g. (channels,).
+    """
     return Stats(jnp.zeros(shape, dtype), jnp.ones(shape, dtype), jnp.zeros((), jnp.float32))
 
 
@@ -65,34 +70,38 @@ def normalize(
     relu: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, Stats]:
-    """Algorithm 1 (`train`), or the inference network of Algorithm 2, which reads `stats`.
+    """Normalizes x by Algorithm 1 (`train=True`), or by `stats` as Algorithm 2's inference network.
 
     Args:
-      x: floating point, of any rank; its first axis that is no feature axis holds the examples.
-      scale, offset: gamma and beta, one value a feature, or None for 1 and 0.
-      stats: running estimates, one value a feature: read if not `train`, updated if `train`.
-      group_size: examples that share statistics; divides the batch. None: all (the global batch).
-      mask: True where a value counts, [examples] or broadcastable to x. Other values enter no
-        statistic and no gradient, whatever they are, and come out as 0, in inference too.
-      axis: feature axes. -1 is the convolutional form (section 3.2), all but 0 the per-activation.
-      epsilon: added to the variance, in the unit of x squared. May be traced.
-      momentum: share of the running estimate that an update keeps; 1 averages all batches alike.
-        May be traced (a schedule).
-      relu: give max(y, 0), in a backward pass that needs no copy of y.
-      axis_name: the axis (or axes) of `shard_map`, `pmap` or `vmap` that shares out the batch. With
-        `group_size=None` a group is then the batch over that axis; with a `group_size`, which must
-        divide the local batch, only the running estimates are averaged over it.
+      x: floating point, of any rank; its first axis that is not a feature axis holds the examples.
+      scale, offset: gamma and beta, with one value for each feature, or None for 1 and 0.
+      stats: running estimates, with one value for each feature; inference reads them, training
+        updates them.
+      group_size: the number of consecutive examples that share statistics; it must divide the
+        batch. None: all examples of the global batch share them.
+      mask: True where a value counts; of shape [examples], or broadcastable to x. Whatever the
+        other values are, they do not enter statistics or gradients, and their results are 0, in
+        inference too.
+      axis: feature axes. -1 is the convolutional form (section 3.2); all axes but the first are the
+        per-activation form.
+      epsilon: added to the variance, in the unit of x squared. It may be traced.
+      momentum: the share of the running estimate that an update keeps; 1 gives all batches the same
+        weight. It may be traced (a schedule).
+      relu: whether to return max(y, 0) instead of y; the backward pass then needs no copy of y.
+      axis_name: the axis (or axes) of `shard_map`, `pmap` or `vmap` over which the batch is split.
+        With `group_size=None` the whole batch over that axis is one group. A `group_size` must
+        divide the local batch; then only the running estimates are averaged over the axis.
 
     Returns:
-      y, of x's shape and dtype, and the statistics, new if `train`, with the structure and dtypes
-      of `stats`. A group of fewer than two valid values is normalized with what it has and does not
-      change them.
+      y, of x's shape and dtype, and the statistics, which are updated if `train` and keep their
+      structure and dtypes. A group with fewer than two valid values is normalized by the statistics
+      that it has, and does not change the running estimates.
 
     Raises:
       TypeError: x is not floating point, or `stats` to be updated are narrower than float32.
-      ValueError: a shape, group or constant that cannot be used, named with its limit.
+      ValueError: a shape, group or constant cannot be used; the message gives value and limit.
 
-    Warns, once in a process, if this jaxlib computes some sums on CPUs wrongly.
+    Warns once in a process if the installed jaxlib computes some sums wrongly on CPUs.
     """
     _warn_of_wrong_sums()
     layout = _layout(x, axis, train, group_size, axis_name, relu)
@@ -109,8 +118,8 @@ def normalize(
     arrays = (x, scale, offset, stats, mask, epsilon, momentum)
     explicit = _explicit_axes(x)
     if explicit:
-        # Which device holds what of a group cannot be written as an Explicit sharding where a group
-        # lies on several devices: XLA decides it here, too, as it does for Auto axes.
+        # A group that lies on several devices has a layout that Explicit shardings cannot express.
+        # So XLA chooses the shardings inside, as it does for Auto axes.
         outputs = jax.tree.map(functools.partial(_explicit_sharding, x), (x, stats))
         run = jax.sharding.auto_axes(run, axes=explicit, out_sharding=outputs)
         arrays = jax.tree.map(jnp.asarray, arrays)
@@ -118,7 +127,7 @@ def normalize(
 
 
 def _normalize(x, scale, offset, stats, mask, epsilon, momentum, train, layout):
-    """`normalize` of arguments that are checked."""
+    """Does the work of `normalize`, whose arguments have been checked."""
     gamma = None if scale is None else jnp.reshape(scale, layout.features)
     beta = None if offset is None else jnp.reshape(offset, layout.features)
     x_G = jnp.reshape(x, layout.shape)
@@ -138,22 +147,22 @@ def _normalize(x, scale, offset, stats, mask, epsilon, momentum, train, layout):
     return jnp.reshape(y, x.shape), _update(stats, mean, var, usable, momentum)
 
 
-# The layout of x in groups, and what is refused.
+# The layout of x in groups, and the checks of arguments.
 
 
 class _Layout(NamedTuple):
-    """x with the axis of its examples split into [parts, examples of a part]; all of it is static.
+    """How x is split: the examples' axis becomes [parts, examples of a part]. All is static.
 
-    A part is a statistic group. Where one group holds the whole batch, a part is a block of it, and
-    the blocks' statistics are merged: a device computes those of its blocks by itself.
+    A part is a statistic group. If one group holds the whole batch, a part is a block of the batch,
+    and the statistics of the blocks are merged: each device computes those of its own blocks.
     """
 
     shape: tuple[int, ...]
-    parts: int  # the axis
-    axes: tuple[int, ...]  # over which a part's statistics are taken, that of its examples first
-    features: tuple[int, ...]  # shape of a parameter: 1 but on the feature axes
+    parts: int  # the axis of the parts
+    axes: tuple[int, ...]  # the axes of a part's statistics; the axis of its examples comes first
+    features: tuple[int, ...]  # the shape of a parameter: 1 except on the feature axes
     stats_shape: tuple[int, ...]
-    merged: bool  # the parts are blocks of one group
+    merged: bool  # whether the parts are blocks of one group
     axis_name: str | tuple[str, ...] | None
     relu: bool
 
@@ -164,13 +173,15 @@ class _Layout(NamedTuple):
 
     @property
     def values(self) -> int:
-        """Values behind the statistic of a part, where there is no mask."""
+        """The number of values behind a part's statistic, if there is no mask."""
         return math.prod(self.shape[a] for a in self.axes)
 
 
 def _layout(x, axis, train, group_size, axis_name, relu) -> _Layout:
-    """Raises ValueError if `axis` names no axis of x or leaves none for the examples (the first
-    axis that is no feature axis), or if `group_size` (None: one group) does not divide them.
+    """Splits the examples, the first axis of x that is not a feature axis, into parts.
+
+    Raises ValueError if `axis` does not name axes of x or leaves none for the examples, or if
+    `group_size` (None: one group) does not divide the number of examples.
     """
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     features = {a % x.ndim for a in axes if -x.ndim <= a < x.ndim}
@@ -178,7 +189,7 @@ def _layout(x, axis, train, group_size, axis_name, relu) -> _Layout:
     if len(features) != len(axes) or not features or not rest:
         raise ValueError(
             f"batch_norm: feature axes are {axis}, but x of shape {x.shape} has axes up to "
-            f"{x.ndim - 1}, each to be named once, and one must be left for the examples"
+            f"{x.ndim - 1}; name each at most once, and leave one for the examples"
         )
     b = rest[0]
     n = x.shape[b]
@@ -201,11 +212,13 @@ def _layout(x, axis, train, group_size, axis_name, relu) -> _Layout:
 
 
 def _blocks(n, x) -> int:
-    """Blocks of a batch of n examples that is one group: as many as devices may share it out.
+    """Returns the number of blocks into which a batch of n examples is cut that is one group.
 
-    8 whatever the number of devices, where it divides 8, so that the result does not depend on it.
-    The devices are those of the mesh that x is known to lie on (Explicit axes, `jax.set_mesh`), or
-    else all. On a part of them that divides neither number, XLA moves examples between devices.
+    It is a multiple of the number of devices, so that each device has blocks of its own. Any number
+    of devices that divides 8 gives 8 blocks, so that the result does not depend on it. The devices
+    are those of the mesh on which x is known to lie (Explicit axes, `jax.set_mesh`), or else all.
+    If x lies on fewer devices, and their number does not divide that of the blocks, XLA moves
+    examples between devices.
     """
     if is_symbolic_dim(n) or n == 0:
         return 1
@@ -215,9 +228,9 @@ def _blocks(n, x) -> int:
 
 
 def _groups(n, group_size: int) -> int:
-    """Groups of a batch of n examples."""
+    """Returns the number of groups in a batch of n examples."""
     if group_size >= 1 and not is_symbolic_dim(n) and n == 0:
-        return 1  # refused later, as empty
+        return 1  # `_check` raises the error for an empty batch
     try:
         if group_size >= 1 and n % group_size == 0:
             return n // group_size
@@ -230,13 +243,15 @@ def _groups(n, group_size: int) -> int:
         ) from error
     raise ValueError(
         f"batch_norm: group_size is {group_size}, but must divide the batch of {n} examples; "
-        "under shard_map, pmap or vmap that is the local one, and larger groups need jit"
+        "under shard_map, pmap or vmap that is the local batch, and larger groups need jit"
     )
 
 
 def _check(x, layout: _Layout, train: bool, **per_feature) -> None:
-    """Raises TypeError if x is not floating point, ValueError if a parameter has not the shape
-    of the features and, in training, if x is empty or has fewer than two values a statistic.
+    """Checks x and the parameters of its features.
+
+    Raises TypeError if x is not floating point. Raises ValueError if a parameter does not have the
+    shape of the features, or, in training, if x is empty or a statistic has fewer than two values.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"batch_norm: x has dtype {x.dtype}, but must be floating point")
@@ -255,7 +270,7 @@ def _check(x, layout: _Layout, train: bool, **per_feature) -> None:
         m = m * lax.axis_size(layout.axis_name)
     if not is_symbolic_dim(m) and m < 2:
         raise ValueError(
-            f"batch_norm: {m} value a statistic (x {x.shape}, groups of "
+            f"batch_norm: each statistic has {m} value (x {x.shape}, groups of "
             f"{layout.shape[layout.axes[0]]}), but training needs at least 2"
         )
 
@@ -270,7 +285,7 @@ def refuse_index_groups(groups) -> None:
 
 
 def _check_numbers(epsilon, momentum) -> None:
-    """Raises ValueError for constants out of range; of traced values nothing is known."""
+    """Raises ValueError for constants out of range; traced values cannot be checked."""
     known = [not isinstance(value, jax.core.Tracer) for value in (epsilon, momentum)]
     if (known[0] and not epsilon >= 0) or (known[1] and not 0 <= momentum <= 1):
         raise ValueError(f"batch_norm: {epsilon=} must be >= 0, and {momentum=} within 0..1")
@@ -286,13 +301,13 @@ def _check_precision(stats: Stats) -> None:
             )
 
 
-# jaxlib 0.10.2, the last one for Python 3.11, computes some sums over rows wrongly on CPUs, without
-# a word (jax issue 39103). This flag keeps sums from the library that does so.
+# jaxlib 0.10.2, the last one for Python 3.11, silently computes some sums over rows wrongly on CPUs
+# (jax issue 39103). With this flag XLA does not pass sums to the library at fault.
 SAFE_SUMS = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
 
 
 def sums_may_be_wrong() -> bool:
-    """Whether this jaxlib computes some sums on CPUs wrongly and XLA_FLAGS does not mend it."""
+    """Whether this jaxlib computes some sums on CPUs wrongly and XLA_FLAGS does not prevent it."""
     release = tuple(map(int, jaxlib.__version__.split(".")[:2]))
     option = SAFE_SUMS.partition("=")[0]
     return release < (0, 11) and option not in os.environ.get("XLA_FLAGS", "")
@@ -300,7 +315,7 @@ def sums_may_be_wrong() -> bool:
 
 @functools.cache  # one warning in a process, whatever the filter of warnings
 def _warn_of_wrong_sums() -> None:
-    """The commands set the flag themselves; whoever uses this module sets it, or is told here."""
+    """Warns users of this module who have not set the flag; the commands set it themselves."""
     if sums_may_be_wrong() and jax.default_backend() == "cpu":
         warnings.warn(
             f"bn_jax: jaxlib {jaxlib.__version__} computes some sums over rows wrongly on CPUs "
@@ -311,7 +326,7 @@ def _warn_of_wrong_sums() -> None:
 
 
 def _check_mask(x, mask, layout: _Layout):
-    """The mask with the axes of the layout, broadcastable to it but for the examples.
+    """Reshapes the mask to the axes of the layout; it has all examples, and may be 1 elsewhere.
 
     mask: bool [examples], or broadcastable to x. Raises ValueError if it is neither.
     """
@@ -333,9 +348,9 @@ def _check_mask(x, mask, layout: _Layout):
 
 
 def _batch_norm_forward(x, gamma, beta, mask, m, epsilon, layout: _Layout):
-    """Algorithm 1: y, and the mean and biased variance of every group and feature.
+    """Computes Algorithm 1: y, and the mean and biased variance of every group and feature.
 
-    m: values behind each statistic, as `_counts` gives them; None: all.
+    m: the number of values behind each statistic, as `_counts` gives it; None if there is no mask.
     """
     mean, rest, var = _moments(x, mask, m, layout)
     if layout.merged:
@@ -345,11 +360,11 @@ def _batch_norm_forward(x, gamma, beta, mask, m, epsilon, layout: _Layout):
 
 
 def _moments(x, mask, m, layout: _Layout):
-    """Mean, what its rounding left, and biased variance of every part (Alg. 1, lines 1 and 2).
+    """Computes mean, its rounding error, and biased variance of every part (Alg. 1, lines 1 and 2).
 
-    They are taken about the mean of a sample of the values. For any data at all, (mean - near)^2
-    is at most variance * values / values of the sample, which bounds the cancellation. A constant
-    feature's mean is exactly its value.
+    The sums are of deviations from `near`, the mean of a sample of the values. For any data,
+    (mean - near)^2 is at most variance * (number of values / size of the sample), which bounds the
+    cancellation. The mean of a constant feature is exactly its value.
     """
     axes = layout.axes
     x = _promote(x)
@@ -357,28 +372,29 @@ def _moments(x, mask, m, layout: _Layout):
     sample, valid = _sample(x, mask, layout)
     near = jnp.sum(sample, axes, keepdims=True, where=valid)
     near = near / _count(sample.shape, valid, axes, x.dtype)
-    # Rounded to 16 bits: a fused multiply-add would see another value here than the sums see.
+    # It is rounded to 16 bits: otherwise a fused multiply-add here would see another value than the
+    # sums do.
     form = jnp.finfo(near.dtype)
     near = lax.reduce_precision(near, form.nexp, 16)
-    # Two names for one value: else XLA on CPU writes x - near to memory because two sums share it.
+    # One value gets two names: else XLA on CPU writes x - near to memory because two sums share it.
     near, near_too = lax.optimization_barrier((near, near))
     first = _masked_sum(x - near, mask, axes) / m
     second = _masked_sum(jnp.square(x - near_too), mask, axes) / m
     var = jnp.maximum(second - jnp.square(first), 0)
-    # A bit less than it has, for the same reason: all see one mean.
+    # It is rounded by one bit for the same reason: everything that reads the mean sees one value.
     first = lax.reduce_precision(first, form.nexp, form.nmant - 1)
     mean = near + first
     return mean, first - (mean - near), var
 
 
-# jaxlib 0.10 with SAFE_SUMS adds up one number after the other: in two stages less is lost.
+# jaxlib 0.10 with SAFE_SUMS adds numbers one after the other; a sum in two stages rounds less.
 _SUMS_IN_TURN = jax.__version_info__ < (0, 11)
 
 
 def _masked_sum(values, mask, axes):
-    """Sum of the valid values; where whole examples are masked, of the sums of these examples.
+    """Sums the valid values. If whole examples are masked, it selects among sums of examples.
 
-    XLA on CPU writes what it selects to memory: the sums are smaller than the values.
+    XLA on CPU writes selected arrays to memory, and the sums are smaller than the values.
     """
     examples, *others = axes
     if mask is None or any(mask.shape[a] > 1 for a in range(mask.ndim) if a > examples):
@@ -392,11 +408,11 @@ def _masked_sum(values, mask, axes):
 
 
 def _sample(x, mask, layout: _Layout):
-    """Values of each part whose mean is near its mean, and their mask: about a thirtieth of them.
+    """Takes about a thirtieth of each part's values, whose mean is near the part's; and their mask.
 
-    They come from an eighth of the examples at least, so that one of these may be anything; of
-    masked examples from those with the most valid values. A mask that varies over features may
-    leave a feature without a value in any such sample: then all of x is taken.
+    They come from at least an eighth of the examples, so that a single odd example does little. If
+    there is a mask, they come from the examples with the most valid values. With a mask that varies
+    over features, a sample may hold no valid value of some feature: then all of x is returned.
     """
     examples, *others = layout.axes
     n = x.shape[examples]
@@ -405,7 +421,7 @@ def _sample(x, mask, layout: _Layout):
     if mask is not None and any(mask.shape[a] > 1 for a in per_feature):
         return x, mask
     if others and not is_symbolic_dim(n) and (mask is None or mask.shape[others[0]] == 1):
-        # Of each example a few rows, so that all is about a thirtieth of the part.
+        # A few rows of each example are taken, so that the sample is a thirtieth of the part.
         rows = x.shape[others[0]] // (32 * few // n)
         x = lax.slice_in_dim(x, 0, max(rows, 1), axis=others[0])
     if mask is None:
@@ -418,12 +434,12 @@ def _sample(x, mask, layout: _Layout):
 
 
 def _merge_parts(mean, rest, var, m, layout: _Layout):
-    """Mean and variance of the whole from those of its parts (Chan, Golub & LeVeque 1983).
+    """Computes the whole's mean and variance from those of its parts (Chan et al. 1983).
 
-    The means of all parts are sent to all devices by one sum, in which every part has a place of
-    its own. XLA combines it with the other sums here, as none depends on another's result. `rest`
-    is what the parts' means lost when they were rounded: a mean of 1e4 deviations is known to 5e-4
-    of them only, and without it the variance would show that.
+    One sum sends the means of all parts to all devices; every part has a place of its own in it.
+    XLA combines it with the other sums here, because none depends on another's result. `rest` is
+    the rounding error of the parts' means: a mean of 1e4 standard deviations is rounded to 5e-4 of
+    one, and without `rest` that would change the variance.
     """
     axis = layout.parts
     dtype = mean.dtype
@@ -442,7 +458,7 @@ def _merge_parts(mean, rest, var, m, layout: _Layout):
     lost = _sum_parts(part * rest, layout) / whole
     product = _sum_parts(part * rest * mean, layout) / whole
 
-    # About one of the means, so that the mean of a constant is exact.
+    # Deviations are taken from one of the means, so that the mean of a constant is exact.
     near = jnp.max(top, axis, keepdims=True)
     if m is not None:
         near = jnp.where(m.whole > 0, near, 0)
@@ -454,7 +470,7 @@ def _merge_parts(mean, rest, var, m, layout: _Layout):
 
 
 def _gather(value, layout: _Layout):
-    """One value a part to the values of all parts, over all devices, on every device."""
+    """Gathers one value from each part: afterwards every device has those of all devices."""
     axis = layout.parts
     if layout.axis_name is None:
         n = value.shape[axis]
@@ -473,17 +489,17 @@ def _gather(value, layout: _Layout):
 
 
 def _sum_parts(value, layout: _Layout):
-    """Sum over the parts of all devices."""
+    """Sums over the parts of all devices."""
     value = jnp.sum(value, layout.parts, keepdims=True)
     return value if layout.axis_name is None else lax.psum(value, layout.axis_name)
 
 
 class _Counts(NamedTuple):
-    """Numbers of valid values behind the statistics of masked data, float32, all axes kept."""
+    """The numbers of valid values behind the statistics of masked data: float32, all axes kept."""
 
-    part: jax.Array
-    parts: jax.Array  # of all parts that are merged, over all devices
-    whole: jax.Array  # of a group
+    part: jax.Array  # behind each part of this device
+    parts: jax.Array  # behind each part that is merged, of all devices
+    whole: jax.Array  # behind each group
 
 
 def _counts(mask, layout: _Layout) -> _Counts:
@@ -500,14 +516,14 @@ def _masked_count(shape, mask, axes):
 
 
 def _count(shape, mask, axes, dtype):
-    """At least 1: values that a sum over `axes` has."""
+    """Returns the number of values that enter a sum over `axes`, at least 1."""
     if mask is None:
         return _number(math.prod(shape[a] for a in axes), dtype)
     return jnp.maximum(_masked_count(shape, mask, axes), 1).astype(dtype)
 
 
 def _whole(m, layout: _Layout, dtype):
-    """At least 1: values behind the statistics of a group."""
+    """Returns the number of values behind the statistics of a group, at least 1."""
     if m is not None:
         return jnp.maximum(m.whole, 1).astype(dtype)
     values = layout.values * (layout.shape[layout.parts] if layout.merged else 1)
@@ -517,12 +533,12 @@ def _whole(m, layout: _Layout, dtype):
 
 
 def _number(value, dtype):
-    """A size as a number to compute with: a constant, unless it is symbolic (jax.export)."""
+    """Makes a size a number to compute with: a constant, unless it is symbolic (jax.export)."""
     return jnp.asarray(value).astype(dtype) if is_symbolic_dim(value) else value
 
 
 def _affine(x, mean, rstd, gamma, beta, mask, relu):
-    """y = gamma * (x - mean) * rstd + beta (Alg. 1, lines 3 and 4), in x's dtype."""
+    """Returns y = gamma * (x - mean) * rstd + beta (Alg. 1, lines 3 and 4), in x's dtype."""
     y = (_promote(x) - mean) * (rstd if gamma is None else rstd * gamma.astype(rstd.dtype))
     y = y if beta is None else y + beta.astype(y.dtype)
     y = jnp.maximum(y, 0) if relu else y
@@ -538,15 +554,15 @@ def _promote(x):
 
 
 def _as(number, dtype):
-    """An array in that dtype; a Python number as it is."""
+    """Casts an array to that dtype; a Python number stays as it is."""
     return number.astype(dtype) if hasattr(number, "astype") else number
 
 
-# Derivatives. JAX takes a reverse derivative as the transpose of the forward one. Both are written
+# Derivatives. JAX obtains a reverse derivative by transposing the forward one. Both are written
 # out here: `_tangents` for jvp, jacfwd, linearize and the outer half of a hessian, and its
-# transpose `_cotangents`, the paper's backward pass, which needs less memory than what JAX would
-# make of the first. A primitive joins the two, as JAX has no other way to give both: `custom_vjp`
-# refuses forward mode, and `linear_call` refuses vmap.
+# transpose `_cotangents`, the paper's backward pass, which needs less memory than JAX's transpose
+# of `_tangents`. A primitive joins the two, because JAX has no other way to give both: `custom_vjp`
+# does not support forward mode, and `linear_call` does not support vmap.
 
 
 _batch_norm = jax.custom_jvp(_batch_norm_forward, nondiff_argnums=(6,))
@@ -566,7 +582,7 @@ def _batch_norm_jvp(layout, primals, tangents):
 
 
 class _Known(NamedTuple):
-    """What a derivative depends on besides the tangents or cotangents."""
+    """The values that a derivative needs besides the tangents or cotangents."""
 
     x: jax.Array
     mean: jax.Array
@@ -578,7 +594,7 @@ class _Known(NamedTuple):
 
 
 def _tangents(known: _Known, inputs, layout: _Layout):
-    """Tangents of y, mean and var, linear in those of x, gamma, beta, epsilon (None: zero)."""
+    """Maps tangents of x, gamma, beta, epsilon (None: zero) linearly to those of y, mean, var."""
     x, mean, rstd, gamma, beta, mask, m = known
     dx, dgamma, dbeta, depsilon = inputs
     m = _whole(m, layout, mean.dtype)
@@ -608,18 +624,18 @@ def _tangents(known: _Known, inputs, layout: _Layout):
 
 
 def _cotangents(known: _Known, outputs, layout: _Layout):
-    """The paper's formulas (section 3), plus what comes in through mean and var themselves."""
+    """Computes the paper's gradients (section 3), plus those that enter through mean and var."""
     x, mean, rstd, gamma, beta, mask, m = known
     dy, mean_in, var_in = outputs
     m = _whole(m, layout, mean.dtype)
     g = 1 if gamma is None else gamma.astype(rstd.dtype)
     if layout.axis_name is not None and layout.merged and not _varying(x):
-        # Without vma types every device has its own loss, and the sum of all is differentiated.
+        # Without vma types every device has its own loss, and the gradient is that of their sum.
         mean_in, var_in = lax.psum((mean_in, var_in), layout.axis_name)
 
     def read(after):
         # Each pass computes x - mean anew, after `after` is known. Otherwise XLA on CPU, which
-        # drops optimization_barrier, keeps that of the forward pass: a second copy of x until here.
+        # drops optimization_barrier, keeps x - mean of the forward pass: a second copy of x.
         late = _after(after, mean)
         keep = mask
         if layout.relu:
@@ -631,7 +647,7 @@ def _cotangents(known: _Known, outputs, layout: _Layout):
         centered = _promote(x) - late
         return dy_in, centered if mask is None else jnp.where(mask, centered, 0)
 
-    # Of each part its own first value, so that no device waits for another.
+    # Each part waits for its own first value of dy, so that no device waits for another.
     dy_in, centered = read(
         dy[tuple(slice(1 if a in layout.axes else None) for a in range(dy.ndim))]
     )
@@ -664,7 +680,7 @@ def _second(_, second):
 
 
 def _sum_values(value, layout: _Layout):
-    """Sum over all values of a group."""
+    """Sums over all values of a group."""
     value = jnp.sum(value, layout.over, keepdims=True)
     if layout.axis_name is None or not layout.merged:
         return value
@@ -672,7 +688,7 @@ def _sum_values(value, layout: _Layout):
 
 
 def _sum_like(p, total):
-    """Gradient of a parameter from the totals of the groups."""
+    """Returns the gradient of a parameter, from the totals of the groups."""
     if p is None:
         return None
     groups = tuple(a for a in range(p.ndim) if p.shape[a] != total.shape[a])
@@ -680,7 +696,7 @@ def _sum_like(p, total):
 
 
 def _two_sums(a, b, layout: _Layout):
-    """Sums of two arrays over the values of a group, on this device."""
+    """Sums each of two arrays over the values of a group, on this device."""
     together = functools.partial(_sums_together, layout=layout)
     apart = functools.partial(_sums_apart, layout=layout)
     return lax.platform_dependent(a, b, cuda=together, default=apart)
@@ -691,11 +707,13 @@ def _sums_apart(a, b, layout: _Layout):
 
 
 def _sums_together(a, b, layout: _Layout):
-    """The sums as one operation. Of two, XLA for GPUs makes two kernels for the last stage of the
-    sums, and for some shapes it first writes to memory where the ReLU is positive.
+    """Computes both sums in one operation.
+
+    For two separate sums XLA on GPUs makes two kernels for the last stage, and for some shapes it
+    first writes the mask of the ReLU to memory.
     """
-    # XLA makes two stages of a sum of 6,272 values (32 maps of 14 x 14), but not of one of 1,568.
-    # What it has only one stage for, it writes to memory first.
+    # XLA splits a sum of 6,272 values (32 maps of 14 x 14) into two stages, but not one of 1,568,
+    # whose operands it writes to memory first. So short sums are split into two stages here.
     stages = [layout.axes]
     if not is_symbolic_dim(layout.values) and layout.values < 4096 and len(layout.axes) > 1:
         stages = [layout.axes[1:], layout.axes[:1]]
@@ -717,14 +735,15 @@ def _add_pairs(left, right):
 
 
 def _after(known, value):
-    """value, in a way that no compiler can compute before `known`."""
+    """Returns `value` such that no compiler can compute with it before `known`."""
     shape = jnp.broadcast_shapes(known.shape, value.shape)
 
     def chosen(known, value):
-        return jnp.where((known != known) & (known == known), 0, value)  # never both, NaN included
+        never = (known != known) & (known == known)  # false even for NaN
+        return jnp.where(never, 0, value)
 
     def behind_barrier(known, value):
-        # XLA for GPUs drops the barrier only when kernels are made; a choice is a kernel more.
+        # XLA for GPUs keeps the barrier until kernels are made; `where` would be one more kernel.
         late = lax.optimization_barrier((known, value))[1]
         return jnp.broadcast_to(_vary_like(known, late), shape)
 
@@ -736,7 +755,7 @@ _linear_p.multiple_results = True
 
 
 def _linear(known: _Known, inputs, layout: _Layout):
-    """`_tangents`, with `_cotangents` as its transpose."""
+    """Computes `_tangents`, as a primitive whose transpose is `_cotangents`."""
     leaves, known_tree = jax.tree.flatten(known)
     given, inputs_tree = jax.tree.flatten(inputs)
     present = [value is not None for value in inputs]
@@ -817,16 +836,16 @@ batching.fancy_primitive_batchers[_linear_p] = _linear_batch
 mlir.register_lowering(_linear_p, mlir.lower_fun(_linear_run, multiple_results=True))
 
 
-# Devices.
+# How values lie on devices.
 
 
 def _varying(x) -> frozenset[str]:
-    """The axes of a shard_map over which x is known to vary (with its check_vma)."""
+    """Returns the axes of a shard_map over which x is known to vary (if it has check_vma=True)."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def _vary_like(x, p):
-    """Under shard_map, marks a replicated parameter as used by each shard: gradients are summed."""
+    """Marks a parameter as used by each shard of a shard_map, so that its gradients are summed."""
     if p is None:
         return None
     missing = _varying(x) - _varying(p)
@@ -834,26 +853,29 @@ def _vary_like(x, p):
 
 
 def _explicit_axes(x) -> tuple[str, ...]:
-    """The axes of x's mesh that have explicit types."""
+    """Returns the axes of x's mesh that have explicit types."""
     mesh = jax.typeof(x).sharding.mesh
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in types if kind == AxisType.Explicit)
 
 
 def _explicit_sharding(x, value) -> NamedSharding:
-    """The sharding of a value beside x: replicated if it has none yet."""
+    """Returns the sharding of a value used with x: replicated on x's mesh if it has none yet."""
     found = jax.typeof(value).sharding
-    return (
-        NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()) if found.mesh.empty else found
-    )
+    if found.mesh.empty:
+        return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec())
+    return found
 
 
 # Running estimates, and Algorithm 2.
 
 
 def _pool(mean, var, m, layout: _Layout):
-    """Mean, unbiased variance and usability over all groups that have at least two values."""
-    # No sum over groups waits for another: all layers' can travel between devices together.
+    """Averages mean and unbiased variance over the groups that have at least two values.
+
+    Returns (mean, var, whether there was such a group), each of the features' shape.
+    """
+    # No sum over groups waits for another, so XLA can combine those of all layers in one message.
     axis = layout.parts
     dtype = mean.dtype
     full = _whole(None, layout, dtype)
@@ -879,7 +901,10 @@ def _pool(mean, var, m, layout: _Layout):
 
 
 def _update(stats: Stats, mean, var, usable, momentum) -> Stats:
-    """Update k with the weight that leaves batch i the share momentum**(k - i) of the whole."""
+    """Applies update k, with the weight that makes batch i's share proportional to momentum**(k-i).
+
+    If `usable` is False, nothing changes.
+    """
     if stats.count is None:
         weight = jnp.where(usable, _as(1 - momentum, mean.dtype), 0)
         count = None
@@ -887,7 +912,7 @@ def _update(stats: Stats, mean, var, usable, momentum) -> Stats:
         count = lax.stop_gradient(stats.count)
         k = (count + 1).astype(mean.dtype)
         weight = jnp.where(usable, jnp.where(k == 1, 1, _weight(k, momentum)), 0)
-        # Above 2^24 adding 1 changes no float32: then the next one is taken, in steps of 2 or more.
+        # Above 2^24 adding 1 does not change a float32: then the next larger float32 is taken.
         most = jnp.full_like(count, jnp.finfo(count.dtype).max)
         more = jnp.maximum(count + 1, jnp.nextafter(count, most))
         count = jnp.where(jnp.any(usable), more, count)
@@ -895,7 +920,7 @@ def _update(stats: Stats, mean, var, usable, momentum) -> Stats:
 
 
 def _weight(k, momentum):
-    """(1 - momentum) / (1 - momentum**k), and at momentum 1 its limit, the plain average's 1/k."""
+    """Returns the weight (1 - momentum) / (1 - momentum**k); at momentum 1 its limit, 1/k."""
     if isinstance(momentum, int | float):
         if momentum == 1:
             return 1 / k
@@ -916,12 +941,14 @@ def _toward(old, new, weight):
 
 
 def merge(a: Stats, b: Stats) -> Stats:
-    """The average of two statistics, weighted by their counts. A count of 0 adds nothing.
+    """Averages two statistics, weighted by their counts. A count of 0 adds nothing.
 
-    Raises ValueError for statistics without a count, whose weight is not known.
+    Both must have the same shape. Raises ValueError if one has no count, hence no known weight.
     """
     if a.count is None or b.count is None:
-        raise ValueError("batch_norm.merge: statistics without a count have no weight: give one")
+        raise ValueError(
+            "batch_norm.merge: count is None, so the weight is unknown; set a count on both"
+        )
     count = a.count + b.count
     dtype = a.mean.dtype
     share = b.count.astype(dtype) / jnp.maximum(count, 1).astype(dtype)
@@ -929,24 +956,26 @@ def merge(a: Stats, b: Stats) -> Stats:
 
 
 def population(batches: Iterable[Stats]) -> Stats:
-    """E[x] and Var[x] of Algorithm 2, lines 10 and 11, from the statistics of training batches.
+    """Computes E[x] and Var[x] of Algorithm 2 (lines 10, 11) from training batches' statistics.
 
-    Those of one batch are what `normalize(..., train=True)` makes of `init_stats`: its mean,
-    m/(m-1) times its biased variance, a count of 1. A stream calls `merge` batch by batch.
+    `batches` holds one `Stats` for each batch, as `normalize(..., train=True)` makes it out of
+    `init_stats`: the batch's mean, m/(m-1) times its biased variance, and a count of 1. All have
+    one shape; there must be at least one. For a stream of batches, call `merge` on each.
     """
     return functools.reduce(merge, batches)
 
 
 def fold(kernel, bias, scale, offset, stats: Stats, *, epsilon: float):
-    """A linear layer and the inference BN after it as one layer (Alg. 2, line 12): kernel and bias.
+    """Merges a linear layer and the inference BN after it into one layer (Alg. 2, line 12).
 
     kernel: [..., features]; bias, scale, offset: [features] or None; stats: of shape [features].
-    Raises ValueError if the statistics are not per output feature (a per-activation form is not).
+    Returns the new kernel, [..., features], and bias, [features]. Raises ValueError if there is not
+    one statistic for each output feature, as in the per-activation form.
     """
     if jnp.shape(stats.mean) != kernel.shape[-1:]:
         raise ValueError(
-            f"batch_norm.fold: statistics have shape {jnp.shape(stats.mean)}, not the "
-            f"{kernel.shape[-1:]} of a kernel of shape {kernel.shape}"
+            f"batch_norm.fold: statistics have shape {jnp.shape(stats.mean)}, but must have "
+            f"{kernel.shape[-1:]}, as the kernel's shape is {kernel.shape}"
         )
     gain = lax.rsqrt(stats.var + epsilon) * (1 if scale is None else scale)
     shift = ((0 if bias is None else bias) - stats.mean) * gain

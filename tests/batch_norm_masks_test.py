@@ -93,8 +93,8 @@ def test_mask_may_broadcast_to_x_like_flax():
 @pytest.mark.parametrize(
     ("shape", "options", "error", "message"),
     [
-        ((1, 3), {}, ValueError, "1 value a statistic.*at least 2"),  # Flax gives zeros
-        ((4, 3), {"group_size": 1}, ValueError, "1 value a statistic.*at least 2"),
+        ((1, 3), {}, ValueError, "each statistic has 1 value.*at least 2"),  # Flax gives zeros
+        ((4, 3), {"group_size": 1}, ValueError, "each statistic has 1 value.*at least 2"),
         ((10, 3), {"group_size": 4}, ValueError, "group_size is 4.*batch of 10"),
         ((10, 3), {"group_size": 0}, ValueError, "group_size is 0.*batch of 10"),
         ((4, 3), {"group_size": 8}, ValueError, "group_size is 8.*batch of 4"),
@@ -105,7 +105,7 @@ def test_mask_may_broadcast_to_x_like_flax():
         ((4, 2), {}, ValueError, r"scale has shape \(3,\).*\(2,\)"),
         ((4, 3), {"mask": jnp.ones(5, bool)}, ValueError, r"mask has shape \(5,\).*\(4,\)"),
         ((4, 3), {"axis": 2}, ValueError, "axes are 2.*up to 1"),
-        ((4, 3), {"axis": (0, 1)}, ValueError, "one must be left"),
+        ((4, 3), {"axis": (0, 1)}, ValueError, "leave one for the examples"),
         ((4, 3), {"epsilon": -1.0}, ValueError, "epsilon=-1.0 must be >= 0"),
         ((4, 3), {"momentum": 1.5}, ValueError, "momentum=1.5 within 0..1"),
     ],
