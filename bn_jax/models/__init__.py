@@ -57,10 +57,10 @@ def build(config: ConfigDict, num_classes: int) -> nn.Module:
 
 
 def init_rule(config: ConfigDict) -> str:
-    """The rule of an Inception's initial weights, "he" or "glorot": its config's, or by "auto".
+    """The rule of an Inception's initial weights: its config's, or the one that "auto" stands for.
 
-    "auto" is He's for ReLU, which halves the variance of what it passes on, and Glorot's for the
-    sigmoid.
+    "auto" is Glorot's rule for the sigmoid, and sqrt(2) times that for ReLU, which halves the
+    variance of what it passes on.
     """
     if config.model.init == "auto":
         return BY_ACTIVATION[config.activation]

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-INITS = ("auto", "he", "glorot")  # values of `model.init`
+INITS = ("auto", "he", "glorot", "glorot_relu")  # values of `model.init`
 
 # What "auto" stands for, by the nonlinearity.
-BY_ACTIVATION = {"relu": "he", "sigmoid": "glorot"}
+BY_ACTIVATION = {"relu": "glorot_relu", "sigmoid": "glorot"}
 
 _pooled: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("pooled", default=None)
 
@@ -24,9 +24,10 @@ _pooled: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("pool
 class Gaussian(NamedTuple):
     """Initializer: normal (not truncated), mean 0, standard deviation `std` or `gain` times a rule.
 
-    rule: "glorot", sqrt(2 / (fan_in + fan_out)) (Glorot and Bengio 2010), or "he",
-    sqrt(2 / fan_in), which keeps the variance from ReLU to ReLU (He et al. 2015, arXiv:1502.01852).
-    The paper gives none for its networks.
+    rule: "glorot", sqrt(2 / (fan_in + fan_out)) (Glorot and Bengio 2010); "glorot_relu", sqrt(2)
+    times that, because a ReLU halves the variance; or "he", sqrt(2 / fan_in), which keeps the
+    variance from ReLU to ReLU (He et al. 2015, arXiv:1502.01852). The paper gives none for its
+    networks.
     """
 
     gain: float = 1.0
@@ -50,8 +51,12 @@ class Gaussian(NamedTuple):
         window = math.prod(shape[:-2])
         fan_in = window * shape[-2]
         fan_out = window * shape[-1]
-        fans = fan_in if self.rule == "he" else fan_in + fan_out
-        return self.gain * math.sqrt(2 / fans)
+        variance = {
+            "glorot": 2 / (fan_in + fan_out),
+            "glorot_relu": 4 / (fan_in + fan_out),
+            "he": 2 / fan_in,
+        }
+        return self.gain * math.sqrt(variance[self.rule])
 
 
 class PooledInit(nn.Module):

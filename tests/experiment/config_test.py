@@ -61,7 +61,7 @@ WRONG = [
     ("bn_x30:digits", {"model.name": "resnet"}, "model.name='resnet': unknown"),
     ("bn_x30:digits", {"model.variant": "v3"}, "choose from paper, caffe, slim"),
     ("bn_x30:digits", {"model.width": 0.0}, "model.width=0.0: not in (0, 16]"),
-    ("bn_x30:digits", {"model.init": "orthogonal"}, "choose from auto, he, glorot"),
+    ("bn_x30:digits", {"model.init": "orthogonal"}, "choose from auto, he, glorot, glorot_relu"),
     ("bn_x30:digits", {"model.init_scale": 0.0}, "model.init_scale=0.0"),
     ("mnist:digits", {"model.widths": ()}, "model.widths=(): not one or more"),
     ("mnist:digits", {"model.widths": (100, 0)}, "model.widths=(100, 0)"),

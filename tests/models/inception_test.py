@@ -223,14 +223,14 @@ def test_init_scale_multiplies_the_convolutions_only():
         np.testing.assert_allclose(b, 1.5 * a, rtol=1e-6)
     np.testing.assert_array_equal(base["classifier"]["kernel"], larger["classifier"]["kernel"])
     kernel = base["inception_5b"]["conv_3x3"]["conv"]["kernel"]
-    want = (2 / (9 * 24)) ** 0.5  # He's
+    want = (4 / (9 * (24 + kernel.shape[-1]))) ** 0.5  # sqrt(2) times Glorot's
     assert abs(float(jnp.std(kernel)) - want) < 5 * want / (2 * kernel.size) ** 0.5
 
 
 @pytest.mark.parametrize(
     ("init", "activation", "rule"),
     [
-        ("auto", "relu", "he"),
+        ("auto", "relu", "glorot_relu"),
         ("auto", "sigmoid", "glorot"),
         ("he", "sigmoid", "he"),
         ("glorot", "relu", "glorot"),
@@ -244,7 +244,7 @@ def test_initial_weights_by_the_nonlinearity(init, activation, rule):
     assert settled(config, 4000).model.init == rule
 
 
-def test_under_he_a_signal_reaches_the_last_module_and_under_glorot_it_does_not():
+def test_the_factor_for_relu_lets_a_signal_reach_the_last_module_and_glorot_alone_does_not():
     """Standard deviation of the input of a nonlinearity in 5b, without BN: why the rule matters."""
 
     def deviation(rule):
@@ -258,7 +258,8 @@ def test_under_he_a_signal_reaches_the_last_module_and_under_glorot_it_does_not(
 
         return float(jnp.std(jax.jit(inputs)()))
 
-    assert deviation("he") > 0.1 and deviation("glorot") < 0.02
+    assert deviation("he") > 0.1 and deviation("glorot_relu") > 0.1
+    assert deviation("glorot") < 0.02
 
 
 def test_auxiliary_heads_follow_the_rule_but_not_the_scale():
@@ -268,7 +269,7 @@ def test_auxiliary_heads_follow_the_rule_but_not_the_scale():
         lambda: models.build(config, 10).init(KEYS, images(1, channels=1), train=True)["params"]
     )()
     kernel = params["aux_4a"]["dense"]["kernel"]
-    want = (2 / kernel.shape[0]) ** 0.5
+    want = (4 / sum(kernel.shape)) ** 0.5
     assert abs(float(jnp.std(kernel)) - want) < 5 * want / (2 * kernel.size) ** 0.5
 
 
