@@ -34,6 +34,7 @@ DEMO := $(if $(wildcard $(STAMP)),$(STAMP),$(VENV)/.demo)
 
 demo: $(DEMO)  ## train BN-x30 on the embedded digits, minutes on 2 cores, and draw it
 	$(RUN) bn_jax.main --config=configs/bn_x30.py:digits --workdir=runs/bn_x30
+	$(RUN) bn_jax.figures --workdir=runs/bn_x30 --html
 
 # With BN the test loss on the 4,000 embedded digits is lowest at step 1,500, and from step 4,000 on
 # the network without BN is ahead (results/mnist_digits): they are overfitted by then.
@@ -55,7 +56,7 @@ fig1: $(DEMO)  ## the MNIST study (Fig. 1); MNIST=FOLDER has the four files; els
 
 table: $(DEMO)  ## Fig. 2 and the table of Fig. 3 on the digits: five networks, one seed
 	$(RUN) bn_jax.sweep --configs=inception,inception_best,bn_baseline,bn_x5,bn_x30,bn_x5_sigmoid --scale=digits --seeds=1 --workdir=runs/table
-	$(RUN) bn_jax.figures --workdir=runs/table
+	$(RUN) bn_jax.figures --workdir=runs/table --html
 
 STUDIES := population group_size landscape shift rates init noise
 studies: $(DEMO)  ## every study of docs/studies.md with three seeds, about two hours on 2 cores

@@ -348,6 +348,13 @@ def rows(results: pathlib.Path, sets: dict[str, Runs] | None = None) -> list[Row
     return found
 
 
+def answered(folder: pathlib.Path) -> list[Row]:
+    """The questions that the experiments in one folder answer, whatever its data set is."""
+    runs = Runs(folder)
+    found = (_row(question, folder.name, runs) for question in QUESTIONS)
+    return [row for row in found if row is not None]
+
+
 def _row(question: Question, data: str, runs: Runs) -> Row | None:
     if question.ours == EVALUATIONS:
         if not reader.find_evaluations(runs.folder):

@@ -134,7 +134,7 @@ STUDY = Study(
     name="population",
     question="Moving average or population statistics?",
     follows="Wu & Johnson 2021 (arXiv:2105.07576); Algorithm 2",
-    minutes="3",
+    minutes="2",
     config="bn_x30:digits",
     sizes={
         "mlp": (
