@@ -183,6 +183,7 @@ def _layout(x, axis, train, group_size, axis_name, relu) -> _Layout:
     Raises ValueError if `axis` does not name axes of x or leaves none for the examples, or if
     `group_size` (None: one group) does not divide the number of examples.
     """
+    # The axes of x, and which of them hold features.
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     features = {a % x.ndim for a in axes if -x.ndim <= a < x.ndim}
     rest = [a for a in range(x.ndim) if a not in features]
@@ -191,12 +192,17 @@ def _layout(x, axis, train, group_size, axis_name, relu) -> _Layout:
             f"batch_norm: feature axes are {axis}, but x of shape {x.shape} has axes up to "
             f"{x.ndim - 1}; name each at most once, and leave one for the examples"
         )
-    b = rest[0]
+
+    b = rest[0]  # the axis of the examples
     n = x.shape[b]
-    if not train or group_size is None:
-        parts = _blocks(n, x) if train and axis_name is None else 1
-    else:
+    if train and group_size is not None:
         parts = _groups(n, group_size)
+    elif train and axis_name is None:
+        parts = _blocks(n, x)
+    else:
+        parts = 1
+
+    # The axes behind that of the examples move by one.
     shape = (*x.shape[:b], parts, n // parts, *x.shape[b + 1 :])
     split = {a + (a > b) for a in features}
     return _Layout(
@@ -476,15 +482,19 @@ def _gather(value, layout: _Layout):
         n = value.shape[axis]
         if n == 1:
             return value
+        # Each part writes into a place of its own, and the sum over the parts sends all to all.
         value = jnp.expand_dims(value, axis)
-        mine = lax.broadcasted_iota(jnp.int32, (n, n), 0) == lax.broadcasted_iota(
-            jnp.int32, (n, n), 1
-        )
-        mine = jnp.expand_dims(mine, [a for a in range(value.ndim) if a not in (axis, axis + 1)])
+        rows = lax.broadcasted_iota(jnp.int32, (n, n), 0)
+        columns = lax.broadcasted_iota(jnp.int32, (n, n), 1)
+        mine = rows == columns
+        others = [a for a in range(value.ndim) if a not in (axis, axis + 1)]
+        mine = jnp.expand_dims(mine, others)
         return jnp.sum(jnp.where(mine, value, 0), axis + 1)
+
     n = lax.axis_size(layout.axis_name)
-    places = tuple(n if a == axis else 1 for a in range(value.ndim))
-    mine = lax.broadcasted_iota(jnp.int32, places, axis) == lax.axis_index(layout.axis_name)
+    shape = tuple(n if a == axis else 1 for a in range(value.ndim))
+    places = lax.broadcasted_iota(jnp.int32, shape, axis)
+    mine = places == lax.axis_index(layout.axis_name)
     return lax.psum(jnp.where(mine, value, 0), layout.axis_name)
 
 
@@ -539,10 +549,16 @@ def _number(value, dtype):
 
 def _affine(x, mean, rstd, gamma, beta, mask, relu):
     """Returns y = gamma * (x - mean) * rstd + beta (Alg. 1, lines 3 and 4), in x's dtype."""
-    y = (_promote(x) - mean) * (rstd if gamma is None else rstd * gamma.astype(rstd.dtype))
-    y = y if beta is None else y + beta.astype(y.dtype)
-    y = jnp.maximum(y, 0) if relu else y
-    return (y if mask is None else jnp.where(mask, y, 0)).astype(x.dtype)
+    centered = _promote(x) - mean
+    gain = rstd if gamma is None else rstd * gamma.astype(rstd.dtype)
+    y = centered * gain
+    if beta is not None:
+        y = y + beta.astype(y.dtype)
+    if relu:
+        y = jnp.maximum(y, 0)
+    if mask is not None:
+        y = jnp.where(mask, y, 0)
+    return y.astype(x.dtype)
 
 
 def _wide(dtype):
@@ -616,10 +632,13 @@ def _tangents(known: _Known, inputs, layout: _Layout):
         if dgamma is not None:
             dgain = dgain + rstd * dgamma.astype(rstd.dtype)
     dy = (dx - dmean) * gain + centered * dgain
-    dy = dy if dbeta is None else dy + dbeta.astype(dy.dtype)
+    if dbeta is not None:
+        dy = dy + dbeta.astype(dy.dtype)
     if layout.relu:
-        dy = jnp.where(_affine(x, mean, rstd, gamma, beta, None, False) > 0, dy, 0)
-    dy = dy if mask is None else jnp.where(mask, dy, 0)
+        positive = _affine(x, mean, rstd, gamma, beta, None, False) > 0
+        dy = jnp.where(positive, dy, 0)
+    if mask is not None:
+        dy = jnp.where(mask, dy, 0)
     return dy.astype(x.dtype), dmean, dvar
 
 
@@ -645,33 +664,39 @@ def _cotangents(known: _Known, outputs, layout: _Layout):
             keep = positive if mask is None else positive & mask
         dy_in = _promote(dy) if keep is None else jnp.where(keep, _promote(dy), 0)
         centered = _promote(x) - late
-        return dy_in, centered if mask is None else jnp.where(mask, centered, 0)
+        if mask is not None:
+            centered = jnp.where(mask, centered, 0)
+        return dy_in, centered
 
     # Each part waits for its own first value of dy, so that no device waits for another.
-    dy_in, centered = read(
-        dy[tuple(slice(1 if a in layout.axes else None) for a in range(dy.ndim))]
-    )
+    first_of_each = tuple(slice(1 if a in layout.axes else None) for a in range(dy.ndim))
+    dy_in, centered = read(dy[first_of_each])
     sum_dy, sum_product = _two_sums(dy_in, dy_in * centered, layout)
     sum_dy_xhat = sum_product * rstd
     dgamma = _sum_like(gamma, sum_dy_xhat)
     dbeta = _sum_like(beta, sum_dy)
     if layout.axis_name is not None and layout.merged:
         sum_dy, sum_dy_xhat = lax.psum((sum_dy, sum_dy_xhat), layout.axis_name)
+
     dvar_y = -g * sum_dy_xhat * jnp.square(rstd) / 2
     dvar = dvar_y + var_in
     dmean = -g * sum_dy * rstd + mean_in  # the term dvar * sum(-2(x - mean))/m of the paper is 0
+
     dy_again, centered = read(sum_dy)
     if layout.relu:
         # XLA on CPU has written the first to memory, for its sums; elsewhere dy is read again.
         dy_in = lax.platform_dependent(dy_in, dy_again, cpu=_first, default=_second)
     else:
         dy_in = dy_again
+
     dx = dy_in * (g * rstd) + centered * (2 * dvar / m) + dmean / m
-    dx = (dx if mask is None else jnp.where(mask, dx, 0)).astype(x.dtype)
-    return dx, dgamma, dbeta, jnp.sum(dvar_y)
+    if mask is not None:
+        dx = jnp.where(mask, dx, 0)
+    return dx.astype(x.dtype), dgamma, dbeta, jnp.sum(dvar_y)
 
 
 def _first(first, _):
+    """Returns the first of two arrays: a branch of `lax.platform_dependent`, as `_second` is."""
     return first
 
 
@@ -979,4 +1004,6 @@ def fold(kernel, bias, scale, offset, stats: Stats, *, epsilon: float):
         )
     gain = lax.rsqrt(stats.var + epsilon) * (1 if scale is None else scale)
     shift = ((0 if bias is None else bias) - stats.mean) * gain
-    return kernel * gain, shift if offset is None else shift + offset
+    if offset is not None:
+        shift = shift + offset
+    return kernel * gain, shift
