@@ -80,10 +80,15 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, {options.rounds} rounds of {options.count} images, medians")
     print(f"{'':42}{'images/CPU-s':>22}{'images/s':>22}")
     for name, rates in results.items():
-        columns = [f"{statistics.median(r):.0f} ({min(r):.0f}-{max(r):.0f})" for r in rates]
+        columns = [spread(values) for values in rates]
         print(f"{name:42}{columns[0]:>22}{columns[1]:>22}")
     print()
     print(scaling_table(scaling))
+
+
+def spread(values: list[float]) -> str:
+    """The median and, in brackets, the lowest and highest."""
+    return f"{statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f})"
 
 
 def list_cpus(folder: pathlib.Path, count: int) -> dict[str, Run]:
@@ -138,8 +143,8 @@ def needed(host: Host) -> float:
 
 def scaling_table(results: dict[str, tuple[list, list]]) -> str:
     """Images/s against CPUs, measured and by the model, and what hosts need."""
-    measured = {name: statistics.median(rates) for name, (_, rates) in results.items()}
-    python = measured.pop("Python alone")
+    measured = {name: rates for name, (_, rates) in results.items()}
+    python = statistics.median(measured.pop("Python alone"))
     per_cpu = statistics.median(results[max(measured, key=int)][0])
     share = f"{cost_model.UTILIZATION:.0%} of the peak"
     lines = [
@@ -147,8 +152,9 @@ def scaling_table(results: dict[str, tuple[list, list]]) -> str:
         f"{per_cpu:.0f} images per CPU-second and {python:,.0f} images/s of Python alone",
         f"{'CPUs':42}{'images/s':>22}{'by the model':>22}",
     ]
-    for name, rate in measured.items():
-        lines.append(f"{name:42}{rate:>22,.0f}{model(int(name), per_cpu, python):>22,.0f}")
+    for name, rates in measured.items():
+        by_model = model(int(name), per_cpu, python)
+        lines.append(f"{name:42}{spread(rates):>22}{by_model:>22,.0f}")
     for cpus in ON_PAPER:
         lines.append(f"{cpus:<42}{'not measured':>22}{model(cpus, per_cpu, python):>22,.0f}")
     lines.append(f"{'host':42}{f'needs at {share}':>22}{'by the model':>22}")

@@ -46,7 +46,8 @@ def test_input_on_many_cpus_is_a_formula_of_what_was_measured():
     lines = input.scaling_table(rates).splitlines()
     assert "min(CPUs x 700, 20,000)" in lines[0]
     cells = {line[:42].strip(): line[42:].split() for line in lines}
-    assert cells["1"] == ["690", "700"] and cells["2"] == ["1,300", "1,400"]
+    assert cells["1"] == ["690", "(690-690)", "700"]
+    assert cells["2"] == ["1300", "(1300-1300)", "1,400"]
     assert cells["208"] == ["not", "measured", "20,000"]
     assert cells[v5e.name] == ["19,766", "20,000"]
     one, eight = (cells[host.name] for host in input.HOSTS[1:])
