@@ -1,7 +1,7 @@
-"""From the command line to a checked config: find the file, read it, set fields, check them.
+"""Makes a checked config from the command line: finds the file, reads it, sets and checks fields.
 
-Nothing here imports jax before a config is checked, so that `--help` and a mistyped name are
-answered at once.
+Nothing here imports jax before a config is checked, so that `--help`, or the error of a mistyped
+name, appears at once.
 """
 
 import ast
@@ -25,22 +25,22 @@ from bn_jax.errors import ConfigError
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
-# 1. The experiments that there are.
+# 1. Which experiments there are.
 
 
 def configs_folder() -> pathlib.Path:
-    """The folder of the experiments: the checkout's, or the installed wheel's."""
+    """Returns the folder of the experiments: the checkout's, or that of the installed wheel."""
     beside = PACKAGE.parent / "configs"
     return beside if (beside / "inception.py").is_file() else PACKAGE / "_bundled" / "configs"
 
 
 def experiment_names() -> list[str]:
-    """The experiments that can be trained, sorted by name."""
+    """Lists the experiments that can be trained, sorted by name."""
     return sorted(path.stem for path in configs_folder().glob("*.py") if path.stem != "__init__")
 
 
 def experiments() -> str:
-    """One line an experiment: its name and the first sentence of its file; then the scales."""
+    """Lists the experiments, each with the first sentence of its file, and the scales."""
     lines = []
     for name in experiment_names():
         doc = ast.get_docstring(ast.parse((configs_folder() / f"{name}.py").read_text())) or ""
@@ -54,25 +54,25 @@ Train one: python -m bn_jax.main --config=configs/bn_x30.py:digits"""
 
 
 def run_name(config: ConfigDict) -> str:
-    """Folder name of a run: the experiment's, with the scale unless it is the default one."""
+    """Returns a run's folder name: the experiment's, with the scale unless it is the default."""
     default = {"inception": "imagenet", "mlp": "mnist"}[config.model.name]
     return config.name if config.scale == default else f"{config.name}_{config.scale}"
 
 
-# 2. Reading one.
+# 2. Reading a config.
 
 
 def read(file: str, settings: Sequence[str] = ()) -> ConfigDict:
-    """The config of a command line, checked and locked.
+    """Reads the config of a command line, checks and locks it.
 
     Args:
       file: NAME or PATH of a config, with a scale after a colon: configs/bn_x30.py:digits.
-      settings: what `--config.` stands before: FIELD=VALUE.
+      settings: FIELD=VALUE, as it follows `--config.` on the command line.
 
     With BN_JAX_SMOKE=1 the config is shortened (`shorten`).
 
-    Raises ConfigError with the field, its value, the limit and the remedy. Devices and the data set
-    are not looked at (see `check`).
+    Raises ConfigError with the field, its value, the limit and the remedy. What depends on devices
+    or on the data set is not checked yet (see `check`).
     """
     config = load(file)
     for setting in settings:
@@ -85,7 +85,7 @@ def read(file: str, settings: Sequence[str] = ()) -> ConfigDict:
 
 
 def load(file: str) -> ConfigDict:
-    """The config of NAME or PATH[:SCALE]. Raises ConfigError, also for errors inside of the file.
+    """Loads the config of NAME or PATH[:SCALE]. Raises ConfigError, also for errors in the file.
 
     The folder above the file's is made importable, because experiments build on each other.
     `from configs import ...` also finds the experiments of this package (see `_configs_of`).
@@ -106,10 +106,10 @@ def load(file: str) -> ConfigDict:
 
 @contextlib.contextmanager
 def _configs_of(path: pathlib.Path) -> Iterator[None]:
-    """While a config file runs, the package `configs` is the folder it lies in, and ours behind it.
+    """Makes the package `configs` the config file's folder followed by ours, while the file runs.
 
-    A project may have a folder `configs` of its own. Python would find only one of the two: our
-    experiments would miss the ones that they build on, or a user's would miss ours.
+    A project may have a folder `configs` of its own, and Python would find only one of the two.
+    Then our experiments would miss those that they build on, or a user's would miss ours.
     """
     folder = path.resolve().parent
     folders = [folder] if folder.name == "configs" else []
@@ -138,13 +138,13 @@ def _configs_of(path: pathlib.Path) -> Iterator[None]:
 
 
 def _configs_modules() -> dict[str, ModuleType]:
-    """The package `configs` and its modules, as far as they are imported."""
+    """Returns the modules of the package `configs` that are imported, by name."""
     return {name: m for name, m in sys.modules.items() if name.partition(".")[0] == "configs"}
 
 
 def _get_config(path: pathlib.Path, scale: str = "") -> Any:
     """Runs a config file and calls its get_config(scale)."""
-    # Named here, because a file without the suffix .py is to be refused as what it is: not Python.
+    # The loader is given, so that the error of a file without .py is that it is not Python.
     loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
     spec = importlib.util.spec_from_file_location(path.stem, path, loader=loader)
     assert spec is not None
@@ -156,7 +156,7 @@ def _get_config(path: pathlib.Path, scale: str = "") -> Any:
             if get_config is not None:
                 return get_config(scale) if scale else get_config()
     except SyntaxError as error:
-        raise ConfigError(f"--config: {error}; it is to be a Python file") from None
+        raise ConfigError(f"--config: {error}; it must be a Python file") from None
     except Exception as error:
         raise ConfigError(_mistake(error, path)) from error
     raise ConfigError(f"{path} has no function get_config(): `--list` names the experiments")
@@ -166,7 +166,7 @@ REMEDY = "begin with a config of this package, as configs/bn_x5.py does, and cha
 
 
 def _find(name: str) -> pathlib.Path:
-    """The file of a config: a path, or the bare name of an experiment.
+    """Finds the file of a config from a path or the name of an experiment.
 
     Raises ConfigError, naming what comes closest, if there is no such file.
     """
@@ -182,12 +182,12 @@ def _find(name: str) -> pathlib.Path:
 
 
 def _mistake(error: Exception, path: pathlib.Path) -> str:
-    """One line about an error in a config file: where in the file, and what Python says."""
+    """Says in one line where in a config file an error is, and what Python says of it."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     where = f"{path}, line {lines[-1]}: " if lines else f"{path}: "
     if isinstance(error, ValueError):
-        return f"{where}{error}"  # of an unknown scale: the whole sentence
-    # ml_collections lists all fields of a locked config behind a misspelt one.
+        return f"{where}{error}"  # such as that of an unknown scale, which is a whole sentence
+    # After a misspelt field, ml_collections lists all fields of a locked config.
     return where + textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
 
 
@@ -196,9 +196,9 @@ OPTIONAL: dict[str, type] = {"bn.group_size": int}
 
 
 def set_field(config: ConfigDict, field: str, text: str) -> None:
-    """Sets a field to a value of the command line, which has the type of the value before.
+    """Sets a field to a value from the command line, converted to the type of the old value.
 
-    Numbers and tuples are written as in Python; true, false, 1 and 0 are taken for booleans. Raises
+    Numbers and tuples are written as in Python, booleans as true, false, 1 or 0. Raises
     ConfigError for an unknown field, naming what comes closest, and for a value of another type.
     """
     known = dict(fields(config))
@@ -211,7 +211,7 @@ def set_field(config: ConfigDict, field: str, text: str) -> None:
     try:
         value = None if text == "None" and field in OPTIONAL else _parse(text, kind)
     except (ValueError, SyntaxError):
-        raise ConfigError(f"{field}={text}: not of type {kind.__name__}; correct it") from None
+        raise ConfigError(f"{field}={text}: must be of type {kind.__name__}; correct it") from None
 
     *groups, name = field.split(".")
     for group in groups:
@@ -220,7 +220,7 @@ def set_field(config: ConfigDict, field: str, text: str) -> None:
 
 
 def _parse(text: str, kind: type) -> Any:
-    """A value of the command line. Raises ValueError or SyntaxError."""
+    """Parses a value of the command line. Raises ValueError or SyntaxError."""
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0"):
             raise ValueError(text)
@@ -232,7 +232,7 @@ def _parse(text: str, kind: type) -> Any:
 
 
 def fields(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All fields with their values; `model.width` is a field, `model` is not."""
+    """Yields all fields with their values; `model.width` is a field, `model` is not."""
     for name, value in tree.items():
         if isinstance(value, (Mapping, ConfigDict)):
             yield from fields(value, f"{prefix}{name}.")
@@ -241,9 +241,9 @@ def fields(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[t
 
 
 def shorten(config: ConfigDict) -> ConfigDict:
-    """The config cut to two dispatches and one evaluation if BN_JAX_SMOKE=1, else as it is.
+    """Shortens a config to two dispatches and one evaluation if BN_JAX_SMOKE=1.
 
-    Documented commands then end in seconds: one sees that they run, and results mean nothing.
+    Documented commands then end in seconds, which shows that they run; their results mean nothing.
     """
     if not smoke():
         return config
@@ -264,14 +264,14 @@ def smoke() -> bool:
     return os.environ.get("BN_JAX_SMOKE") == "1"
 
 
-# 3. Checking one.
+# 3. Checking a config.
 
 MODELS = ("inception", "mlp")
 NORMS = ("none", "batch_norm")
 DTYPES = ("float32", "bfloat16", "float64")
 SHUFFLES = ("none", "within_shard", "global")
 LARGEST = 2**31 - 1  # steps and seeds are int32 on the device
-# Up to here linear scaling of the rate is known to work (Goyal et al. 2017, arXiv:1706.02677: a
+# Linear scaling of the rate is known to work up to these (Goyal et al. 2017, arXiv:1706.02677: a
 # batch of 8,192 at the rate 3.2).
 LARGEST_LINEAR_BATCH = 8192  # examples
 LARGEST_LINEAR_RATE = 3.0
@@ -283,11 +283,12 @@ def check(
     """Raises ConfigError with the field, its value, the limit and the remedy, or returns None.
 
     Args:
-      config: where devices are given, that of the run on them (`build.for_devices`).
-      devices: those of the run; None where they are not known yet, as on the command line.
-      training: False where a trained network is only evaluated.
+      config: of a run; if devices are given, as `build.for_devices` makes it for them.
+      devices: those of the run; None if they are not known yet, as on the command line.
+      training: False if a trained network is only evaluated.
 
-    What depends on the data set is checked by `check_data`: a set is opened with a checked config.
+    What depends on the data set is checked later, by `check_data`, because a set is opened with a
+    checked config.
     """
     _check_fields(config)
     rules = _Rules(config)
@@ -301,9 +302,9 @@ def check(
 
 
 def settled(config: ConfigDict, train_examples: int) -> ConfigDict:
-    """The config without what the command line leaves open, as run.json has it.
+    """Replaces what the command line leaves open by the values that run.json records.
 
-    `decay_epochs` of a set of so many training examples become `decay_examples`, and `model.init`
+    `decay_epochs` becomes `decay_examples`, for a set of `train_examples`, and `model.init` becomes
     the rule that "auto" stands for.
     """
     from bn_jax.models import init_rule
@@ -330,7 +331,7 @@ def check_data(config: ConfigDict, data: Any) -> None:
 
 
 def _check_fields(config: ConfigDict) -> None:
-    """A config that somebody wrote has the fields of the root experiments, of the same types."""
+    """Checks that a config has the fields of its root experiment, with values of the same types."""
     own = dict(fields(config))
     name = own.get("model.name", "inception")
     if name not in MODELS:
@@ -351,29 +352,31 @@ def _check_fields(config: ConfigDict) -> None:
 
 
 def _check_type(field: str, found: Any, example: Any) -> None:
-    """Whether `found` is of the type of `example`, the field's value in the root experiment."""
+    """Checks that `found` has the type of `example`, the field's value in the root experiment."""
     if found is None and field in OPTIONAL:
         return
     kind = type(example)
-    # A whole number will do for a float, and a list for a tuple: run.json has lists.
+    # A float may be a whole number, and a tuple a list, as in run.json.
     also = {float: int, tuple: list}.get(kind, kind)
     if type(found) not in (kind, also):
-        raise ConfigError(f"{field}={found!r}: not of type {kind.__name__}; correct it")
+        raise ConfigError(f"{field}={found!r}: must be of type {kind.__name__}; correct it")
 
     if kind is tuple:
         element = type(example[0]) if example else str
         if any(type(x) is not element for x in found):
-            raise ConfigError(f"{field}={found!r}: not of {element.__name__} alone; correct it")
+            raise ConfigError(
+                f"{field}={found!r}: all elements must be of type {element.__name__}; correct it"
+            )
 
 
 class _Rules:
-    """The forms that most rules have, for the fields of one config."""
+    """Checks the fields of one config against the common kinds of rules."""
 
     def __init__(self, config: ConfigDict):
         self._values = dict(fields(config))
 
     def error(self, field: str, limit: str, remedy: str) -> ConfigError:
-        """The error of a field: value, limit and remedy in one line."""
+        """Makes the error of a field: value, limit and remedy in one line."""
         return ConfigError(f"{field}={self._values[field]!r}: {limit}; {remedy}")
 
     def number(
@@ -386,23 +389,24 @@ class _Rules:
         below: float = math.inf,
         at_most: float | None = None,
     ) -> None:
-        """A finite number within limits; `above` and `below` are not allowed themselves."""
+        """Checks for a finite number within limits; `above` and `below` are excluded."""
         value = self._values[field]
         high = value < below if at_most is None else value <= at_most
         low = value >= at_least if above is None else value > above
-        if math.isfinite(value) and low and high:  # comparisons with NaN are False
+        if math.isfinite(value) and low and high:
             return
         start = f"[{at_least:g}" if above is None else f"({above:g}"
         end = f"{below:g})" if at_most is None else f"{at_most:g}]"
-        raise self.error(field, f"not in {start}, {end}", hint)
+        raise self.error(field, f"must be in {start}, {end}", hint)
 
     def whole(self, field: str, hint: str, *, at_least: int = 1, at_most: int = LARGEST) -> None:
-        """A whole number within limits, which are allowed."""
+        """Checks for a whole number within limits, which are included."""
         if not at_least <= self._values[field] <= at_most:
-            raise self.error(field, f"not a whole number from {at_least} to {at_most}", hint)
+            limit = f"must be a whole number from {at_least} to {at_most}"
+            raise self.error(field, limit, hint)
 
     def choice(self, field: str, choices: Sequence[str]) -> None:
-        """One of a few words."""
+        """Checks for one of a few words."""
         if self._values[field] not in choices:
             raise self.error(field, "unknown", f"choose from {', '.join(choices)}")
 
@@ -445,8 +449,8 @@ def _check_optimization(config: ConfigDict, rules: _Rules) -> None:
     if config.learning_rate_scaling == "none" and config.warmup_examples:
         raise rules.error(
             "warmup_examples",
-            "goes from the unscaled rate to the scaled, and learning_rate_scaling='none'",
-            "set that to linear or sqrt",
+            "warms up from the unscaled rate to the scaled one, but learning_rate_scaling='none'",
+            "set learning_rate_scaling to linear or sqrt",
         )
 
 
@@ -537,7 +541,7 @@ def _check_records(config: ConfigDict, rules: _Rules) -> None:
 
 
 def _check_groups(config: ConfigDict, rules: _Rules) -> None:
-    """The batch, and the statistic groups of bn.group_size examples that it consists of."""
+    """Checks the batch, and the statistic groups of bn.group_size examples in it."""
     rules.whole("batch_size", "32 in the paper")
     rules.whole("batch_per_device", "0 to use batch_size as it stands", at_least=0)
     group = config.bn.group_size
@@ -577,9 +581,9 @@ def _check_groups(config: ConfigDict, rules: _Rules) -> None:
 def _check_devices(
     config: ConfigDict, rules: _Rules, devices: Sequence[Any], training: bool
 ) -> None:
-    """In training every device gets as many examples as the others, at least one.
+    """Checks that in training all devices get the same number of examples, at least one.
 
-    Evaluation pads its batches: it takes any number of devices.
+    Evaluation pads its batches, so it runs on any number of devices.
     """
     if config.dtype == "float64":
         import jax
@@ -598,7 +602,7 @@ def _check_devices(
             "(ImageNet, 32 examples a device), a larger batch or fewer devices"
         )
     if batch % count:
-        multiple = math.lcm(count, group or 1)  # of whole groups, too
+        multiple = math.lcm(count, group or 1)  # the batch also consists of whole groups
         near = max(multiple, batch // multiple * multiple)
         raise ConfigError(
             f"batch_size={batch} is not divisible by the {count} devices: "

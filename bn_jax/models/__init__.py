@@ -1,4 +1,4 @@
-"""The networks, and the one place where config fields become module fields."""
+"""Builds networks; only this module turns fields of a config into fields of modules."""
 
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from bn_jax.models.mlp import Mlp
 from bn_jax.models.perturbed import PerturbedBatchNorm
 
 ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid}
-# Of products and convolutions. None leaves the choice to jax's own setting, and to XLA.
+# The precision of products and convolutions. None leaves it to jax's own setting and to XLA.
 PRECISIONS = {
     "default": None,
     "high": lax.Precision.HIGH,
@@ -24,10 +24,10 @@ PRECISIONS = {
 
 
 def build(config: ConfigDict, num_classes: int) -> nn.Module:
-    """The network that an experiment's config (checked by `experiment.config.check`) describes.
+    """Builds the network of an experiment's config, which `experiment.config.check` has checked.
 
-    Called as model.apply(variables, images, train=..., mask=...): images [N, H, W, C] in 0..255 to
-    logits float32 [N, num_classes].
+    It is called as model.apply(variables, images, train=..., mask=...), and maps images
+    [N, H, W, C] in 0..255 to logits [N, num_classes], float32 or wider.
     """
     dtype = jnp.dtype(config.dtype)
     shared: dict[str, Any] = {
@@ -57,10 +57,10 @@ def build(config: ConfigDict, num_classes: int) -> nn.Module:
 
 
 def init_rule(config: ConfigDict) -> str:
-    """The rule of an Inception's initial weights: its config's, or the one that "auto" stands for.
+    """Returns the rule of an Inception's initial weights: "he", "glorot" or "glorot_relu".
 
-    "auto" is Glorot's rule for the sigmoid, and sqrt(2) times that for ReLU, which halves the
-    variance of what it passes on.
+    The config's "auto" stands for Glorot's rule with the sigmoid, and for sqrt(2) times that with
+    ReLU, which halves the variance of what it passes on.
     """
     if config.model.init == "auto":
         return BY_ACTIVATION[config.activation]

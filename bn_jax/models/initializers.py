@@ -1,4 +1,4 @@
-"""Initial weights: Gaussian, and drawn for the whole network at once.
+"""Draws initial weights: Gaussian numbers, for the whole network at once.
 
 XLA compiles the random number generator again for every kernel that it fills. With `PooledInit` it
 compiles the generator once.
@@ -22,12 +22,13 @@ _pooled: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("pool
 
 
 class Gaussian(NamedTuple):
-    """Initializer: normal (not truncated), mean 0, standard deviation `std` or `gain` times a rule.
+    """An initializer that draws normal numbers, not truncated, of mean 0.
 
-    rule: "glorot", sqrt(2 / (fan_in + fan_out)) (Glorot and Bengio 2010); "glorot_relu", sqrt(2)
-    times that, because a ReLU halves the variance; or "he", sqrt(2 / fan_in), which keeps the
-    variance from ReLU to ReLU (He et al. 2015, arXiv:1502.01852). The paper gives none for its
-    networks.
+    The standard deviation is `std` if given, else `gain` times that of the rule: "glorot",
+    sqrt(2 / (fan_in + fan_out)) (Glorot and Bengio 2010); "glorot_relu", sqrt(2) times that,
+    because a ReLU halves the variance; or "he", sqrt(2 / fan_in), which keeps the variance from
+    ReLU to ReLU (He et al. 2015, arXiv:1502.01852). The paper does not say how its networks are
+    initialized.
     """
 
     gain: float = 1.0
@@ -37,7 +38,7 @@ class Gaussian(NamedTuple):
     def __call__(
         self, key: Any, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None
     ) -> jax.Array:
-        """A kernel [..., inputs, outputs]; `out_sharding` is Flax's and is not used here."""
+        """Draws a kernel [..., inputs, outputs]; `out_sharding`, which Flax passes, is not used."""
         std = self._std(shape) if self.std is None else self.std
 
         sizes = _pooled.get()
@@ -47,7 +48,7 @@ class Gaussian(NamedTuple):
         return std * jax.random.normal(key, shape, dtype)
 
     def _std(self, shape: Any) -> float:
-        """The rule's standard deviation for a kernel [..., inputs, outputs], times `gain`."""
+        """Returns `gain` times the rule's standard deviation for kernels [..., inputs, outputs]."""
         window = math.prod(shape[:-2])
         fan_in = window * shape[-2]
         fan_out = window * shape[-1]
@@ -60,7 +61,7 @@ class Gaussian(NamedTuple):
 
 
 class PooledInit(nn.Module):
-    """A module whose kernels all have `Gaussian` initializers, and come from one draw.
+    """A module whose kernels all have `Gaussian` initializers and are taken from one draw.
 
     Networks whose kernels have the same shapes (with and without BN, say) get the same kernels from
     the same key.
@@ -68,7 +69,7 @@ class PooledInit(nn.Module):
 
     @nn.nowrap
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `nn.Module.init`. Faster still under `jax.jit`, which leaves the forward pass out."""
+        """Initializes as `nn.Module.init`. `jax.jit` makes it faster: it omits the forward pass."""
         key = rngs["params"] if isinstance(rngs, dict) else rngs
 
         # First every kernel is filled with its standard deviation, and its size is noted.

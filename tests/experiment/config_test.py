@@ -12,39 +12,43 @@ from bn_jax.experiment.config import OPTIONAL, check, fields, read
 
 # config:scale, the wrong values, what the one line must say
 WRONG = [
-    ("bn_x30:digits", {"learning_rate": -0.1}, "learning_rate=-0.1: not in (0, inf)"),
+    ("bn_x30:digits", {"learning_rate": -0.1}, "learning_rate=-0.1: must be in (0, inf)"),
     ("bn_x30:digits", {"learning_rate": 0.0}, "learning_rate=0.0"),
     ("bn_x30:digits", {"learning_rate": math.nan}, "learning_rate=nan"),
     ("bn_x30:digits", {"learning_rate": math.inf}, "learning_rate=inf"),
-    ("bn_x30:digits", {"momentum": 1.0}, "momentum=1.0: not in [0, 1)"),
+    ("bn_x30:digits", {"momentum": 1.0}, "momentum=1.0: must be in [0, 1)"),
     ("bn_x30:digits", {"momentum": -0.9}, "momentum=-0.9"),
     ("bn_x30:digits", {"momentum": math.nan}, "momentum=nan"),
-    ("bn_x30:digits", {"decay_rate": 0.0}, "decay_rate=0.0: not in (0, 1]"),
+    ("bn_x30:digits", {"decay_rate": 0.0}, "decay_rate=0.0: must be in (0, 1]"),
     ("bn_x30:digits", {"decay_rate": 1.01}, "decay_rate=1.01"),
     ("bn_x30:digits", {"decay_epochs": 0.0}, "decay_epochs=0.0: decay_examples=0, and one of the"),
-    ("bn_x30:digits", {"decay_epochs": -8.0}, "decay_epochs=-8.0: not in [0, inf)"),
+    ("bn_x30:digits", {"decay_epochs": -8.0}, "decay_epochs=-8.0: must be in [0, inf)"),
     ("bn_x30:digits", {"decay_examples": 1e6}, "set decay_epochs=8 and decay_examples=0"),
-    ("bn_x30:digits", {"decay_examples": math.inf}, "decay_examples=inf: not in [0, inf)"),
+    ("bn_x30:digits", {"decay_examples": math.inf}, "decay_examples=inf: must be in [0, inf)"),
     ("bn_x30:digits", {"learning_rate_scaling": "log"}, "choose from none, linear, sqrt"),
     (
         "bn_x30:digits",
         {"learning_rate_scaling": "linear", "bn.group_size": None},
         "learning_rate_scaling='linear': bn.group_size=None",
     ),
-    ("bn_x30:pod", {"warmup_examples": 1e6}, "warmup_examples=1000000.0: goes from the unscaled"),
+    (
+        "bn_x30:pod",
+        {"warmup_examples": 1e6},
+        "warmup_examples=1000000.0: warms up from the unscaled",
+    ),
     (
         "bn_x30:pod",
         {"learning_rate_scaling": "sqrt", "warmup_examples": -1.0},
-        "warmup_examples=-1.0: not in [0, inf)",
+        "warmup_examples=-1.0: must be in [0, inf)",
     ),
-    ("bn_x30:digits", {"l2": -1e-4}, "l2=-0.0001: not in [0, inf)"),
+    ("bn_x30:digits", {"l2": -1e-4}, "l2=-0.0001: must be in [0, inf)"),
     ("bn_x30:digits", {"l2": math.nan}, "l2=nan"),
-    ("bn_x30:digits", {"batch_size": 0}, "batch_size=0: not a whole number from 1"),
+    ("bn_x30:digits", {"batch_size": 0}, "batch_size=0: must be a whole number from 1"),
     ("bn_x30:digits", {"batch_size": -32}, "batch_size=-32"),
     ("bn_x30:digits", {"batch_size": 48}, "batch_size=48: not divisible by bn.group_size=32"),
     ("bn_x30:digits", {"batch_size": 16}, "use a multiple, such as 32"),
     ("bn_x30:pod", {"batch_per_device": -1}, "batch_per_device=-1"),
-    ("bn_x30:digits", {"total_steps": 0}, "total_steps=0: not a whole number from 1"),
+    ("bn_x30:digits", {"total_steps": 0}, "total_steps=0: must be a whole number from 1"),
     ("bn_x30:digits", {"total_steps": 2**31}, "total_steps=2147483648"),
     ("bn_x30:digits", {"seed": -1}, "seed=-1"),
     ("bn_x30:digits", {"seed": 2**31}, "seed=2147483648"),
@@ -53,26 +57,26 @@ WRONG = [
     ("bn_x30:digits", {"norm": "layer_norm"}, "norm='layer_norm': unknown"),
     ("bn_x30:digits", {"dtype": "float16"}, "dtype='float16': unknown"),
     ("bn_x30:digits", {"precision": "tf32"}, "choose from default, high, highest"),
-    ("bn_x30:digits", {"dropout": 1.0}, "dropout=1.0: not in [0, 1)"),
+    ("bn_x30:digits", {"dropout": 1.0}, "dropout=1.0: must be in [0, 1)"),
     ("bn_x30:digits", {"dropout": -0.1}, "dropout=-0.1"),
-    ("bn_x30:digits", {"image_size": 8}, "image_size=8: not a whole number from 16 to 4096"),
+    ("bn_x30:digits", {"image_size": 8}, "image_size=8: must be a whole number from 16 to 4096"),
     ("bn_x30:digits", {"image_size": 100_000}, "image_size=100000"),
     ("mnist:digits", {"image_size": 0}, "image_size=0"),
     ("bn_x30:digits", {"model.name": "resnet"}, "model.name='resnet': unknown"),
     ("bn_x30:digits", {"model.variant": "v3"}, "choose from paper, caffe, slim"),
-    ("bn_x30:digits", {"model.width": 0.0}, "model.width=0.0: not in (0, 16]"),
+    ("bn_x30:digits", {"model.width": 0.0}, "model.width=0.0: must be in (0, 16]"),
     ("bn_x30:digits", {"model.init": "orthogonal"}, "choose from auto, he, glorot, glorot_relu"),
     ("bn_x30:digits", {"model.init_scale": 0.0}, "model.init_scale=0.0"),
     ("mnist:digits", {"model.widths": ()}, "model.widths=(): not one or more"),
     ("mnist:digits", {"model.widths": (100, 0)}, "model.widths=(100, 0)"),
     ("mnist:digits", {"model.init_std": -0.1}, "model.init_std=-0.1"),
-    ("mnist:digits", {"model.threshold": 1.0}, "model.threshold=1.0: not in [0, 1)"),
+    ("mnist:digits", {"model.threshold": 1.0}, "model.threshold=1.0: must be in [0, 1)"),
     ("mnist:digits", {"lrn": True}, "lrn=True: not an option of model.name='mlp'"),
-    ("bn_x30:digits", {"bn.group_size": 1}, "bn.group_size=1: not a whole number from 2"),
+    ("bn_x30:digits", {"bn.group_size": 1}, "bn.group_size=1: must be a whole number from 2"),
     ("bn_x30:digits", {"bn.group_size": 7}, "batch_size=32: not divisible by bn.group_size=7"),
     ("bn_x30:digits", {"bn.group_size": None, "batch_size": 1}, "BN needs at least 2 examples"),
     ("bn_x30:digits", {"bn.epsilon": -1e-3}, "bn.epsilon=-0.001"),
-    ("bn_x30:digits", {"bn.momentum": 1.0}, "bn.momentum=1.0: not in [0, 1)"),
+    ("bn_x30:digits", {"bn.momentum": 1.0}, "bn.momentum=1.0: must be in [0, 1)"),
     (
         "bn_x30:digits",
         {"bn.per_activation": ("5b",)},
@@ -81,15 +85,19 @@ WRONG = [
     ("ensemble_4:digits", {"norm": "none"}, "bn.per_activation=('inception_5b',): there is no BN"),
     ("bn_x30:digits", {"data.name": ""}, "data.name='': empty"),
     ("bn_x30:digits", {"data.shuffle": "sometimes"}, "choose from none, within_shard, global"),
-    ("bn_x30:digits", {"data.crop": 0.0}, "data.crop=0.0: not in (0, 1]"),
-    ("bn_x30:digits", {"data.shift": 15}, "data.shift=15: not a whole number from 0 to 14"),
-    ("bn_x30:digits", {"data.distortion": 1.5}, "data.distortion=1.5: not in [0, 1]"),
-    ("bn_x30:digits", {"data.holdout": 1.0}, "data.holdout=1.0: not in [0, 1)"),
+    ("bn_x30:digits", {"data.crop": 0.0}, "data.crop=0.0: must be in (0, 1]"),
+    ("bn_x30:digits", {"data.shift": 15}, "data.shift=15: must be a whole number from 0 to 14"),
+    ("bn_x30:digits", {"data.distortion": 1.5}, "data.distortion=1.5: must be in [0, 1]"),
+    ("bn_x30:digits", {"data.holdout": 1.0}, "data.holdout=1.0: must be in [0, 1)"),
     ("bn_x30:digits", {"eval_every": 0}, "eval_every=0"),
-    ("bn_x30:digits", {"eval_early": -1}, "eval_early=-1: not a whole number from 0"),
+    ("bn_x30:digits", {"eval_early": -1}, "eval_early=-1: must be a whole number from 0"),
     ("bn_x30:digits", {"checkpoint_every": -5}, "checkpoint_every=-5"),
-    ("bn_x30:digits", {"checkpoint_wait": -0.1}, "checkpoint_wait=-0.1: not in [0, inf)"),
-    ("bn_x30:digits", {"checkpoint_wait": float("inf")}, "checkpoint_wait=inf: not in [0, inf)"),
+    ("bn_x30:digits", {"checkpoint_wait": -0.1}, "checkpoint_wait=-0.1: must be in [0, inf)"),
+    (
+        "bn_x30:digits",
+        {"checkpoint_wait": float("inf")},
+        "checkpoint_wait=inf: must be in [0, inf)",
+    ),
     ("bn_x30:digits", {"log_every": 0}, "log_every=0"),
     ("bn_x30:digits", {"eval_batch_size": 0}, "eval_batch_size=0"),
     ("bn_x30:digits", {"statistics_batches": 0}, "statistics_batches=0"),
@@ -221,14 +229,16 @@ def test_convolutions_take_one_step_a_dispatch_on_a_cpu():
 
 @pytest.mark.parametrize("value", ["fast", 0.5, True, None])
 def test_a_field_of_another_type_is_refused(value):
-    with pytest.raises(ConfigError, match="^total_steps=.*: not of type int"):
+    with pytest.raises(ConfigError, match="^total_steps=.*: must be of type int"):
         check(ConfigDict({**config().to_dict(), "total_steps": value}))
     check(ConfigDict({**config().to_dict(), "momentum": 0}))  # a whole number will do
 
 
 def test_elements_of_another_type_are_refused():
     record = {**config().record.to_dict(), "activations": (1,)}
-    with pytest.raises(ConfigError, match="^record.activations=.*: not of str alone"):
+    with pytest.raises(
+        ConfigError, match="^record.activations=.*: all elements must be of type str"
+    ):
         check(ConfigDict({**config().to_dict(), "record": record}))
 
 
@@ -275,11 +285,11 @@ def test_a_field_that_may_be_none_takes_none_and_a_value_again(optional):
         ("learning_rat=1", "the config has no field 'learning_rat': did you mean 'learning_rate'?"),
         ("zzz=1", "the config has no field 'zzz': --dry_run prints them all"),
         ("model=1", "the config has no field 'model'"),
-        ("learning_rate=fast", "learning_rate=fast: not of type float"),
-        ("learning_rate=None", "learning_rate=None: not of type float"),
-        ("batch_size=1.5", "batch_size=1.5: not of type int"),
-        ("lrn=maybe", "lrn=maybe: not of type bool"),
-        ("record.activations=(1", "record.activations=(1: not of type tuple"),
+        ("learning_rate=fast", "learning_rate=fast: must be of type float"),
+        ("learning_rate=None", "learning_rate=None: must be of type float"),
+        ("batch_size=1.5", "batch_size=1.5: must be of type int"),
+        ("lrn=maybe", "lrn=maybe: must be of type bool"),
+        ("record.activations=(1", "record.activations=(1: must be of type tuple"),
         ("seed", "--config.seed: write --config.seed=VALUE"),
     ],
 )
