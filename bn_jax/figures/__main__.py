@@ -3,8 +3,8 @@
 Reads only what runs have recorded (run.json, metrics.jsonl); nothing is trained or evaluated here.
 DIR is one run, a folder with the runs `mnist` and `mnist_bn` (Fig. 1), or a folder of runs that
 bn_jax.sweep has made (Fig. 2, the table of Fig. 3, ablations). If bn_jax.evaluate has recorded
-evaluations there, the table of Fig. 4 is made, too. --html adds report.html, a page with curves to
-point at, tables, activations, configs and how the runs were made.
+evaluations there, the table of Fig. 4 is made, too. --html also writes report.html, one page with
+interactive curves, the tables, the activations, the configs and how the runs were made.
 """
 
 import pathlib

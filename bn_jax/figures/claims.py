@@ -349,7 +349,10 @@ def rows(results: pathlib.Path, sets: dict[str, Runs] | None = None) -> list[Row
 
 
 def answered(folder: pathlib.Path) -> list[Row]:
-    """The questions that the experiments in one folder answer, whatever its data set is."""
+    """Returns a row for each question that the runs in `folder` answer, for any data set.
+
+    Raises ConfigError if the runs cannot be read or compared.
+    """
     runs = Runs(folder)
     found = (_row(question, folder.name, runs) for question in QUESTIONS)
     return [row for row in found if row is not None]

@@ -1,8 +1,8 @@
-"""A page that a person opens: verdicts, curves, tables and activations of recorded runs.
+"""Writes report.html: the verdicts, curves, tables and activations of recorded runs on one page.
 
-The page is one file that needs no network. Its charts are drawn by Vega-Lite, whose script lies in
-`vega/` beside this file and is copied into the page. Every number comes from the records, or from
-the tables that `draw` has made of them.
+The page is one file and needs no network. Vega-Lite draws its charts; its scripts are in `vega/`
+beside this module and are copied into the page. Every number comes from the records, or from the
+tables that `draw` has made of them.
 """
 
 import html
@@ -24,8 +24,8 @@ from bn_jax.workdir.reader import Run, flat
 
 NAME = "report.html"
 SCRIPTS = ("vega", "vega-lite", "vega-embed")
-POINTS = 50  # of a training curve: single batches vary more than networks do
-FEW = 6  # runs whose table is open from the start
+POINTS = 50  # a training curve has at most so many: single batches vary more than networks do
+FEW = 6  # the table of more runs than this is folded
 ALL = "all"
 
 STYLE = """
@@ -45,11 +45,11 @@ p, li { overflow-wrap: break-word; }
 
 
 def write(workdir: pathlib.Path, out: pathlib.Path, drawn: Sequence[pathlib.Path]) -> pathlib.Path:
-    """Writes OUT/report.html of the runs in `workdir`; returns its path.
+    """Writes OUT/report.html about the runs in `workdir` and returns its path.
 
-    drawn: what `draw` has written of them; of these the tables are shown (.md).
+    drawn: the files that `draw` has written for these runs; the page shows the tables (.md).
 
-    Raises ConfigError as `reader.read_groups` does.
+    Raises ConfigError where `reader.read_groups` does.
     """
     groups = grouped(workdir)
     runs = [run for group in groups.values() for run in group]
@@ -89,27 +89,33 @@ _SWITCH = (
     "alone (shift and click for more); choose a seed below the names."
 )
 NOTES = {
-    "accuracy": f"Of the evaluated split, with population statistics. {_SWITCH}",
-    "loss": f"Of the recorded batches, mean over each of up to {POINTS} parts of the training. "
+    "accuracy": "This is the accuracy on the evaluated split, with population statistics. "
     f"{_SWITCH}",
-    "activations": "The 15th, 50th and 85th percentiles of the typical unit of a layer, that whose "
-    "median drifts as much as the layer's median unit, on one fixed batch. Choose layer and seed "
-    "below.",
+    "loss": f"The training is cut into up to {POINTS} parts; each point is the mean over the "
+    f"recorded batches of a part. {_SWITCH}",
+    "activations": "The line is the median, and the band reaches from the 15th to the 85th "
+    "percentile, of the layer's typical unit on one fixed batch. A unit is typical if its median "
+    "drifts as much as that of the layer's median unit. Choose layer and seed below.",
 }
 
 
 def grouped(workdir: pathlib.Path) -> dict[str, list[Run]]:
-    """The runs of a folder by experiment, or the one run that it is."""
+    """Returns the runs of `workdir` by experiment; `workdir` may also be one run.
+
+    Returns {} if it has no run, only evaluations.
+
+    Raises ConfigError where `reader.read_run` and `reader.read_groups` do.
+    """
     if reader.is_run(workdir):
         run = reader.read_run(workdir)
         return {run.config["name"]: [run]}
     if not any(reader.find_runs(workdir)):
-        return {}  # evaluations alone
+        return {}
     return reader.read_groups(workdir)
 
 
 def title(groups: Mapping[str, Sequence[Run]]) -> str:
-    """A heading for the page."""
+    """Returns a heading for the page, which names up to 4 experiments and the data set."""
     names = list(groups)
     if not names:
         return "Evaluations"
@@ -117,11 +123,11 @@ def title(groups: Mapping[str, Sequence[Run]]) -> str:
     return f"{', '.join(names[:4])}{' and others' if len(names) > 4 else ''} on {data}"
 
 
-# The numbers of the charts: a row a point.
+# The numbers of the charts. Each point of a chart is one row.
 
 
 def accuracies(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
-    """Every recorded evaluation, in percent."""
+    """Returns a row for every recorded evaluation: `value` is the accuracy in percent."""
     return [
         {
             "network": name,
@@ -137,7 +143,10 @@ def accuracies(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
 
 
 def losses(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
-    """The cross-entropy of training batches, mean over parts; what is not finite is left out."""
+    """Returns up to POINTS rows for each run: `value` is the mean cross-entropy of a part, in nats.
+
+    Batches whose cross-entropy is not finite are left out.
+    """
     rows = []
     for name, group in groups.items():
         for run in group:
@@ -152,7 +161,7 @@ def losses(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
 
 
 def activations(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
-    """Percentiles of the typical unit of every layer that was recorded or measured."""
+    """Returns the typical unit's percentiles, a row for each step of each layer that has some."""
     rows = []
     for name, group in groups.items():
         for run in group:
@@ -170,7 +179,7 @@ def activations(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
 
 
 def _layers(run: Run) -> list[Percentiles]:
-    """What bn_jax.activations has measured, and of other layers what was recorded in training."""
+    """Returns what bn_jax.activations measured and, for other layers, what training recorded."""
     found = {}
     for layer in dict.fromkeys(line["layer"] for line in run.lines["activation"]):
         found[layer] = percentiles(run, layer)
@@ -188,11 +197,11 @@ def _seed(run: Run) -> str:
     return str(run.config.get("seed", 0))
 
 
-# The charts, as Vega-Lite has them.
+# The charts, as specifications for Vega-Lite.
 
 
 def _choice(name: str, values: Sequence[str], first: str) -> dict[str, Any]:
-    """A parameter that is chosen from a list."""
+    """Returns a Vega-Lite parameter that the reader of the page chooses from a list."""
     bind = {"input": "select", "options": list(values), "name": f"{name} "}
     return {"name": name, "value": first, "bind": bind}
 
@@ -215,7 +224,8 @@ def _base(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-# A network has a colour that is safe for colour blindness (Okabe & Ito), and dashes of its own.
+# Each network has its own dashes and a colour that colour-blind readers can tell from the others
+# (Okabe & Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777")
 _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [4, 4, 1, 4])
 
@@ -241,7 +251,11 @@ def _network(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def curve_chart(
     rows: Sequence[Mapping[str, Any]], axis: str, *, logarithmic: bool = False
 ) -> dict[str, Any]:
-    """Lines of `value` against `step`, one for each network and seed."""
+    """Returns a chart of `value` against `step` with a line for each network and seed.
+
+    rows: as `accuracies` and `losses` return them.
+    axis: the title of the vertical axis.
+    """
     scale = {"type": "log"} if logarithmic else {"zero": False}
     tooltip = [{"field": name, "type": "nominal"} for name in ("network", "seed", "step")]
     tooltip.append({"field": "text", "type": "nominal", "title": axis})
@@ -266,7 +280,10 @@ def curve_chart(
 
 
 def activation_chart(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The band from p15 to p85 and the line of p50 of a chosen layer."""
+    """Returns a chart with a line at p50 and a band from p15 to p85 for a chosen layer.
+
+    rows: as `activations` returns them.
+    """
     layers = sorted({row["layer"] for row in rows})
     tooltip = [
         {"field": name, "type": "nominal"}
@@ -280,7 +297,7 @@ def activation_chart(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     low = {"field": "p15", "type": "quantitative", "title": "activation"}
     band = {"y": low, "y2": {"field": "p85"}, **shared}
-    del band["strokeDash"]  # areas have no line
+    del band["strokeDash"]  # an area has no line that could be dashed
     middle = {"y": {"field": "p50", "type": "quantitative"}, **shared}
     first = layers[-1] if layers else ""
     return _base(rows) | {
@@ -298,7 +315,7 @@ def activation_chart(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-# The words and tables.
+# The text and the tables.
 
 
 def _overview(runs: Sequence[Run]) -> str:
@@ -323,7 +340,7 @@ def _score(lines: Sequence[Any]) -> str:
 
 
 def _verdicts(workdir: pathlib.Path) -> str:
-    """What the runs say of the paper's claims, as far as they can be asked."""
+    """Returns a table of those claims of the paper that these runs can test, or '' if none."""
     if reader.is_run(workdir):
         return ""
     found = claims.answered(workdir)
@@ -343,7 +360,7 @@ def _verdicts(workdir: pathlib.Path) -> str:
 
 
 def _differences(groups: Mapping[str, Sequence[Run]]) -> str:
-    """The fields in which each experiment differs from the first one, whose config is shown."""
+    """Returns the first experiment's config and the fields in which each other one differs."""
     if not groups:
         return ""
     first, *others = groups
@@ -371,7 +388,7 @@ def _provenance(runs: Sequence[Run]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; cells may have `code`, **bold** and links as Markdown has them."""
+    """Returns an HTML table; its cells may contain `code`, **bold** and links in Markdown."""
     lines = ["<div class=wide><table>", _row("th", head), *(_row("td", row) for row in rows)]
     return "\n".join([*lines, "</table></div>"])
 
@@ -385,13 +402,13 @@ def _inline(text: str) -> str:
     text = html.escape(text)
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     text = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
-    return re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)  # links lead to files beside the page
+    return re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)  # the linked file may be absent
 
 
 def markdown(text: str, *, below: int = 0) -> str:
-    """The Markdown of our own tables as HTML: headings, tables, paragraphs, and nothing else.
+    """Returns Markdown as HTML; it knows only headings, tables and paragraphs, as our tables use.
 
-    below: how many levels lower headings are.
+    below: by how many levels to lower the headings.
     """
     parts = []
     for block in re.split(r"\n\s*\n", text.strip()):
@@ -411,7 +428,7 @@ def markdown(text: str, *, below: int = 0) -> str:
 
 
 def _page(name: str, body: str, charts: Mapping[str, Any]) -> str:
-    """The whole file. Scripts stand at its end, so that words and tables are there at once."""
+    """Returns the whole file. Its scripts come last so that text and tables are shown at once."""
     folder = pathlib.Path(__file__).parent / "vega"
     scripts = [(folder / f"{script}.min.js").read_text(encoding="utf-8") for script in SCRIPTS]
     data = json.dumps(charts, allow_nan=False).replace("</", "<\\/")
