@@ -78,8 +78,9 @@ def ablations_markdown(groups: Groups) -> str:
     lines = [
         "# One change at a time (4.2.1)",
         "",
-        "Difference of final accuracy to the parent, points, paired by seed; in () the 95%",
-        "interval by Student's t over seeds, with one seed that of counting images alone.",
+        "A difference is the final accuracy minus the parent's, in points, paired by seed. The 95%",
+        "interval in parentheses is by Student's t over seeds or, with one seed, that of counting",
+        "images alone.",
         f"*Higher* and *lower* hold after Holm's correction for the {compared} differences that",
         "have an interval. *No effect*: the whole interval lies within 0.5 points, a margin that",
         "was fixed beforehand. The numbers of seeds that would decide assume the same mean and",

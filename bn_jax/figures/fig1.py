@@ -116,9 +116,9 @@ def fig1_table(numbers: dict[str, Any]) -> str:
         cells = [name, f"{n['steps']:,}", accuracy, *wander]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + (
-        "\n\nIn () after an accuracy: the 95% interval of its count. Range: of the percentile over "
-        "training. Drift: the range / mean distance from p15 to p85. Typical unit: the one whose "
-        "p50 drift is the median of its layer."
+        "\n\nThe parentheses after an accuracy hold the 95% interval of its count. The range is "
+        "that of the percentile over training, and the drift is the range / mean distance from p15 "
+        "to p85. The typical unit is the one whose p50 drift is the median of its layer."
     )
 
 

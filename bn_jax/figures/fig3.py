@@ -184,7 +184,7 @@ def _levels(reference: str, curves: Mapping[str, list[Curve]]) -> str:
         low, high = wilson(round(found["100%"] * c.examples), c.examples)
         said.append(f"seed {c.seed}: {', '.join(accuracies)} ({100 * low:.1f} to {100 * high:.1f})")
     return (
-        f"Levels of `{reference}` (90%, 95% and 100% of its last evaluation; in () the 95% "
+        f"Levels of `{reference}` (90%, 95% and 100% of its last evaluation, with the 95% "
         f"interval of its count on {curves[reference][0].examples:,} examples): {'; '.join(said)}. "
         f"{_resolution(reference, curves)}"
     )
@@ -217,12 +217,13 @@ def _setting(groups: Groups) -> str:
         final = f"one score on the {tested[-1]['examples']:,} test examples, at the end"
     width = f", width {config['model']['width']:g}" if "width" in config["model"] else ""
     return (
-        "Steps are of 32 examples: geometric mean over seeds, in [] the range. A level is reached "
-        "between two evaluations, and steps are interpolated between them; 'at most' is where the "
-        "first evaluation has the level already. Speed-ups are ratios to the reference's run with "
-        "the same seed: geometric means, in () 95% intervals over seeds, which are wider where "
-        "evaluations are far apart. Differences are paired by seed, too. 'At least' and 'at most' "
-        "are bounds, where a network reached the level at its first evaluation or never. The "
+        "Steps are of 32 examples: the geometric mean over seeds, with the range in brackets. A "
+        "level is reached between two evaluations, and steps are interpolated between them; 'at "
+        "most' means that the first evaluation has the level already. Speed-ups are ratios to the "
+        "reference's run with the same seed: the geometric mean, with its 95% interval over seeds "
+        "in parentheses, which is wider where evaluations are far apart. Differences are paired by "
+        "seed, too. 'At least' and 'at most' are bounds: a network reached the level at its first "
+        "evaluation or never. The "
         f"evaluations are of the {run.data['split']} split with population statistics, every "
         f"{config['eval_every'] * config['batch_size'] / 32:,.0f} steps{_early(config)}; final "
         f"accuracy is {final}.\n\n"

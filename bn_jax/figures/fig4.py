@@ -192,10 +192,10 @@ def _setting(lines: Sequence[Mapping[str, Any]]) -> str:
     one = lines[0]
     return (
         f"Ours: {one['description']}; {one['image_size']} px; {one['examples']:,} examples of the "
-        f"{one['split']} split, each counted once; statistics of Algorithm 2. In (): Wilson's 95% "
-        "interval of the count, which says what other images would give. In []: smallest and "
-        "largest of several networks. The paper's columns: ImageNet's 50,000 validation images. "
-        "The settings differ: compare the order of the lines, not the numbers."
+        f"{one['split']} split, each counted once; statistics of Algorithm 2. Parentheses hold "
+        "Wilson's 95% interval of the count, which says what other images would give. Brackets "
+        "hold the smallest and largest of several networks. The paper's columns: ImageNet's 50,000 "
+        "validation images. The settings differ: compare the order of the lines, not the numbers."
     )
 
 

@@ -40,7 +40,9 @@ th { border-bottom: 2px solid #111; }
 .chart { width: 100%; min-height: 22rem; }
 .vega-bind { margin-right: 1rem; display: inline-block; }
 code { font-size: .9em; overflow-wrap: anywhere; }
-p, li { overflow-wrap: break-word; }
+td code { overflow-wrap: normal; }
+h1, p, li { overflow-wrap: break-word; }
+@media (max-width: 40rem) { h1 { font-size: 1.5rem; } }
 """
 
 
@@ -329,7 +331,7 @@ def _overview(runs: Sequence[Run]) -> str:
     if not rows:
         return ""
     data = html.escape(runs[0].data["description"])
-    table = f"{_table(head, rows)}<p>In (): the 95% interval of the count.</p>"
+    table = f"{_table(head, rows)}<p>Parentheses hold the 95% interval of the count.</p>"
     if len(rows) > FEW:
         table = f"<details><summary>The {len(rows)} runs</summary>{table}</details>"
     return f"<p>{data}.</p>{table}"

@@ -32,6 +32,7 @@ from bn_jax.workdir.reader import Run
 
 RECORD = "study.json"
 MEASURED = "measured.json"
+OVER_SEEDS = "A value is the mean over seeds; its 95% interval by Student's t is in parentheses."
 
 
 class Part(NamedTuple):
@@ -188,7 +189,7 @@ def _write(study: Study, workdir: pathlib.Path, results: Results) -> list[pathli
         f"# {study.question}",
         f"Follows {study.follows}. {recorded[0].data['description']}.",
         "\n".join(lines),
-        f"{table.legend} Over seeds: mean and, in (), its 95% interval by Student's t.",
+        f"{table.legend} {OVER_SEEDS}",
         made_by(one.origin for one in recorded),
     ]
     path = workdir / f"{study.name}.md"
