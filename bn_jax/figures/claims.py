@@ -421,9 +421,9 @@ INTRODUCTION = """\
 This page is made by `python docs/claims.py --write` from the records under `results/`. The terms
 are those of [results.md](results.md#definitions).
 
-* An effect has the sign of the claim: above 0 points, or above 1x, is what the paper says. In () is
-  its 95% interval over n seeds, paired by seed. A count of seeds has Wilson's interval, and the
-  gain of an ensemble that of a paired bootstrap of the images.
+* An effect has the sign of the claim: it is above 0 points, or above 1x, if it agrees with the
+  paper. Its 95% interval over n seeds, paired by seed, is in parentheses. A count of seeds has
+  Wilson's interval, and the gain of an ensemble that of a paired bootstrap of the images.
 * The **verdict** is that of the comparison with the strongest network without BN, where the claim
   compares networks with and without BN. Elsewhere it is that of the column before.
   *Supported* and *contradicted*: the whole interval is on one side of what the claim says, and for

@@ -218,8 +218,9 @@ def _gains(ours: Sequence[TableLine]) -> str:
     if len(said) == 2:
         return ""
     text = (
-        "The members and their mean see the same images, so the gain is surer than the errors "
-        "themselves: in () a 95% interval by a bootstrap of the images, paired.\n\n"
+        "The members and their mean see the same images, so the gain is known better than the "
+        "errors themselves. Its 95% interval, in parentheses, is by a paired bootstrap of the "
+        "images.\n\n"
     )
     return text + "\n".join(said)
 
