@@ -59,7 +59,7 @@ table: $(DEMO)  ## Fig. 2 and the table of Fig. 3 on the digits: five networks, 
 	$(RUN) bn_jax.figures --workdir=runs/table --html
 
 STUDIES := population group_size landscape shift rates init noise
-studies: $(DEMO)  ## every study of docs/studies.md with three seeds, about two hours on 2 cores
+studies: $(DEMO)  ## every study of docs/studies.md with three seeds, about an hour on 2 cores
 	for name in $(STUDIES); do \
 	  $(RUN) bn_jax.study $$name --seeds=3 --workdir=runs/studies/$$name || exit; \
 	done

@@ -117,11 +117,11 @@ STUDY = Study(
     name="init",
     question="What of BN's gain does the initialization explain?",
     follows="our own finding on Glorot's and He's weights (docs/results.md)",
-    minutes="14",
+    minutes="7",
     config="bn_x5:digits",
     sizes={
         "mlp": ("total_steps=2000", "steps_per_dispatch=50", "eval_every=50"),
-        "inception": ("total_steps=300", "eval_every=30", "eval_early=0", "checkpoint_every=300"),
+        "inception": ("total_steps=500", "eval_every=25", "eval_early=0", "checkpoint_every=500"),
     },
     parts=parts,
     table=table,

@@ -158,7 +158,7 @@ STUDY = Study(
     name="landscape",
     question="Does BN smooth the loss?",
     follows="Santurkar et al. 2018 (arXiv:1805.11604), Fig. 4",
-    minutes="2",
+    minutes="1",
     config="mnist_bn:digits",
     sizes={
         "mlp": (

@@ -194,7 +194,7 @@ STUDY = Study(
     name="shift",
     question="Is internal covariate shift reduced?",
     follows="Ioffe & Szegedy 2015; Santurkar et al. 2018 (arXiv:1805.11604), Definition 2.1",
-    minutes="2",
+    minutes="1",
     config="mnist_bn:digits",
     sizes={
         "mlp": (
