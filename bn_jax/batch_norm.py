@@ -658,7 +658,7 @@ def _cotangents(known: _Known, outputs, layout: _Layout):
         late = _after(after, mean)
         keep = mask
         if layout.relu:
-            # Two names for one value, as in `_moments`: else XLA on CPU writes x - late to memory.
+            # As in `_moments`, one value has two names: else XLA on CPU writes x - late to memory.
             late, late_too = lax.optimization_barrier((late, late))
             positive = _affine(x, late_too, rstd, gamma, beta, None, False) > 0
             keep = positive if mask is None else positive & mask
@@ -684,7 +684,7 @@ def _cotangents(known: _Known, outputs, layout: _Layout):
 
     dy_again, centered = read(sum_dy)
     if layout.relu:
-        # XLA on CPU has written the first to memory, for its sums; elsewhere dy is read again.
+        # For the sums, XLA on CPU has written `dy_in` to memory; elsewhere dy is read again.
         dy_in = lax.platform_dependent(dy_in, dy_again, cpu=_first, default=_second)
     else:
         dy_in = dy_again
