@@ -8,8 +8,11 @@ import shutil
 import subprocess
 import sys
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from bn_jax.activations import measure
 from bn_jax.figures import __main__ as command
 from bn_jax.figures import report
 from bn_jax.figures.fig1 import percentiles, typical_unit
@@ -76,6 +79,21 @@ def test_fig1s_page(tmp_path, monkeypatch):
     assert "<table>" in words and "report.html" not in words
     assert not re.search(r"(?:src|href)=", words)  # nothing is loaded
     assert 'name="viewport"' in words
+
+
+def test_measured_activations_stand_beside_recorded_ones(tmp_path):
+    """A layer that was measured afterwards, with one unit that moves by 1 a step."""
+    shutil.copytree(RESULTS / "mnist" / "mnist_bn", tmp_path / "run")
+    for step in (0, 1, 2):
+        values = np.linspace(-1, 1, 101, dtype=np.float32)[:, None] + step
+        found = {"dense_0/input": measure.summary(jnp.asarray(values))}
+        measure._save(tmp_path / "run" / "activations" / f"{step}.npz", {}, found)
+    rows = report.activations({"x": [reader.read_run(tmp_path / "run")]})
+    assert {row["layer"] for row in rows} == {"dense_0/input", "dense_2/input"}
+    own = [row for row in rows if row["layer"] == "dense_0/input"]
+    assert [row["step"] for row in own] == [0, 1, 2]
+    assert [row["p50"] for row in own] == pytest.approx([0, 1, 2], abs=1e-6)
+    assert [row["p85"] for row in own] == pytest.approx([0.7, 1.7, 2.7], rel=1e-4)
 
 
 def test_a_sweeps_page_is_small_and_has_all_runs(tmp_path, monkeypatch):
