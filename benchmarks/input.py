@@ -127,8 +127,8 @@ def model(cpus: float, per_cpu: float, python: float) -> float:
       cpus: that the process may use; none slower than those here.
       per_cpu: images per CPU-second, measured: n times the CPUs decode n times as much.
       python: images/s of what one thread at a time does, because it holds Python's lock. Measured
-        with pictures of 8 pixels on one CPU, all of whose time is counted as that; some of it is
-        not, so the true limit is higher.
+        with pictures of 8 pixels on one CPU, all of whose CPU time is counted as that; some of it
+        is not, so the true limit is higher.
 
     Storage, memory and the copy to the devices are assumed to be faster.
     """
@@ -143,24 +143,25 @@ def needed(host: Host) -> float:
 
 def scaling_table(results: dict[str, tuple[list, list]]) -> str:
     """Images/s against CPUs, measured and by the model, and what hosts need."""
-    measured = {name: rates for name, (_, rates) in results.items()}
-    python = statistics.median(measured.pop("Python alone"))
+    # By CPU-seconds, because a busy machine takes CPUs away. Python alone was measured on one CPU.
+    python = statistics.median(results["Python alone"][0])
+    measured = {name: rates for name, rates in results.items() if name != "Python alone"}
     per_cpu = statistics.median(results[max(measured, key=int)][0])
     share = f"{cost_model.UTILIZATION:.0%} of the peak"
     lines = [
         f"model of a process: min(CPUs x {per_cpu:.0f}, {python:,.0f}) images/s, from the measured",
-        f"{per_cpu:.0f} images per CPU-second and {python:,.0f} images/s of Python alone",
-        f"{'CPUs':42}{'images/s':>22}{'by the model':>22}",
+        f"{per_cpu:.0f} images per CPU-second and {python:,.0f} images per second of Python alone",
+        f"{'CPUs':42}{'images/CPU-s':>22}{'images/s':>22}{'by the model':>14}",
     ]
-    for name, rates in measured.items():
+    for name, (per_second, rates) in measured.items():
         by_model = model(int(name), per_cpu, python)
-        lines.append(f"{name:42}{spread(rates):>22}{by_model:>22,.0f}")
+        lines.append(f"{name:42}{spread(per_second):>22}{spread(rates):>22}{by_model:>14,.0f}")
     for cpus in ON_PAPER:
-        lines.append(f"{cpus:<42}{'not measured':>22}{model(cpus, per_cpu, python):>22,.0f}")
-    lines.append(f"{'host':42}{f'needs at {share}':>22}{'by the model':>22}")
+        lines.append(f"{cpus:<42}{'not measured':>44}{model(cpus, per_cpu, python):>14,.0f}")
+    lines.append(f"{'host':42}{f'needs at {share}':>44}{'by the model':>14}")
     for host in HOSTS:
         gives = host.processes * model(host.cpus / host.processes, per_cpu, python)
-        lines.append(f"{host.name:42}{needed(host):>22,.0f}{gives:>22,.0f}")
+        lines.append(f"{host.name:42}{needed(host):>44,.0f}{gives:>14,.0f}")
     return "\n".join(lines)
 
 
