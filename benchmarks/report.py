@@ -52,6 +52,8 @@ ROWS = (
         _side("warm", "bn_jax, warm", "median"), " s", 5.0, 4.0, True),
     Row("evaluate: folded, one crop", "unfolded", "evaluate",
         _side("sides", "unfolded", "ratio"), "x", 1.2, 1.4),
+    Row("144 crops of a picture, one thread", "144 single crops", "evaluate",
+        lambda r: r["views"]["seconds"]["144 single crops"]["ratio"], "x", 3.0),
     Row("step on a GPU, bfloat16", "torch channels_last AMP", "step_gpu",
         _side("sides", "torch channels_last AMP", "ratio"), "x", 1.2, 1.5),
     Row("", "torch.compile", "step_gpu", _side("sides", "torch.compile", "ratio"), "x", 1.0, 1.2),
