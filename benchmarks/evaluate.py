@@ -3,8 +3,8 @@
     python -m benchmarks.evaluate [--smoke] [--rounds=9] [--batch=32]
 
 Inference has one crop of 224 px. Both sides are the same network with the same population
-statistics, BN applied or folded into the convolutions; their logits are compared first, then batches
-are timed in turn.
+statistics, BN applied or folded into the convolutions. Their logits are compared first, and then
+batches are timed in turn.
 
 The 144 crops (section 4.2.3, from GoogLeNet) of a made-up JPEG of 500 x 375, as evaluation prepares
 them, are timed in turn with 144 single crops, each of which decodes the picture. One thread.
