@@ -500,6 +500,16 @@ def test_local_processes_train_to_the_curve_of_one(tmp_path, n):
     assert mesh["processes"] == mesh["devices"] == n
 
 
+@pytest.mark.slow
+def test_processes_do_not_wait_for_a_save_that_is_left_out(tmp_path):
+    """Each goes by its own clock; process 0 alone writes."""
+    options = ("--config.write_seconds=1e6", "--config.checkpoint_every=2")
+    train(tmp_path / "run", 2, *options)
+    assert len(curve(tmp_path / "run")) == 6
+    saved = (tmp_path / "run" / "checkpoints").glob("[0-9]*")
+    assert sorted(path.name for path in saved) == ["2", "6"]
+
+
 def test_local_ends_with_the_code_of_the_run(tmp_path):
     out = train(tmp_path / "x", 2, "--config.learning_rate=-1", code=2)
     assert "learning_rate=-1.0" in out and "Traceback" not in out
