@@ -113,7 +113,9 @@ def curve(workdir) -> dict[str, np.ndarray]:
 
 def assert_same(a, b):
     """The same curve: losses are logged in float32, so one unit of its last place and a little."""
-    assert len(a["loss"]) == len(b["loss"]) == 6 and a["examples"] == b["examples"] == 1000
+    assert len(a["loss"]) == len(b["loss"]) == 6
+    assert a["examples"] == b["examples"]
+    assert a["examples"] in (1000, 400)  # the test digits, or those held out
     # measured: 2e-7 at most, on 8 devices and on 2 processes, both networks
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=2e-6)
     np.testing.assert_allclose(a["eval"], b["eval"], rtol=2e-6)
