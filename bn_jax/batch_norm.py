@@ -360,7 +360,8 @@ def _batch_norm_forward(x, gamma, beta, mask, m, epsilon, layout: _Layout):
     """
     mean, rest, var = _moments(x, mask, m, layout)
     if layout.merged:
-        mean, var = _merge_parts(mean, rest, var, m, layout)
+        # Without a barrier XLA on CPU merges the parts again for every value of y.
+        mean, var = lax.optimization_barrier(_merge_parts(mean, rest, var, m, layout))
     y = _affine(x, mean, lax.rsqrt(var + epsilon), gamma, beta, mask, layout.relu)
     return y, mean, var
 
