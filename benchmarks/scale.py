@@ -92,6 +92,7 @@ def step_config(devices: int, across: int, args: argparse.Namespace):
     config = ConfigDict((mnist_bn if args.smoke else bn_x30).get_config("synthetic").to_dict())
     config.batch_size = EXAMPLES * devices
     config.bn.group_size = EXAMPLES * across
+    config.record.activation_examples = config.bn.group_size  # a multiple, as configs must have it
     config.steps_per_dispatch = 1
     config.record.activations = ()
     config.dtype = "bfloat16"
