@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import platform
+import random
 import re
 import statistics
 import sys
@@ -41,14 +42,21 @@ def use_threads(count: int) -> None:
 def interleave(
     sides: Mapping[str, Callable[[], Any]], n: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of `n` calls of every side, in turn; `warmup` calls before them are not counted."""
+    """Seconds of `n` calls of every side, in rounds; `warmup` rounds before them are not counted.
+
+    Every round has another order: a side that always came after the same one would be measured
+    with what that one leaves in the caches.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides)
+    shuffle = random.Random(0).shuffle
     for i in range(n + warmup):
-        for name, call in sides.items():
+        for name in order:
             start = time.perf_counter()
-            call()
+            sides[name]()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
+        shuffle(order)
     return seconds
 
 
