@@ -63,7 +63,7 @@ def listing() -> str:
     return "\n".join(
         f"{study.name:12} {study.question}\n"
         f"{'':12} follows {study.follows}\n"
-        f"{'':12} {study.config}, about {study.minutes} minutes a seed on two cores"
+        f"{'':12} {study.config}, about {study.minutes} min a seed on two cores"
         for study in STUDIES.values()
     )
 

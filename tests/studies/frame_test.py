@@ -29,7 +29,7 @@ def test_the_list_has_question_paper_and_time(monkeypatch, capsys):
     said = type_in(monkeypatch, capsys, "--list")
     for study in STUDIES.values():
         assert study.question in said and study.follows in said
-        assert f"about {study.minutes} minutes" in said
+        assert f"about {study.minutes} min a seed" in said
         assert float(study.minutes) < 15
 
 
