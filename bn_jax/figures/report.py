@@ -1,15 +1,14 @@
 """Writes report.html: the verdicts, curves, tables and activations of recorded runs on one page.
 
-The page is one file and needs no network. Vega-Lite draws its charts; its scripts are in `vega/`
-beside this module and are copied into the page. Every number comes from the records, or from the
-tables that `draw` has made of them.
+The page is one file and needs no network. Bokeh draws its charts; its scripts are copied from the
+installed package into the page. Every number comes from the records, or from the tables that `draw`
+has made of them.
 """
 
 import html
-import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,10 +22,9 @@ from bn_jax.workdir import files, reader
 from bn_jax.workdir.reader import Run, flat
 
 NAME = "report.html"
-SCRIPTS = ("vega", "vega-lite", "vega-embed")
 POINTS = 50  # a training curve has at most so many: single batches vary more than networks do
 FEW = 6  # the table of more runs than this is folded
-ALL = "all"
+Row = dict[str, Any]  # one point of a chart
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 0 auto; padding: 0 1rem;
@@ -37,8 +35,7 @@ th, td { border-bottom: 1px solid #bbb; padding: .25rem .6rem; text-align: left;
   vertical-align: top; }
 th { border-bottom: 2px solid #111; }
 .wide { overflow-x: auto; margin: 1rem 0; }
-.chart { width: 100%; min-height: 22rem; }
-.vega-bind { margin-right: 1rem; display: inline-block; }
+.chart { width: 100%; }
 code { font-size: .9em; overflow-wrap: anywhere; }
 td code { overflow-wrap: normal; }
 h1, p, li { overflow-wrap: break-word; }
@@ -55,12 +52,18 @@ def write(workdir: pathlib.Path, out: pathlib.Path, drawn: Sequence[pathlib.Path
     """
     groups = grouped(workdir)
     runs = [run for group in groups.values() for run in group]
-    charts = {
-        "accuracy": curve_chart(accuracies(groups), "accuracy (%)"),
-        "loss": curve_chart(losses(groups), "training cross-entropy (nats)", logarithmic=True),
-        "activations": activation_chart(activations(groups)),
-    }
-    charts = {name: chart for name, chart in charts.items() if chart["data"]["values"]}
+    charts = {}
+    rows = accuracies(groups)
+    if rows:
+        charts["accuracy"] = curve_chart(rows, "accuracy (%)")
+    rows = losses(groups)
+    if rows:
+        axis = "training cross-entropy (nats)"
+        charts["loss"] = curve_chart(rows, axis, logarithmic=True)
+    rows = activations(groups)
+    if rows:
+        charts["activations"] = activation_chart(rows)
+    scripts, places = _embedded(charts)
 
     body = [f"<h1>{html.escape(title(groups))}</h1>", _overview(runs)]
     verdicts = _verdicts(workdir)
@@ -68,15 +71,18 @@ def write(workdir: pathlib.Path, out: pathlib.Path, drawn: Sequence[pathlib.Path
         body += ["<h2>The paper's claims</h2>", verdicts]
     for name, heading in HEADINGS.items():
         if name in charts:
-            body.append(f"<h2>{heading}</h2><p>{NOTES[name]}</p>")
-            body.append(f'<div class="chart" id="{name}"></div>')
+            note = NOTES[name]
+            if len(runs) > FEW:
+                note += " At first, only the runs with the first seed are shown."
+            body.append(f"<h2>{heading}</h2><p>{note}</p>")
+            body.append(f'<div class="chart">{places[name]}</div>')
     tables = [path for path in drawn if path.suffix == ".md"]
     body += ["<h2>Tables</h2>"] if tables else []
     body += [markdown(path.read_text(encoding="utf-8"), below=2) for path in tables]
     body += ["<h2>What the networks change</h2>", _differences(groups)]
     body += ["<h2>How the runs were made</h2>", _provenance(runs)]
 
-    page = _page(title(groups), "\n".join(body), charts)
+    page = _page(title(groups), "\n".join(body), scripts)
     files.write_atomic(out / NAME, page.encode())
     return out / NAME
 
@@ -87,8 +93,8 @@ HEADINGS = {
     "activations": "Activations",
 }
 _SWITCH = (
-    "Point at a line to read its numbers. Click on a name below the chart to see that network "
-    "alone (shift and click for more); choose a seed below the names."
+    "Point at a marker to read its numbers. Click on a network or a seed below the chart to hide "
+    "or show it."
 )
 NOTES = {
     "accuracy": "This is the accuracy on the evaluated split, with population statistics. "
@@ -97,7 +103,8 @@ NOTES = {
     f"recorded batches of a part. {_SWITCH}",
     "activations": "The line is the median, and the band reaches from the 15th to the 85th "
     "percentile, of the layer's typical unit on one fixed batch. A unit is typical if its median "
-    "drifts as much as that of the layer's median unit. Choose layer and seed below.",
+    "drifts as much as that of the layer's median unit. Choose the layer above the chart. "
+    f"{_SWITCH}",
 }
 
 
@@ -128,7 +135,7 @@ def title(groups: Mapping[str, Sequence[Run]]) -> str:
 # The numbers of the charts. Each point of a chart is one row.
 
 
-def accuracies(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
+def accuracies(groups: Mapping[str, Sequence[Run]]) -> list[Row]:
     """Returns a row for every recorded evaluation: `value` is the accuracy in percent."""
     return [
         {
@@ -144,7 +151,7 @@ def accuracies(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
     ]
 
 
-def losses(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
+def losses(groups: Mapping[str, Sequence[Run]]) -> list[Row]:
     """Returns up to POINTS rows for each run: `value` is the mean cross-entropy of a part, in nats.
 
     Batches whose cross-entropy is not finite are left out.
@@ -162,7 +169,7 @@ def losses(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
     return rows
 
 
-def activations(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
+def activations(groups: Mapping[str, Sequence[Run]]) -> list[Row]:
     """Returns the typical unit's percentiles, a row for each step of each layer that has some."""
     rows = []
     for name, group in groups.items():
@@ -199,122 +206,235 @@ def _seed(run: Run) -> str:
     return str(run.config.get("seed", 0))
 
 
-# The charts, as specifications for Vega-Lite.
+# The charts, drawn with Bokeh. It is imported here, because other commands have no use for it.
 
-
-def _choice(name: str, values: Sequence[str], first: str) -> dict[str, Any]:
-    """Returns a Vega-Lite parameter that the reader of the page chooses from a list."""
-    bind = {"input": "select", "options": list(values), "name": f"{name} "}
-    return {"name": name, "value": first, "bind": bind}
-
-
-def _seeds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [ALL, *dict.fromkeys(row["seed"] for row in rows)]
-
-
-def _base(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
-        "width": "container",
-        "height": 320,
-        "data": {"values": list(rows)},
-        "config": {
-            "font": "system-ui, sans-serif",
-            "axis": {"labelFontSize": 13, "titleFontSize": 13},
-            "legend": {"labelFontSize": 13, "labelLimit": 300},
-        },
-    }
-
-
-# Each network has its own dashes and a colour that colour-blind readers can tell from the others
-# (Okabe & Ito).
+# Each network has its own dashes and markers, and a colour that colour-blind readers can tell from
+# the others (Okabe & Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777")
-_DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [4, 4, 1, 4])
+_DASHES = ("solid", "6 3", "2 2", "8 3 2 3", "12 4", "4 4 1 4")
+_MARKERS = ("circle", "triangle", "square", "x", "diamond", "plus", "inverted_triangle", "star")
+_LETTERS = "13px"
 
 
-def _network(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    names = list(dict.fromkeys(row["network"] for row in rows))
-    legend = {
-        "orient": "bottom",
-        "columns": 2,
-        "title": None,
-        "symbolType": "stroke",
-        "symbolOpacity": 1,
-    }
-    field = {"field": "network", "type": "nominal", "legend": {**legend, "symbolSize": 400}}
-    colours = [_COLOURS[k % len(_COLOURS)] for k in range(len(names))]
-    dashes = [_DASHES[k % len(_DASHES)] for k in range(len(names))]
-    return {
-        "color": {**field, "scale": {"domain": names, "range": colours}},
-        "strokeDash": {**field, "scale": {"domain": names, "range": dashes}},
-    }
+def _by_run(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Returns the rows of each network and seed."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["network"], row["seed"]), []).append(row)
+    return found
 
 
-def curve_chart(
-    rows: Sequence[Mapping[str, Any]], axis: str, *, logarithmic: bool = False
-) -> dict[str, Any]:
+def _columns(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in names}
+
+
+def _looks(networks: Iterable[str]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Returns how the line and the markers of each network look."""
+    looks = {}
+    for k, name in enumerate(dict.fromkeys(networks)):
+        colour = _COLOURS[k % len(_COLOURS)]
+        line = {"line_color": colour, "line_dash": _DASHES[k % len(_DASHES)], "line_width": 2}
+        marker = {"marker": _MARKERS[k % len(_MARKERS)], "size": 7}
+        looks[name] = (line, marker | {"line_color": colour, "fill_color": colour})
+    return looks
+
+
+def _chart(axis: str, **options: Any) -> Any:
+    """Returns an empty chart over steps. `axis` is the title of its vertical axis."""
+    from bokeh.models import NumeralTickFormatter
+    from bokeh.plotting import figure
+
+    chart = figure(
+        height=340,
+        sizing_mode="stretch_width",
+        tools="pan,box_zoom,reset",
+        toolbar_location="above",
+        active_drag=None,  # a finger moves the page
+        x_axis_label="step",
+        y_axis_label=axis,
+        **options,
+    )
+    chart.toolbar.logo = None
+    chart.xaxis.formatter = NumeralTickFormatter(format="0,0")
+    chart.axis.axis_label_text_font_size = _LETTERS
+    chart.axis.major_label_text_font_size = _LETTERS
+    return chart
+
+
+def _add_hover(chart: Any, markers: Sequence[Any], fields: Mapping[str, str]) -> None:
+    """Shows `fields` (the label and the column of each) of the marker that is pointed at."""
+    from bokeh.models import HoverTool
+
+    tooltips = [("run", "$name"), *((label, f"@{column}") for label, column in fields.items())]
+    hover = HoverTool(
+        renderers=list(markers),
+        tooltips=tooltips,
+        muted_policy="ignore",
+        limit=1,  # of a run: its markers may touch
+    )
+    chart.add_tools(hover)
+
+
+def _add_legends(chart: Any, drawn: Mapping[tuple[str, str], Sequence[Any]]) -> None:
+    """Adds a legend of networks and, if there are several, one of seeds; clicks hide and show.
+
+    A network is hidden by not being visible and a seed by being muted, so that the two legends do
+    not undo each other. Of more than FEW runs, only those with the first seed are shown at first.
+
+    drawn: what is drawn of each network and seed.
+    """
+    networks: dict[str, list[Any]] = {}
+    seeds: dict[str, list[Any]] = {}
+    for (network, seed), parts in drawn.items():
+        networks.setdefault(network, []).extend(parts)
+        seeds.setdefault(seed, []).extend(parts)
+
+    if len(drawn) > FEW:
+        for name in list(seeds)[1:]:
+            for part in seeds[name]:
+                part.muted = True
+
+    narrow = max(map(len, networks)) <= 12  # two such names stand side by side on a phone
+    columns = 2 if narrow else 1
+    legends = [_legend(networks, ncols=columns, glyph_width=40, click_policy="hide")]
+    if len(seeds) > 1:
+        named = {f"seed {name}": parts for name, parts in seeds.items()}
+        legends.append(_legend(named, ncols=4, glyph_width=0, click_policy="mute"))
+    for legend in legends:
+        chart.add_layout(legend, "below")
+        chart.height += 26 * -(-len(legend.items) // legend.ncols)
+
+
+def _legend(parts: Mapping[str, Sequence[Any]], **options: Any) -> Any:
+    from bokeh.models.annotations import Legend, LegendItem
+
+    # Not as a keyword, since Bokeh's types do not know it.
+    options["items"] = [LegendItem(label=name, renderers=list(own)) for name, own in parts.items()]
+    return Legend(
+        location="top_left",
+        label_text_font_size=_LETTERS,
+        border_line_color=None,
+        **options,
+    )
+
+
+def curve_chart(rows: Sequence[Row], axis: str, *, logarithmic: bool = False) -> Any:
     """Returns a chart of `value` against `step` with a line for each network and seed.
 
     rows: as `accuracies` and `losses` return them.
     axis: the title of the vertical axis.
     """
-    scale = {"type": "log"} if logarithmic else {"zero": False}
-    tooltip = [{"field": name, "type": "nominal"} for name in ("network", "seed", "step")]
-    tooltip.append({"field": "text", "type": "nominal", "title": axis})
-    chosen = {
-        "name": "shown",
-        "select": {"type": "point", "fields": ["network"]},
-        "bind": "legend",
+    from bokeh.models import CDSView, ColumnDataSource, Line, Scatter
+
+    chart = _chart(axis, y_axis_type="log" if logarithmic else "linear")
+    place: dict[str, Any] = {"x": "step", "y": "value"}
+    runs = _by_run(rows)
+    # Runs share what they can: Bokeh takes about a millisecond for each of its objects.
+    glyphs = {
+        network: (Line(**place, **line), Scatter(**place, **marker))
+        for network, (line, marker) in _looks(network for network, _ in runs).items()
     }
-    return _base(rows) | {
-        "params": [_choice("seed", _seeds(rows), ALL), chosen],
-        "transform": [{"filter": f"seed == '{ALL}' || datum.seed == seed"}],
-        "mark": {"type": "line", "point": {"size": 30}},
-        "encoding": {
-            "x": {"field": "step", "type": "quantitative", "title": "step"},
-            "y": {"field": "value", "type": "quantitative", "title": axis, "scale": scale},
-            "detail": {"field": "seed"},
-            "opacity": {"condition": {"param": "shown", "value": 1}, "value": 0.08},
-            "tooltip": tooltip,
-            **_network(rows),
-        },
-    }
+    hidden = (Line(**place, line_alpha=0), Scatter(**place, line_alpha=0, fill_alpha=0))
+    drawn = {}
+    for (network, seed), own in runs.items():
+        source = ColumnDataSource(_columns(own, ("step", "value", "text")))
+        options: dict[str, Any] = {"view": CDSView(), "name": f"{network}, seed {seed}"}
+        drawn[network, seed] = [
+            chart.add_glyph(source, glyph, muted_glyph=muted, **options)
+            for glyph, muted in zip(glyphs[network], hidden, strict=True)
+        ]
+    _add_hover(chart, [parts[-1] for parts in drawn.values()], {"step": "step", axis: "text"})
+    _add_legends(chart, drawn)
+    return chart
 
 
-def activation_chart(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def activation_chart(rows: Sequence[Row]) -> Any:
     """Returns a chart with a line at p50 and a band from p15 to p85 for a chosen layer.
 
     rows: as `activations` returns them.
     """
+    from bokeh.layouts import column
+    from bokeh.models import CDSView, ColumnDataSource, GroupFilter, MultiLine, Patches, Scatter
+    from bokeh.models.widgets import Select
+
     layers = sorted({row["layer"] for row in rows})
-    tooltip = [
-        {"field": name, "type": "nominal"}
-        for name in ("network", "seed", "layer", "unit", "step", "p15", "p50", "p85")
-    ]
-    shared = {
-        "x": {"field": "step", "type": "quantitative", "title": "step"},
-        "detail": {"field": "seed"},
-        "tooltip": tooltip,
-        **_network(rows),
-    }
-    low = {"field": "p15", "type": "quantitative", "title": "activation"}
-    band = {"y": low, "y2": {"field": "p85"}, **shared}
-    del band["strokeDash"]  # an area has no line that could be dashed
-    middle = {"y": {"field": "p50", "type": "quantitative"}, **shared}
-    first = layers[-1] if layers else ""
-    return _base(rows) | {
-        "params": [
-            _choice("layer", layers, first),
-            _choice("seed", _seeds(rows), _seeds(rows)[-1]),
-        ],
-        "transform": [
-            {"filter": f"datum.layer == layer && (seed == '{ALL}' || datum.seed == seed)"}
-        ],
-        "layer": [
-            {"mark": {"type": "area", "opacity": 0.2}, "encoding": band},
-            {"mark": {"type": "line", "strokeWidth": 3, "point": True}, "encoding": middle},
-        ],
-    }
+    select = Select(title="Layer", options=layers, value=layers[-1], sizing_mode="stretch_width")
+    shown = GroupFilter(column_name="layer", group=select.value)
+    select.js_link("value", shown, "group")
+
+    chart = _chart("activation")
+    band_at: dict[str, Any] = {"xs": "around", "ys": "band"}
+    line_at: dict[str, Any] = {"xs": "steps", "ys": "middle"}
+    marker_at: dict[str, Any] = {"x": "step", "y": "p50"}
+    runs = _by_run(rows)
+    glyphs = {}
+    for network, (line, marker) in _looks(network for network, _ in runs).items():
+        band: dict[str, Any] = {
+            "fill_color": line["line_color"],
+            "fill_alpha": 0.15,
+            "line_color": None,
+        }
+        glyphs[network] = (
+            Patches(**band_at, **band),
+            MultiLine(**line_at, **line),
+            Scatter(**marker_at, **marker),
+        )
+    hidden = (
+        Patches(**band_at, line_alpha=0, fill_alpha=0),
+        MultiLine(**line_at, line_alpha=0),
+        Scatter(**marker_at, line_alpha=0, fill_alpha=0),
+    )
+    drawn = {}
+    for (network, seed), own in runs.items():
+        # A line of many layers has to be several lines, or it could not be filtered.
+        curves = ColumnDataSource(_curves(own))
+        points = ColumnDataSource(_columns(own, ("layer", "step", "unit", "p15", "p50", "p85")))
+        of_curves = CDSView(filter=shown)
+        sources = [(curves, of_curves), (curves, of_curves), (points, CDSView(filter=shown))]
+        name = f"{network}, seed {seed}"
+        drawn[network, seed] = [
+            chart.add_glyph(source, glyph, muted_glyph=muted, view=view, name=name)
+            for (source, view), glyph, muted in zip(sources, glyphs[network], hidden, strict=True)
+        ]
+    fields = {name: name for name in ("layer", "unit", "step", "p15", "p50", "p85")}
+    _add_hover(chart, [parts[-1] for parts in drawn.values()], fields)
+    _add_legends(chart, drawn)
+    return column(select, chart, sizing_mode="stretch_width")
+
+
+def _curves(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Returns the median's line and the band's outline of each layer of one run."""
+    found: dict[str, list[Any]] = {}
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        own = [row for row in rows if row["layer"] == layer]
+        steps = [row["step"] for row in own]
+        low = [row["p15"] for row in own]
+        high = [row["p85"] for row in own]
+        curve = {
+            "layer": layer,
+            "steps": steps,
+            "middle": [row["p50"] for row in own],
+            "around": steps + steps[::-1],
+            "band": low + high[::-1],
+        }
+        for name, value in curve.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _embedded(charts: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """Returns Bokeh's scripts with those of the charts, and the element of each chart."""
+    if not charts:
+        return "", {}
+    from bokeh.embed import components
+    from bokeh.resources import Resources
+
+    needed: list[Any] = ["bokeh"]
+    if "activations" in charts:
+        needed.append("bokeh-widgets")  # the list of layers
+    scripts = Resources(mode="inline", components=needed, log_level="error").render()
+    script, places = components(dict(charts))
+    return f"{scripts}\n{script}", places
 
 
 # The text and the tables.
@@ -429,23 +549,15 @@ def markdown(text: str, *, below: int = 0) -> str:
     return "\n".join(parts)
 
 
-def _page(name: str, body: str, charts: Mapping[str, Any]) -> str:
+def _page(name: str, body: str, scripts: str) -> str:
     """Returns the whole file. Its scripts come last so that text and tables are shown at once."""
-    folder = pathlib.Path(__file__).parent / "vega"
-    scripts = [(folder / f"{script}.min.js").read_text(encoding="utf-8") for script in SCRIPTS]
-    data = json.dumps(charts, allow_nan=False).replace("</", "<\\/")
-    scripts.append(
-        f"const charts = {data};\n"
-        "for (const [id, chart] of Object.entries(charts))\n"
-        "  vegaEmbed('#' + id, chart, {actions: false, renderer: 'svg'});"
-    )
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{html.escape(name)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
             body,
-            *(f"<script>{script}</script>" for script in scripts if charts),
+            scripts,
             "</body>\n</html>\n",
         ]
     )
