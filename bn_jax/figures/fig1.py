@@ -182,6 +182,22 @@ def _final(run: Run) -> float:
     return [*run.lines["eval"], *run.lines["test"]][-1]["top1"]
 
 
+def accuracies(run: Run) -> list[float]:
+    """Returns the accuracy of every evaluation, in percent."""
+    return [100 * line["top1"] for line in run.lines["eval"]]
+
+
+def lowest_shown(without: Sequence[float], with_bn: Sequence[float]) -> float:
+    """Returns where the axis of accuracy begins, in percent.
+
+    It is a little below BN's lowest evaluation and at most at 90, where the late differences can be
+    read. If the other network ends below that, its curve would hardly be seen, and it is 0.
+    """
+    if without[-1] <= min(with_bn):
+        return 0.0
+    return max(0.0, min(min(with_bn) - 2, 90.0))
+
+
 def draw_fig1(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     """Draws Fig. 1 from the runs `folder`/mnist and `folder`/mnist_bn, and prints its numbers."""
     baseline, with_bn = reader.read_pair(folder / "mnist", folder / "mnist_bn")
@@ -199,9 +215,7 @@ def draw_pair(
 
     plot_accuracy(a, baseline, GREY, "without BN")
     plot_accuracy(a, normalized, BLUE, "with BN")
-    # The axis begins below BN's lowest evaluation, and never above 90%.
-    lowest = min(line["top1"] for line in normalized.lines["eval"])
-    a.set_ylim(bottom=max(0, min(100 * lowest - 2, 90)))
+    a.set_ylim(bottom=lowest_shown(accuracies(baseline), accuracies(normalized)))
     a.legend(loc="lower right")
     a.set_title(f"(a) {baseline.data['split']} accuracy")
 

@@ -92,10 +92,12 @@ def _plan(
     source: pathlib.Path, folder: pathlib.Path, unpacked: pathlib.Path, partial: bool
 ) -> tuple[list[Shard], str]:
     """Lists all shards to write, and makes a digest of what they will hold."""
+    found = layouts.find(source, unpacked)
+
     # TFDS' own rules for the number and the bounds of shards; importing them takes half a second.
+    # After the source was found: `find` says what is wrong with it, or that TFDS is not installed.
     from tensorflow_datasets.core.utils import shard_utils
 
-    found = layouts.find(source, unpacked)
     shards = []
     digest = hashlib.sha256()
     for split in COUNTS:

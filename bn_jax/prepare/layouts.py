@@ -139,7 +139,10 @@ def label_files() -> tuple[list[str], list[int]]:
     """Reads (synset of each class, class of each validation image) from the installed TFDS."""
     spec = importlib.util.find_spec("tensorflow_datasets")
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("the package tensorflow-datasets holds ImageNet's labels: install it")
+        raise ConfigError(
+            "ImageNet's labels are in the package tensorflow-datasets, which is not installed: "
+            "pip install tensorflow-datasets, or `make setup` in a clone"
+        )
     root = pathlib.Path(spec.submodule_search_locations[0]) / "datasets" / "imagenet2012"
     synsets = (root / "labels.txt").read_text().split()
     validation = (root / "validation_labels.txt").read_text().split()

@@ -81,6 +81,12 @@ def test_fig1_numbers_and_pictures(tmp_path, capsys):
         file.write_text(changed)
 
 
+def test_both_curves_of_fig1_can_be_seen():
+    assert fig1.lowest_shown([40.0, 96.0], [88.0, 97.0]) == 86.0
+    assert fig1.lowest_shown([95.0, 96.0], [94.0, 97.0]) == 90.0
+    assert fig1.lowest_shown([10.0, 70.0], [80.6, 89.8]) == 0.0
+
+
 def test_fig1_of_several_seeds_has_intervals(tmp_path, capsys):
     """The network with BN wanders half as far in one seed and a quarter as far in the other."""
     still = np.tile(np.array([[[-1.0] * 3, [0.0] * 3, [1.0] * 3]]), (4, 1, 1))

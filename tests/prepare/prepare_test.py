@@ -202,3 +202,15 @@ def test_contact_sheet(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["prepare", "sheet", str(tmp_path / "none.jpg")])
     with pytest.raises(ConfigError, match="is not a picture"):
         prepare.main()
+
+
+def test_without_tensorflow_datasets_there_is_one_line(test_data, tmp_path, monkeypatch):
+    """The demo's environment lacks it. A source that is not there is what is said first."""
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    layouts.label_files.cache_clear()
+    with pytest.raises(ConfigError, match="no file or folder .*none"):
+        built(tmp_path / "none", tmp_path / "out")
+    with pytest.raises(ConfigError, match="tensorflow-datasets, which is not installed: pip inst"):
+        built(test_data / "ilsvrc", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
