@@ -212,6 +212,16 @@ def test_all_members_have_the_same_number_of_threads(tmp_path, monkeypatch):
     monkeypatch.setenv("NPROC", "1")
     with pytest.raises(ConfigError, match=r"2 in mnist/seed_0, 1 in this process \(NPROC\)"):
         members.threads(found)
+
+    # XLA has at least a thread for each of a process's virtual devices, whatever NPROC is.
+    path = found[0].workdir / "run.json"
+    alone = path.read_text()
+    path.write_text(alone.replace('"cpu_threads": 2', '"cpu_threads": 2, "devices": 2'))
+    assert members.threads(found) == 2
+    monkeypatch.setenv("NPROC", "3")
+    with pytest.raises(ConfigError, match=r"2 in mnist/seed_0, 3 in this process \(NPROC\)"):
+        members.threads(found)
+    path.write_text(alone)
     monkeypatch.delenv("NPROC")
 
     committed(tmp_path, found[1])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from bn_jax.distributed.cpus import usable_cpus
+from bn_jax.distributed.cpus import pool_size, usable_cpus
 from bn_jax.errors import ConfigError, DivergedError, Preempted, UserError
 from bn_jax.experiment.config import load, read, settled
 from bn_jax.experiment.pool import Pool
@@ -131,7 +131,8 @@ def threads(found: Sequence[SweepMember]) -> int | None:
     """Returns the CPU threads of the members that have run, or None; the others get as many.
 
     Sums are split by thread, so networks that are compared need the same number. Raises ConfigError
-    if members differ from each other, or from NPROC, unless BN_JAX_ANY_THREADS=1 allows that.
+    if members differ from each other, or if NPROC would give another number to a member that is
+    resumed, unless BN_JAX_ANY_THREADS=1 allows that.
     """
     if os.environ.get(guard.ANY_THREADS) == "1":
         return None
@@ -140,11 +141,12 @@ def threads(found: Sequence[SweepMember]) -> int | None:
     for member in found:
         run = reader.read_record(member.workdir)
         hardware = {} if run is None else run.get("hardware", {})
-        if hardware.get("platform") == "cpu":
-            seen.setdefault(hardware["cpu_threads"], member.name)
-    asked = os.environ.get("NPROC")
-    if asked and seen:
-        seen.setdefault(int(asked), "this process (NPROC)")
+        if hardware.get("platform") != "cpu":
+            continue
+        seen.setdefault(hardware["cpu_threads"], member.name)
+        if "NPROC" in os.environ:
+            own_devices = hardware.get("devices", 1) // hardware.get("processes", 1)
+            seen.setdefault(pool_size(own_devices), "this process (NPROC)")
 
     if len(seen) > 1:
         each = ", ".join(f"{count} in {name}" for count, name in seen.items())

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from bn_jax.distributed.cpus import usable_cpus
+from bn_jax.distributed.cpus import pool_size
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
 _VARIABLES = ("NPROC", "XLA_FLAGS", "JAX_PLATFORMS")  # they change the bits of a result
@@ -107,13 +107,9 @@ def cpu_model() -> str:
 
 
 def cpu_threads() -> int:
-    """Returns the threads of XLA's CPU backend: $NPROC, or this process's usable CPUs.
+    """Returns the threads of XLA's CPU backend in this process.
 
-    The bits of a CPU run depend on them, since threads share a sum over an array. Virtual devices
-    share the pool, which has at least as many threads as there are devices.
+    The bits of a CPU run depend on them, since threads share a sum over an array.
     """
     devices = jax.local_device_count() if jax.default_backend() == "cpu" else 1
-    text = os.environ.get("NPROC", "")
-    if text.isdecimal() and int(text) > 0:
-        return max(int(text), devices)
-    return max(usable_cpus(), devices)
+    return pool_size(devices)
