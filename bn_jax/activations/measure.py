@@ -31,7 +31,6 @@ from bn_jax.distributed import mesh
 from bn_jax.errors import ConfigError
 from bn_jax.experiment import build
 from bn_jax.experiment.build import Experiment
-from bn_jax.step import init_state
 from bn_jax.workdir import checkpoint, files
 from bn_jax.workdir.checkpoint import Steps
 
@@ -133,7 +132,7 @@ class Observer:
         if set(self.paths) <= found.keys():
             return {path: found[path] for path in self.paths}, True
 
-        state = self._state(step)
+        state = build.state_at(self.exp, self.workdir, step)
         self._compile()
         if self._images is None:
             self._images = fixed_images(self.exp, self.examples)
@@ -151,15 +150,6 @@ class Observer:
 
         jitted = jax.jit(chosen, out_shardings=mesh.replicated(self.exp.mesh))
         self._program = jitted.lower(*abstract_arguments(self.exp, self.examples)).compile()
-
-    def _state(self, step: int) -> Any:
-        if step == 0:
-            shape = self.exp.data.image_shape
-            initial = functools.partial(init_state, self.exp.model, image_shape=shape)
-            return jax.jit(initial, out_shardings=mesh.replicated(self.exp.mesh))(
-                np.uint32(self.exp.config.seed)
-            )
-        return build.restore(self.exp, self.workdir, step)[1]
 
     def _origin(self, step: int) -> dict[str, Any]:
         manifest = self.workdir / "checkpoints" / str(step) / checkpoint.MANIFEST

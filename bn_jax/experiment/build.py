@@ -228,6 +228,13 @@ def restore(
     return found[0], found[1]
 
 
+def state_at(exp: Experiment, workdir: pathlib.Path, at_step: int) -> step.TrainState:
+    """Returns a run's state after `at_step`; 0 is the initial one. Raises as `restore` does."""
+    if at_step == 0:
+        return create_state(exp)
+    return restore(exp, workdir, at_step)[1]
+
+
 def describe(exp: Experiment) -> dict[str, Any]:
     """Returns what run.json records of the data and the devices."""
     data = {

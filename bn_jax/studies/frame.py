@@ -11,13 +11,10 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from bn_jax.activations import measure
-from bn_jax.distributed import mesh
 from bn_jax.errors import ConfigError
 from bn_jax.experiment import build, members
 from bn_jax.experiment.build import Experiment
@@ -25,7 +22,7 @@ from bn_jax.experiment.config import load, read
 from bn_jax.experiment.members import SweepMember
 from bn_jax.figures.origins import made_by
 from bn_jax.figures.plotting import save
-from bn_jax.step import TrainState, init_state
+from bn_jax.step import TrainState
 from bn_jax.uncertainty import single, written
 from bn_jax.workdir import files, reader
 from bn_jax.workdir.reader import Run
@@ -221,15 +218,7 @@ def last_accuracy(run: Run) -> float:
 def states(exp: Experiment, workdir: pathlib.Path) -> Iterator[tuple[int, TrainState]]:
     """Yields (step, state) of the initial network and of every kept checkpoint."""
     for step in measure.kept_steps(workdir):
-        if step:
-            yield build.restore(exp, workdir, step)
-            continue
-        seed = np.uint32(exp.config.seed)
-        everywhere = mesh.replicated(exp.mesh)
-        initial = jax.jit(
-            lambda seed: init_state(exp.model, seed, exp.data.image_shape), out_shardings=everywhere
-        )
-        yield 0, initial(seed)
+        yield step, build.state_at(exp, workdir, step)
 
 
 def percent(shares: Sequence[float]) -> str:
