@@ -141,6 +141,19 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Effect
     return Effect(values, values, values)
 
 
+def quotient(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Effect:
+    """Divides ours by theirs, both {seed: value}; leaves out pairs with 0 or infinite values."""
+    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    values = tuple(a / b for a, b in pairs if 0 < a < math.inf and 0 < b < math.inf)
+    return Effect(values, values, values, ratio=True)
+
+
+def bounded(found: Sequence[tuple[float, float, float]]) -> Effect:
+    """Makes an Effect of ratios or steps, known as (lowest, estimate, highest) for each seed."""
+    lows, values, highs = zip(*found, strict=True) if found else ((), (), ())
+    return Effect(lows, values, highs, ratio=True)
+
+
 def single(values: Sequence[float]) -> Effect:
     """Makes an Effect of a single quantity, such as the accuracy of each seed."""
     return Effect(tuple(values), tuple(values), tuple(values))

@@ -217,3 +217,8 @@ def test_several_comparisons_are_corrected_for():
 def test_bounds_are_not_decided_by_more_seeds():
     bound = Effect((1.5, 2.5), (1.5, 2.5), (math.inf, math.inf), ratio=True)
     assert judge(bound, 2.0) == "undecided (some seeds give only a bound)"
+
+
+def test_the_quotient_is_geometric_and_leaves_out_what_is_not_finite():
+    found = uncertainty.quotient({0: 8.0, 1: 2.0, 2: np.inf, 3: 1.0}, {0: 1.0, 1: 1.0, 2: 1.0})
+    assert found.values == (8.0, 2.0) and found.value == pytest.approx(4)

@@ -19,6 +19,7 @@ from bn_jax.uncertainty import (
     UNDECIDED,
     Effect,
     Interval,
+    bounded,
     difference,
     holm,
     verdict,
@@ -159,8 +160,7 @@ def slowness(runs: Runs, ours: str, theirs: str) -> Found:
         found = ratio(reach(mine, goals["100%"]), reach(others[mine.seed], goals["100%"]))
         if not isinstance(found, str):
             known.append(found)
-    lows, values, highs = zip(*known, strict=True) if known else ((), (), ())
-    return _ratio(Effect(lows, values, highs, ratio=True))
+    return _ratio(bounded(known))
 
 
 def _ratio(effect: Effect) -> Found:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bn_jax.uncertainty import Effect, difference, wilson
+from bn_jax.uncertainty import Effect, bounded, difference, wilson
 from bn_jax.workdir.reader import FREE, Run
 
 BASELINE = "inception"  # as the paper describes it
@@ -234,8 +234,7 @@ class Comparison(NamedTuple):
     def speed_up(self, level: str) -> Effect:
         """Returns how many times fewer steps than the reference it takes to a level, over seeds."""
         known = [ratio for ratio in self.ratios[level] if not isinstance(ratio, str)]
-        lows, values, highs = zip(*known, strict=True) if known else ((), (), ())
-        return Effect(lows, values, highs, ratio=True)
+        return bounded(known)
 
 
 def compare(label: str, curves: Sequence[Curve], reference: Sequence[Curve]) -> Comparison:

@@ -15,7 +15,7 @@ from bn_jax.experiment.config import fields
 from bn_jax.figures.curves import Reached, curve, ratio, reach
 from bn_jax.figures.plotting import BLUE, GREY, subplots
 from bn_jax.studies.frame import Part, Result, Results, Study, Table, arms, last_accuracy, percent
-from bn_jax.uncertainty import Effect, written
+from bn_jax.uncertainty import Effect, bounded, written
 
 GAINS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the config's weights
 LEVEL = 0.8  # of accuracy
@@ -47,12 +47,6 @@ def steps_to(results: Iterable[Result], level: float) -> list[Reached]:
     return found
 
 
-def effect(reached: Iterable[Reached]) -> Effect:
-    """Makes an Effect of steps, which is averaged on the logarithmic scale and may be a bound."""
-    lows, values, highs = zip(*reached, strict=True)
-    return Effect(lows, values, highs, ratio=True)
-
-
 def speed_up(results: Results, gain: str) -> Effect:
     """Divides the steps of the plain network by those with BN, paired by seed."""
     bn = results[f"bn/gain={gain}"]
@@ -60,9 +54,8 @@ def speed_up(results: Results, gain: str) -> Effect:
     seeds = sorted(bn.keys() & plain.keys())
     ours = steps_to([bn[s] for s in seeds], LEVEL)
     theirs = steps_to([plain[s] for s in seeds], LEVEL)
-    ratios = [ratio(*pair) for pair in zip(theirs, ours, strict=True)]
-    lows, values, highs = zip(*ratios, strict=True)
-    return Effect(lows, values, highs, ratio=True)
+    found = [ratio(*pair) for pair in zip(theirs, ours, strict=True)]
+    return bounded([each for each in found if not isinstance(each, str)])
 
 
 def gains(results: Results) -> list[str]:
@@ -78,7 +71,7 @@ def table(results: Results) -> Table:
         for arm in ("bn", "plain"):
             seeds = results[f"{arm}/gain={gain}"].values()
             done = [last_accuracy(r.run) for r in seeds if r.run.status == "done"]
-            cells.append(written(effect(steps_to(seeds, LEVEL)), ",.0f"))
+            cells.append(written(bounded(steps_to(seeds, LEVEL)), ",.0f"))
             cells.append(percent(done) if done else "diverged")
         rows.append([*cells, written(speed_up(results, gain), ".2f", unit="x")])
     head = ["gain", "BN: steps", "BN: accuracy", "plain: steps", "plain: accuracy", "speed-up"]
@@ -97,7 +90,7 @@ def draw(results: Results) -> Figure:
         middle = []
         for gain in gains(results):
             reached = steps_to(results[f"{arm}/gain={gain}"].values(), LEVEL)
-            middle.append(effect(reached).value)
+            middle.append(bounded(reached).value)
             for one in reached:
                 never = one.high == math.inf
                 axes.plot(

@@ -19,7 +19,7 @@ from bn_jax import step
 from bn_jax.experiment.build import Experiment
 from bn_jax.figures.plotting import BLUE, GREY, subplots
 from bn_jax.studies.frame import Results, Study, Table, arms, states
-from bn_jax.uncertainty import Effect, written
+from bn_jax.uncertainty import quotient, written
 
 TIMES = tuple(0.5 * 2 ** (k / 2) for k in range(7))  # 0.5 to 4: the range of Santurkar et al.
 
@@ -101,13 +101,6 @@ def typical(results: Results, arm: str, kind: str) -> dict[int, float]:
     """Returns {seed: median over the kept steps}, without the initial network."""
     measured = {seed: r.measured for seed, r in results[arm].items() if r.measured}
     return {seed: float(np.median(series(m, kind)[1:])) for seed, m in measured.items()}
-
-
-def quotient(ours: dict[int, float], theirs: dict[int, float]) -> Effect:
-    """Divides ours by theirs, paired by seed; leaves out pairs with 0 or infinite values."""
-    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-    values = tuple(a / b for a, b in pairs if 0 < a < math.inf and 0 < b < math.inf)
-    return Effect(values, values, values, ratio=True)
 
 
 def table(results: Results) -> Table:

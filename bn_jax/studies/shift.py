@@ -22,9 +22,8 @@ from bn_jax.experiment.build import Experiment
 from bn_jax.figures.activations import Shown, moved, spread
 from bn_jax.figures.plotting import subplots
 from bn_jax.studies.frame import Results, Study, Table, arms, states
-from bn_jax.studies.landscape import quotient
 from bn_jax.train import forward_order
-from bn_jax.uncertainty import written
+from bn_jax.uncertainty import quotient, written
 
 Flat = Mapping[str, Any]  # path of a parameter -> array
 

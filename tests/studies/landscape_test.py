@@ -42,11 +42,6 @@ def test_where_the_gradient_is_zero():
     assert found["smoothness"] == 0 and found["changes"] == [0, 0]
 
 
-def test_the_quotient_is_geometric_and_leaves_out_what_is_not_finite():
-    found = landscape.quotient({0: 8.0, 1: 2.0, 2: np.inf, 3: 1.0}, {0: 1.0, 1: 1.0, 2: 1.0})
-    assert found.values == (8.0, 2.0) and found.value == pytest.approx(4)
-
-
 def test_a_small_study(tmp_path, monkeypatch):
     rows = cells(run_study("landscape", tmp_path, monkeypatch))
     for words in landscape.KINDS.values():
