@@ -83,6 +83,14 @@ class Parser(argparse.ArgumentParser):
         """Ends the program with the message and the exit code of a ConfigError."""
         fail(f"{message}; {self.prog} --help names the options", ConfigError.exit_code)
 
+    def parse_with_fields(self) -> tuple[argparse.Namespace, list[str]]:
+        """Parses the command line; returns its options, and FIELD=VALUE of each --config.FIELD."""
+        args, rest = self.parse_known_args()
+        for word in rest:
+            if not word.startswith("--config."):
+                self.error(f"unexpected argument {word!r}: options are written --name=value")
+        return args, [word.removeprefix("--config.") for word in rest]
+
 
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command. A UserError becomes one line and its exit code; Ctrl-C exits with 130."""

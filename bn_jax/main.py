@@ -29,18 +29,15 @@ def main() -> None:
     add("--dry_run", action="store_true", help="check the config, print it, and end")
     if {"-h", "--help"} & {*sys.argv[1:]}:
         parser.epilog = configs.experiments()
-    args, rest = parser.parse_known_args()
+    args, settings = parser.parse_with_fields()
 
-    for word in rest:
-        if not word.startswith("--config."):
-            parser.error(f"unexpected argument {word!r}: options are written --name=value")
     if args.list:
         print(configs.experiments())
         return
     if args.config is None:
         raise ConfigError("--config=configs/NAME.py[:SCALE] is needed; --list names them")
 
-    config = configs.read(args.config, [word.removeprefix("--config.") for word in rest])
+    config = configs.read(args.config, settings)
     if configs.smoke():
         print("BN_JAX_SMOKE=1: this run is shortened, and its results mean nothing", flush=True)
     workdir = pathlib.Path(args.workdir or f"runs/{configs.run_name(config)}")

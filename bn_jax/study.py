@@ -9,9 +9,8 @@ import argparse
 import pathlib
 
 from bn_jax import errors
-from bn_jax.distributed import cluster, startup
+from bn_jax.distributed import cluster
 from bn_jax.errors import ConfigError
-from bn_jax.studies import STUDIES, frame
 
 
 def main() -> None:
@@ -23,23 +22,27 @@ def main() -> None:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("name", nargs="?", metavar="NAME", help=", ".join(STUDIES))
+    add("name", nargs="?", metavar="NAME", help="of a study; --list names them")
     add("--workdir", type=pathlib.Path, help="folder of its runs, table and picture")
     add("--config", default="", metavar="FILE[:SCALE]", help="the experiment that is changed")
     add("--config.FIELD", metavar="VALUE", help="changes a field of all its networks")
     add("--seeds", type=int, default=1, help="number of seeds: 0, 1, ... (default: 1)")
     add("--jobs", type=int, help="runs side by side (default: one a GPU, or for 2 CPU cores)")
     add("--list", action="store_true", help="what each study asks, its paper and its time")
-    args, rest = parser.parse_known_args()
+    args, settings = parser.parse_with_fields()
+
+    # Imported here because jax and matplotlib take seconds, which --help should not wait for.
+    from bn_jax.distributed import startup
+    from bn_jax.studies import STUDIES, frame
 
     if args.list:
         print(listing())
         return
-    for word in rest:
-        if not word.startswith("--config."):
-            parser.error(f"unexpected argument {word!r}: options are written --name=value")
-        if word.startswith(("--config.seed=", "--config.name=")):
-            raise ConfigError(f"{word}: the study sets it; --seeds=N, --config=FILE[:SCALE]")
+    for field in settings:
+        if field.startswith(("seed=", "name=")):
+            raise ConfigError(
+                f"--config.{field}: the study sets it; --seeds=N, --config=FILE[:SCALE]"
+            )
     if args.name not in STUDIES:
         raise ConfigError(f"there is no study {args.name!r}; choose from {', '.join(STUDIES)}")
     if args.workdir is None:
@@ -52,7 +55,6 @@ def main() -> None:
 
     startup.use_safe_sums()
     startup.use_compilation_cache()
-    settings = [word.removeprefix("--config.") for word in rest]
     study = STUDIES[args.name]
     for path in frame.run(study, args.workdir, args.config, settings, args.seeds, args.jobs):
         print(path)
@@ -60,6 +62,8 @@ def main() -> None:
 
 def listing() -> str:
     """Describes each study in three lines."""
+    from bn_jax.studies import STUDIES
+
     return "\n".join(
         f"{study.name:12} {study.question}\n"
         f"{'':12} follows {study.follows}\n"
