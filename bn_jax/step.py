@@ -93,7 +93,8 @@ def gradients(
     """Computes (gradient without L2, metrics, updated batch_stats) of a batch.
 
     Gradient and metrics are means over the valid rows. batch: as for `train_step`. dropout: the key
-    of its dropout. Metrics: `loss` (with the auxiliary terms, without L2), `cross_entropy`, `top1`.
+    of its dropout, and of the noise in BN's statistics (`models.perturbed`). Metrics: `loss` (with
+    the auxiliary terms, without L2), `cross_entropy`, `top1`.
     """
     labels = batch["label"]
     mask = batch.get("mask")

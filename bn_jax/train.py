@@ -247,7 +247,7 @@ class Loop:
             self.evaluator.check()
 
             self.stopping = signals.stop_at(step)
-            due = self.due(step, self.stopping)
+            due = self.due(step)
             if due:
                 with records.timed("step"):
                     self.report(pending)  # the lines of this step come before those of its events
@@ -261,12 +261,12 @@ class Loop:
                 with records.timed("save"):
                     wait_for_all("saved")
 
-    def due(self, step: int, stopping: bool) -> list[Callable[[int, TrainState], None]]:
+    def due(self, step: int) -> list[Callable[[int, TrainState], None]]:
         """Returns the events that follow `step`, in order; after the last step they are all."""
         last = step == self.exp.config.total_steps
         early = [self.evaluate] if step in self.early else []
         due = [e for every, e in self.events if last or step % every == 0 or e in early]
-        if stopping and self.save not in due:
+        if self.stopping and self.save not in due:
             due.append(self.save)
         return due
 

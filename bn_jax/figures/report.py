@@ -17,6 +17,7 @@ from bn_jax.figures import claims
 from bn_jax.figures.curves import changes
 from bn_jax.figures.fig1 import Percentiles, percentiles, typical_unit
 from bn_jax.figures.origins import facts, made_by
+from bn_jax.figures.plotting import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 from bn_jax.uncertainty import counted
 from bn_jax.workdir import files, reader
 from bn_jax.workdir.reader import Run, flat
@@ -208,9 +209,8 @@ def _seed(run: Run) -> str:
 
 # The charts, drawn with Bokeh. It is imported here, because other commands have no use for it.
 
-# Each network has its own dashes and markers, and a colour that colour-blind readers can tell from
-# the others (Okabe & Ito).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777")
+# Each network has its own colour, dashes and marker.
+_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY)
 _DASHES = ("solid", "6 3", "2 2", "8 3 2 3", "12 4", "4 4 1 4")
 _MARKERS = ("circle", "triangle", "square", "x", "diamond", "plus", "inverted_triangle", "star")
 _LETTERS = "13px"

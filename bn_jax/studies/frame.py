@@ -203,16 +203,29 @@ def arms(config: ConfigDict) -> list[Part]:
     return [Part("bn", ("norm=batch_norm",)), Part("plain", ("norm=none",))]
 
 
-def diverged_at(run: Run) -> str:
-    """Returns 'diverged at step 7' for a run that diverged, else ''."""
-    if run.status != "diverged":
-        return ""
-    return run.error[run.error.find("diverged") :].partition(":")[0]
+def divergences(seeds: Mapping[int, Result]) -> list[str]:
+    """Returns 'diverged at step 7' for each run that diverged."""
+    errors = [r.run.error for r in seeds.values() if r.run.status == "diverged"]
+    return [error[error.find("diverged") :].partition(":")[0] for error in errors]
 
 
-def last_accuracy(run: Run) -> float:
-    """Returns top-1 (a share) of the last evaluation, with population statistics."""
-    return run.lines["eval"][-1]["top1"]
+def finals(seeds: Mapping[int, Result]) -> dict[int, float]:
+    """Returns {seed: top-1 (a share) of the last evaluation} of the runs that are done."""
+    runs = {seed: result.run for seed, result in seeds.items() if result.run.status == "done"}
+    return {seed: run.lines["eval"][-1]["top1"] for seed, run in runs.items()}
+
+
+def measurements(seeds: Mapping[int, Result]) -> dict[int, dict[str, Any]]:
+    """Returns {seed: what was measured} of the runs that are done."""
+    return {seed: result.measured for seed, result in seeds.items() if result.measured}
+
+
+def kept_evenly(total: int, every: int) -> tuple[str, ...]:
+    """Returns the fields of runs that are evaluated at the end and kept every so many steps."""
+    return (
+        *(f"total_steps={total}", f"eval_every={total}", "eval_early=0"),
+        *(f"checkpoint_every={every}", f"keep_every={every}"),
+    )
 
 
 def states(exp: Experiment, workdir: pathlib.Path) -> Iterator[tuple[int, TrainState]]:
@@ -221,6 +234,8 @@ def states(exp: Experiment, workdir: pathlib.Path) -> Iterator[tuple[int, TrainS
         yield step, build.state_at(exp, workdir, step)
 
 
-def percent(shares: Sequence[float]) -> str:
-    """Writes shares of 1, one for each seed, for a table."""
-    return written(single(shares), ".2f", factor=100, unit="%")
+def percent(shares: Mapping[int, float]) -> str:
+    """Writes {seed: share of 1} for a table, '-' if there is none."""
+    if not shares:
+        return "-"
+    return written(single(list(shares.values())), ".2f", factor=100, unit="%")

@@ -19,7 +19,7 @@ from bn_jax.experiment.build import Experiment, restore
 from bn_jax.experiment.evaluator import Evaluator
 from bn_jax.figures.plotting import BLUE, GREY, ORANGE, subplots
 from bn_jax.step import TrainState, label_rank
-from bn_jax.studies.frame import Part, Results, Study, Table, diverged_at, percent
+from bn_jax.studies.frame import Part, Results, Study, Table, divergences, measurements, percent
 
 EXAMPLES = 2048  # of training: for population statistics and for accuracy, at every size of group
 
@@ -120,9 +120,8 @@ def table(results: Results) -> Table:
     for part, seeds in results.items():
         cells = [part.removeprefix("group_size=")]
         for name in CURVES:
-            shares = [r.measured[name] for r in seeds.values() if r.measured]
-            cells.append(percent(shares) if shares else "-")
-        cells.append(", ".join(filter(None, (diverged_at(r.run) for r in seeds.values()))) or "-")
+            cells.append(percent({s: m[name] for s, m in measurements(seeds).items()}))
+        cells.append(", ".join(divergences(seeds)) or "-")
         rows.append(cells)
     legend = (
         f"Accuracy. Own group: the network in training mode, on {EXAMPLES:,} training examples and "
@@ -139,7 +138,7 @@ def draw(results: Results) -> Figure:
         sizes = []
         means = []
         for part, seeds in results.items():
-            shares = [100 * r.measured[name] for r in seeds.values() if r.measured]
+            shares = [100 * m[name] for m in measurements(seeds).values()]
             size = int(part.removeprefix("group_size="))
             axes.plot([size] * len(shares), shares, style[0], color=colour, alpha=0.4, markersize=4)
             if shares:

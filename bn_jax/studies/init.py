@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from bn_jax.experiment.config import fields
 from bn_jax.figures.curves import Reached, curve, ratio, reach
 from bn_jax.figures.plotting import BLUE, GREY, subplots
-from bn_jax.studies.frame import Part, Result, Results, Study, Table, arms, last_accuracy, percent
+from bn_jax.studies.frame import Part, Result, Results, Study, Table, arms, finals, percent
 from bn_jax.uncertainty import Effect, bounded, written
 
 GAINS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the config's weights
@@ -69,9 +69,9 @@ def table(results: Results) -> Table:
     for gain in gains(results):
         cells = [gain]
         for arm in ("bn", "plain"):
-            seeds = results[f"{arm}/gain={gain}"].values()
-            done = [last_accuracy(r.run) for r in seeds if r.run.status == "done"]
-            cells.append(written(bounded(steps_to(seeds, LEVEL)), ",.0f"))
+            seeds = results[f"{arm}/gain={gain}"]
+            done = finals(seeds)
+            cells.append(written(bounded(steps_to(seeds.values(), LEVEL)), ",.0f"))
             cells.append(percent(done) if done else "diverged")
         rows.append([*cells, written(speed_up(results, gain), ".2f", unit="x")])
     head = ["gain", "BN: steps", "BN: accuracy", "plain: steps", "plain: accuracy", "speed-up"]

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from bn_jax import step
 from bn_jax.experiment.build import Experiment
 from bn_jax.figures.plotting import BLUE, GREY, subplots
-from bn_jax.studies.frame import Results, Study, Table, arms, states
+from bn_jax.studies.frame import Results, Study, Table, arms, kept_evenly, measurements, states
 from bn_jax.uncertainty import quotient, written
 
 TIMES = tuple(0.5 * 2 ** (k / 2) for k in range(7))  # 0.5 to 4: the range of Santurkar et al.
@@ -99,8 +99,8 @@ def series(measured: dict[str, Any], kind: str) -> np.ndarray:
 
 def typical(results: Results, arm: str, kind: str) -> dict[int, float]:
     """Returns {seed: median over the kept steps}, without the initial network."""
-    measured = {seed: r.measured for seed, r in results[arm].items() if r.measured}
-    return {seed: float(np.median(series(m, kind)[1:])) for seed, m in measured.items()}
+    found = measurements(results[arm])
+    return {seed: float(np.median(series(m, kind)[1:])) for seed, m in found.items()}
 
 
 def table(results: Results) -> Table:
@@ -123,19 +123,17 @@ def draw(results: Results) -> Figure:
     """Draws bands of the loss and of the gradient's changes, and the smoothness, against steps."""
     figure, panels = subplots(1, 3, figsize=(13, 3.8))
     for arm, colour, style in (("plain", GREY, "s--"), ("bn", BLUE, "o-")):
-        for seed, result in results.get(arm, {}).items():
-            if not result.measured:
-                continue
-            steps = [one["step"] for one in result.measured["steps"]]
+        for seed, measured in measurements(results.get(arm, {})).items():
+            steps = [one["step"] for one in measured["steps"]]
             label = None if seed else arm
             for axes, name in zip(panels, ("losses", "changes"), strict=False):
-                values = np.array([one[name] for one in result.measured["steps"]], float)
+                values = np.array([one[name] for one in measured["steps"]], float)
                 values = np.where(np.isfinite(values), values, np.nan)
                 axes.fill_between(
                     steps, values.min(1), values.max(1), color=colour, alpha=0.3, label=label
                 )
                 axes.plot(steps, values.max(1), style, color=colour, markersize=3)
-            smoothness = series(result.measured, "smoothness")
+            smoothness = series(measured, "smoothness")
             panels[2].plot(steps, smoothness, style, color=colour, label=label, markersize=3)
     titles = ("loss along the gradient, nats", "change of the gradient, L2", "effective smoothness")
     for axes, title in zip(panels, titles, strict=True):
@@ -154,14 +152,8 @@ STUDY = Study(
     minutes="1",
     config="mnist_bn:digits",
     sizes={
-        "mlp": (
-            *("total_steps=1500", "steps_per_dispatch=50", "eval_every=1500"),
-            *("checkpoint_every=100", "keep_every=100"),
-        ),
-        "inception": (
-            *("total_steps=400", "eval_every=400", "eval_early=0"),
-            *("checkpoint_every=40", "keep_every=40"),
-        ),
+        "mlp": (*kept_evenly(total=1500, every=100), "steps_per_dispatch=50"),
+        "inception": kept_evenly(total=400, every=40),
     },
     parts=arms,
     table=table,

@@ -22,8 +22,9 @@ from bn_jax.studies.frame import (
     Results,
     Study,
     Table,
-    diverged_at,
-    last_accuracy,
+    divergences,
+    finals,
+    measurements,
     percent,
 )
 from bn_jax.uncertainty import difference, written
@@ -53,11 +54,6 @@ def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     return {"running": scores["top1"]}
 
 
-def finals(seeds: Mapping[int, Result]) -> dict[int, float]:
-    """Returns {seed: last accuracy} of the runs that are done."""
-    return {s: last_accuracy(r.run) for s, r in seeds.items() if r.run.status == "done"}
-
-
 def trained(seeds: Mapping[int, Result]) -> dict[int, float]:
     """Returns {seed: mean training cross-entropy of the last tenth of the recorded steps}."""
     found = {}
@@ -75,14 +71,14 @@ def table(results: Results) -> Table:
     for part, seeds in results.items():
         shares = finals(seeds)
         if not shares:
-            rows.append([part, "; ".join(diverged_at(r.run) for r in seeds.values()), *"---"])
+            rows.append([part, "; ".join(divergences(seeds)), *"---"])
             continue
-        running = [r.measured["running"] for r in seeds.values() if r.measured]
+        running = {s: m["running"] for s, m in measurements(seeds).items()}
         against = "-"
         if part != "bn":
             against = written(difference(shares, plain_bn), ".2f", factor=100, sign=True)
         loss = f"{np.mean(list(trained(seeds).values())):.3f}"
-        rows.append([part, percent(list(shares.values())), against, percent(running), loss])
+        rows.append([part, percent(shares), against, percent(running), loss])
     head = ["network", "accuracy", "less BN's, points", "with running statistics", "training loss"]
     legend = (
         "Accuracy of the last evaluation, with population statistics (noise is for training "

@@ -4,20 +4,26 @@ Accuracy is measured with both during training, and at the end for several numbe
 which the population's statistics are computed.
 """
 
-import functools
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
-import jax
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from bn_jax import layers, step
 from bn_jax.experiment.build import Experiment
 from bn_jax.experiment.evaluator import Evaluator, mini_batch, running_gap
 from bn_jax.figures.plotting import BLUE, ORANGE, subplots
-from bn_jax.studies.frame import Part, Results, Study, Table, percent, states
+from bn_jax.step import TrainState
+from bn_jax.studies.frame import (
+    Part,
+    Results,
+    Study,
+    Table,
+    kept_evenly,
+    measurements,
+    percent,
+    states,
+)
 from bn_jax.uncertainty import difference, single, written
 
 EXAMPLES = (100, 300, 1000, 3000, 10_000)
@@ -33,15 +39,11 @@ def mini_batches(examples: int, size: int) -> int:
     return max(1, round(examples / size))
 
 
-def from_examples(exp: Experiment, state: step.TrainState, number: int) -> Any:
+def from_examples(exp: Experiment, state: TrainState, number: int) -> Any:
     """Computes population statistics (Algorithm 2) from the first `number` mini-batches."""
-    size = mini_batch(exp.config)
-    batches = exp.data.statistics(number, size, slice(0, size), exp.config.seed)
-    add = jax.jit(functools.partial(step.statistics_step, model=exp.model))
-    total = layers.fresh_stats(state.batch_stats)
-    for batch in batches:
-        total = add(state.params, state.batch_stats, total, batch, exp.config.seed)
-    return total
+    config = exp.config.copy_and_resolve_references()
+    config.statistics_batches = number
+    return Evaluator(exp._replace(config=config)).population(state.params, state.batch_stats)
 
 
 def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
@@ -71,14 +73,14 @@ def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _at(results: Results, key: str, place: int, name: str) -> dict[int, float]:
     """Returns {seed: value} of one measured number."""
-    found = {seed: r.measured for seed, r in results["bn"].items() if r.measured}
+    found = measurements(results["bn"])
     return {seed: float(m[key][place][name]) for seed, m in found.items()}
 
 
 def _numbers(results: Results, key: str, name: str) -> list[int]:
     """Lists the steps, or the numbers of examples, that were measured."""
-    first: Sequence[Any] = next((r.measured[key] for r in results["bn"].values() if r.measured), ())
-    return [one[name] for one in first]
+    first = next(iter(measurements(results["bn"]).values()), {key: ()})
+    return [one[name] for one in first[key]]
 
 
 def table(results: Results) -> Table:
@@ -89,11 +91,11 @@ def table(results: Results) -> Table:
         population = _at(results, "steps", k, "population")
         gain = difference(population, moving)
         gap = single(list(_at(results, "steps", k, "gap").values()))
-        cells = [percent(list(found.values())) for found in (moving, population)]
+        cells = [percent(moving), percent(population)]
         cells += [written(gain, ".2f", factor=100, sign=True), written(gap, ".2f")]
         rows.append([f"step {number:,}", *cells])
     for k, examples in enumerate(_numbers(results, "sizes", "examples")):
-        shares = list(_at(results, "sizes", k, "top1").values())
+        shares = _at(results, "sizes", k, "top1")
         rows.append([f"the end, from {examples:,} examples", "-", percent(shares), "-", "-"])
     head = ["when", "moving average", "population", "difference, points", "gap"]
     legend = (
@@ -106,16 +108,14 @@ def table(results: Results) -> Table:
 def draw(results: Results) -> Figure:
     """Draws accuracy during training with both, and the error at the end by examples."""
     figure, (left, right) = subplots(1, 2, figsize=(10.4, 4))
-    for seed, result in results["bn"].items():
-        if not result.measured:
-            continue
-        kept = result.measured["steps"]
+    for seed, measured in measurements(results["bn"]).items():
+        kept = measured["steps"]
         numbers = [one["step"] for one in kept]
         for name, colour, style in (("moving", ORANGE, "s--"), ("population", BLUE, "o-")):
             shares = [100 * one[name] for one in kept]
             label = {"moving": "moving average", "population": "population"}[name]
             left.plot(numbers, shares, style, color=colour, label=None if seed else label)
-        sizes = result.measured["sizes"]
+        sizes = measured["sizes"]
         errors = [100 * (1 - one["top1"]) for one in sizes]
         right.plot([one["examples"] for one in sizes], errors, "o-", color=BLUE)
         moving = 100 * (1 - kept[-1]["moving"])
@@ -137,14 +137,8 @@ STUDY = Study(
     minutes="2",
     config="bn_x30:digits",
     sizes={
-        "mlp": (
-            *("total_steps=3000", "steps_per_dispatch=50", "eval_every=3000"),
-            *("checkpoint_every=250", "keep_every=250"),
-        ),
-        "inception": (
-            *("total_steps=500", "eval_every=500", "eval_early=0"),
-            *("checkpoint_every=50", "keep_every=50"),
-        ),
+        "mlp": (*kept_evenly(total=3000, every=250), "steps_per_dispatch=50"),
+        "inception": kept_evenly(total=500, every=50),
     },
     parts=parts,
     table=table,

@@ -9,15 +9,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from bn_jax.figures.plotting import subplots
-from bn_jax.studies.frame import (
-    Part,
-    Results,
-    Study,
-    Table,
-    diverged_at,
-    last_accuracy,
-    percent,
-)
+from bn_jax.studies.frame import Part, Results, Study, Table, divergences, finals, percent
 
 TIMES = (0.2, 1.0, 6.0, 40.0, 200.0)  # the config's rate; for bn_x5 this gives up to 1.5
 
@@ -46,10 +38,9 @@ def by_network(results: Results) -> tuple[list[str], list[str]]:
 
 def cell(results: Results, part: str) -> str:
     """Gives the accuracy of the seeds that were trained to the end, and where others diverged."""
-    runs = [result.run for result in results[part].values()]
-    shares = [last_accuracy(run) for run in runs if run.status == "done"]
+    shares = finals(results[part])
     said = [percent(shares)] if shares else []
-    said += [word for run in runs if (word := diverged_at(run))]
+    said += divergences(results[part])
     return "; ".join(said)
 
 
@@ -68,14 +59,12 @@ def draw(results: Results) -> Figure:
     values = np.full((len(networks), len(rates)), np.nan)
     for y, network in enumerate(networks):
         for x, rate in enumerate(rates):
-            runs = [r.run for r in results[f"{network}/learning_rate={rate}"].values()]
-            shares = [100 * last_accuracy(run) for run in runs if run.status == "done"]
-            words = [f"{np.mean(shares):.1f}%"] if shares else []
-            words += [diverged_at(run).replace(" at ", "\n") for run in runs if diverged_at(run)][
-                :1
-            ]
+            part = f"{network}/learning_rate={rate}"
+            words = [said.replace(" at ", "\n") for said in divergences(results[part])[:1]]
+            shares = list(finals(results[part]).values())
             if shares:
-                values[y, x] = np.mean(shares)
+                values[y, x] = 100 * np.mean(shares)
+                words.insert(0, f"{values[y, x]:.1f}%")
             else:
                 axes.fill_between([x - 0.5, x + 0.5], y - 0.5, y + 0.5, hatch="//", alpha=0.2)
             axes.text(x, y, "\n".join(words), ha="center", va="center", fontsize=8, color="black")

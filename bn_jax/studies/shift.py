@@ -21,7 +21,7 @@ from bn_jax.activations.measure import Observer
 from bn_jax.experiment.build import Experiment
 from bn_jax.figures.activations import Shown, moved, spread
 from bn_jax.figures.plotting import subplots
-from bn_jax.studies.frame import Results, Study, Table, arms, states
+from bn_jax.studies.frame import Results, Study, Table, arms, kept_evenly, measurements, states
 from bn_jax.train import forward_order
 from bn_jax.uncertainty import quotient, written
 
@@ -124,16 +124,14 @@ def maps(measured: Mapping[str, Any]) -> dict[str, tuple[list[str], np.ndarray]]
 def typical(results: Results, arm: str) -> dict[str, dict[int, float]]:
     """Returns {what: {seed: median over layers and kept steps}}; the first layer has no shift."""
     found: dict[str, dict[int, float]] = {}
-    for seed, result in results[arm].items():
-        if not result.measured:
-            continue
+    for seed, measured in measurements(results[arm]).items():
         distances = [
             float(c["distance"])
-            for one in result.measured["steps"]
+            for one in measured["steps"]
             for c in list(one["layers"].values())[1:]
         ]
         found.setdefault("L2 of G' - G", {})[seed] = float(np.median(distances))
-        for name, (_, values) in maps(result.measured).items():
+        for name, (_, values) in maps(measured).items():
             own = values if name.startswith("distance") else values[1:]
             found.setdefault(name, {})[seed] = float(np.median(own))
     return found
@@ -196,14 +194,8 @@ STUDY = Study(
     minutes="1",
     config="mnist_bn:digits",
     sizes={
-        "mlp": (
-            *("total_steps=1500", "steps_per_dispatch=50", "eval_every=1500"),
-            *("checkpoint_every=100", "keep_every=100"),
-        ),
-        "inception": (
-            *("total_steps=400", "eval_every=400", "eval_early=0"),
-            *("checkpoint_every=80", "keep_every=80"),
-        ),
+        "mlp": (*kept_evenly(total=1500, every=100), "steps_per_dispatch=50"),
+        "inception": kept_evenly(total=400, every=80),
     },
     parts=arms,
     table=table,
