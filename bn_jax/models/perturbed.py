@@ -26,33 +26,56 @@ class PerturbedBatchNorm(BatchNorm):
     freeze_after: int = 0
 
     def __call__(
-        self, x, use_running_average: bool | None = None, *, mask=None, relu: bool = False
+        self,
+        x,
+        use_running_average: bool | None = None,
+        *,
+        mask=None,
+        relu: bool = False,
     ):
         """Normalizes `x`; see `BatchNorm`. Without `use_running_average` it trains."""
         if use_running_average or self.is_initializing():
-            return super().__call__(x, use_running_average, mask=mask, relu=relu)
+            return super().__call__(
+                x,
+                use_running_average,
+                mask=mask,
+                relu=relu,
+            )
 
         y = self._train(x, mask)
+
         if self.noise and self.has_rng("noise"):
             y = self._disturbed(y)
+
+        # The noise moves the zeros of ReLU and mask, so both come after it.
         if relu:
             y = nn.relu(y)
-        return y if mask is None else jnp.where(_rows(mask, y), y, 0)
+        if mask is None:
+            return y
+        valid = _rows(mask, y)
+        return jnp.where(valid, y, 0)
 
     def _train(self, x, mask):
         """Normalizes in training mode, until the statistics are frozen."""
         if not self.freeze_after:
             return super().__call__(x, False, mask=mask)
-        names = ("mean", "var", "count")
-        before: dict[str, Any] = {name: self.get_variable("batch_stats", name) for name in names}
-        held = super().__call__(x, True, mask=mask)
-        y = super().__call__(x, False, mask=mask)
 
-        over = before["count"] >= self.freeze_after
+        before: dict[str, Any] = {}
+        for name in ("mean", "var", "count"):
+            before[name] = self.get_variable("batch_stats", name)
+
+        # The number of updates is known only when the program runs, so it computes both results.
+        by_estimate = super().__call__(x, True, mask=mask)
+        by_batch = super().__call__(x, False, mask=mask)
+
+        # Training has just updated the estimate; if it is frozen, the old one is put back.
+        frozen = before["count"] >= self.freeze_after
         for name, value in before.items():
-            after: Any = self.get_variable("batch_stats", name)
-            self.put_variable("batch_stats", name, jnp.where(over, value, after))
-        return jnp.where(over, held, y)
+            updated: Any = self.get_variable("batch_stats", name)
+            kept = jnp.where(frozen, value, updated)
+            self.put_variable("batch_stats", name, kept)
+
+        return jnp.where(frozen, by_estimate, by_batch)
 
     def _disturbed(self, y):
         """Turns y = scale * x_hat + bias into the result of BN with other statistics.
@@ -60,16 +83,27 @@ class PerturbedBatchNorm(BatchNorm):
         These move and stretch x_hat.
         """
         keys = jax.random.split(self.make_rng("noise"))
-        params = self.variables.get("params", {})
-        scale = params.get("scale", jnp.ones(y.shape[-1]))
-        bias = params.get("bias", jnp.zeros(y.shape[-1]))
-        shift, stretch = (jax.random.normal(key, y.shape[-1:], jnp.float32) for key in keys)
+        features = y.shape[-1:]
 
+        params = self.variables.get("params", {})
+        scale = params.get("scale", jnp.ones(features))
+        bias = params.get("bias", jnp.zeros(features))
+
+        shift_key, stretch_key = keys
+        shift = jax.random.normal(shift_key, features, jnp.float32)
+        stretch = jax.random.normal(stretch_key, features, jnp.float32)
         stretch = jnp.exp(self.noise * stretch)
-        moved = (y - bias) * stretch - scale * self.noise * shift * stretch + bias
-        return moved.astype(y.dtype)
+
+        # y without its bias is scale * x_hat, so the shift of x_hat is multiplied by the scale.
+        stretched = (y - bias) * stretch
+        offset = scale * self.noise * shift * stretch
+        disturbed = stretched - offset + bias
+        return disturbed.astype(y.dtype)
 
 
 def _rows(mask, y):
     """Reshapes a mask [examples] to y's rank; a mask that can be broadcast to y stays as it is."""
-    return mask.reshape(mask.shape + (1,) * (y.ndim - mask.ndim)) if mask.ndim == 1 else mask
+    if mask.ndim != 1:
+        return mask
+    ones = [1] * (y.ndim - 1)
+    return mask.reshape(-1, *ones)
