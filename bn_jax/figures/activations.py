@@ -29,8 +29,13 @@ class Shown(NamedTuple):
 
     def paths(self) -> list[str]:
         """Returns the activations that all steps have, in the order of the network."""
-        each = list(self.steps.values())
-        return [path for path in each[0] if all(path in found for found in each)]
+        first, *others = self.steps.values()
+
+        common = []
+        for path in first:
+            if all(path in found for found in others):
+                common.append(path)
+        return common
 
     def measured(self, path: str) -> list[Measured]:
         """Returns one activation at all measured steps."""
@@ -39,14 +44,19 @@ class Shown(NamedTuple):
 
 def series(run: Shown, path: str) -> Percentiles:
     """Returns one activation's percentiles over the measured steps."""
-    steps = np.array(list(run.steps))
-    values = np.array([m.percentiles for m in run.measured(path)], float)
-    return Percentiles(path, steps, values)
+    steps = list(run.steps)
+    values = [m.percentiles for m in run.measured(path)]
+    return Percentiles(
+        layer=path,
+        steps=np.array(steps),
+        values=np.array(values, float),
+    )
 
 
 def spread(run: Shown, path: str) -> np.ndarray:
     """Returns the standard deviation of the layer's median unit, float64 [steps]."""
-    return np.array([np.median(m.std) for m in run.measured(path)], float)
+    of_median_unit = [np.median(m.std) for m in run.measured(path)]
+    return np.array(of_median_unit, float)
 
 
 def moved(run: Shown, path: str) -> np.ndarray:
@@ -55,11 +65,14 @@ def moved(run: Shown, path: str) -> np.ndarray:
     The unit of a distance is the mean distance between the 15th and the 85th percentile over the
     steps; the value is that of the layer's median unit.
     """
-    low, middle, high = np.moveaxis(series(run, path).values, 1, 0)
+    curves = series(run, path)
+    low, middle, high = np.moveaxis(curves.values, 1, 0)
+
     width = np.mean(high - low, axis=0)
     smallest = np.finfo(np.float32).tiny  # a constant unit has no width
 
-    distance = np.abs(middle - middle[:1])
+    start = middle[:1]
+    distance = np.abs(middle - start)
     relative = distance / np.maximum(width, smallest)
     return np.median(relative, axis=1)
 
@@ -85,42 +98,63 @@ def _row(run: Shown, path: str) -> str:
 
 def table(runs: Sequence[Shown]) -> str:
     """Makes a Markdown table of all runs' activations, from the first to the last measured step."""
-    rows = ["| run | activation | steps | spread | drift | dead | saturated |", "|" + "---|" * 7]
+    rows = ["| run | activation | steps | spread | drift | dead | saturated |"]
+    rows.append("|" + "---|" * 7)
     for run in runs:
-        rows += [_row(run, path) for path in run.paths()]
-    return "\n".join(rows) + (
-        "\nSpread: standard deviation of the median unit. Drift: range of the 50th percentile over "
+        for path in run.paths():
+            rows.append(_row(run, path))
+
+    notes = (
+        "Spread: standard deviation of the median unit. Drift: range of the 50th percentile over "
         "the steps / mean distance from the 15th to the 85th, of the median unit. Dead: units that "
         "are never above 0. Saturated: values beyond +-4. Both at the last step."
     )
+    return "\n".join([*rows, notes])
 
 
 def draw_activations(runs: Sequence[Shown], out: pathlib.Path) -> list[pathlib.Path]:
     """Draws bands, histograms and the map of one run, or of two side by side; returns the files."""
     paths = _all_paths(runs)
-    few = [paths[k] for k in _spread_out(len(paths), MOST)]
+    shown = _spread_out(len(paths), MOST)
+    few = [paths[k] for k in shown]
 
-    written = save(_bands(runs, few), out, "activations_bands")
-    written += save(_histograms(runs, few), out, "activations_histograms")
-    written += save(draw_map(runs), out, "activations_map")
+    figures = {
+        "activations_bands": _bands(runs, few),
+        "activations_histograms": _histograms(runs, few),
+        "activations_map": draw_map(runs),
+    }
+    written = []
+    for name, figure in figures.items():
+        written += save(figure, out, name)
     return written
 
 
 def _all_paths(runs: Sequence[Shown]) -> list[str]:
-    return sorted({path for run in runs for path in run.paths()})
+    found: set[str] = set()
+    for run in runs:
+        found.update(run.paths())
+    return sorted(found)
 
 
 def _spread_out(number: int, most: int) -> list[int]:
     """Returns at most `most` of the places 0 to number - 1, evenly spread."""
     if number <= most:
         return list(range(number))
-    return np.linspace(0, number - 1, most).round().astype(int).tolist()
+    places = np.linspace(0, number - 1, most)
+    return places.round().astype(int).tolist()
 
 
 def _grid(runs: Sequence[Shown], paths: Sequence[str]):
     """Makes a figure with a row of panels for each activation and a column for each run."""
-    size = (5.2 * len(runs), 2.4 * len(paths))
-    figure, panels = subplots(len(paths), len(runs), figsize=size, squeeze=False)
+    width = 5.2 * len(runs)  # inches
+    height = 2.4 * len(paths)
+    figure, panels = subplots(
+        rows=len(paths),
+        columns=len(runs),
+        figsize=(width, height),
+        squeeze=False,
+    )
+
     for axes in panels.flat:
         axes.set_axis_off()  # until something is drawn
     return figure, panels
@@ -129,25 +163,32 @@ def _grid(runs: Sequence[Shown], paths: Sequence[str]):
 def _bands(runs: Sequence[Shown], paths: Sequence[str]):
     figure, panels = _grid(runs, paths)
     colours = (GREY, BLUE)
+
     for row, path in zip(panels, paths, strict=True):
+        # There are at most two runs; one run alone is grey.
         for axes, run, colour in zip(row, runs, colours, strict=False):
             if path not in run.paths():
                 continue
+
             axes.set_axis_on()
             curves = series(run, path)
-            plot_percentiles(axes, curves, typical_unit(curves), colour)
+            unit = typical_unit(curves)
+            plot_percentiles(axes, curves, unit, colour)
             axes.set_title(f"{run.name}: {path}", fontsize=9)
+
     figure.suptitle("{15, 50, 85}th percentiles of a layer's typical unit", fontsize=10)
     return figure
 
 
 def _histograms(runs: Sequence[Shown], paths: Sequence[str]):
     figure, panels = _grid(runs, paths)
+
     for row, path in zip(panels, paths, strict=True):
-        for axes, run in zip(row, runs, strict=False):
+        for axes, run in zip(row, runs, strict=True):
             if path in run.paths():
                 axes.set_axis_on()
                 _histogram(axes, run, path)
+
     figure.suptitle("All values of a layer over training; darker is more frequent", fontsize=10)
     return figure
 
@@ -158,19 +199,37 @@ def _histogram(axes, run: Shown, path: str) -> None:
 
     # All steps share one scale. Each step has bins of its own, so values between two edges are
     # taken to be evenly distributed.
-    ends = [np.interp([0.001, 0.999], _shares(m), m.edges) for m in found]
-    low = min(end[0] for end in ends)
-    high = max(end[1] for end in ends)
-    edges = np.linspace(low, high, 101)
+    lowest = []
+    highest = []
+    for m in found:
+        first, last = np.interp([0.001, 0.999], _shares(m), m.edges)
+        lowest.append(first)
+        highest.append(last)
+    edges = np.linspace(min(lowest), max(highest), 101)
 
     columns = []
     for m in found:
-        below = np.interp(edges, m.edges, _shares(m), left=0, right=1)
+        below = np.interp(
+            edges,
+            m.edges,
+            _shares(m),
+            left=0,
+            right=1,
+        )
         share = np.diff(below)
-        columns.append(share / max(share.max(), 1e-12))
+        most = max(share.max(), 1e-12)  # of a step without values on this scale it is 0
+        columns.append(share / most)
 
-    places = np.arange(len(found) + 1) - 0.5
-    axes.pcolormesh(places, edges, np.array(columns).T, cmap="Greys", rasterized=True)
+    # A column reaches half a step to both sides of its own place.
+    borders = np.arange(len(found) + 1) - 0.5
+    shades = np.stack(columns, axis=1)
+    axes.pcolormesh(
+        borders,
+        edges,
+        shades,
+        cmap="Greys",
+        rasterized=True,
+    )
     _label_steps(axes, run, 6)
     axes.set_title(f"{run.name}: {path}", fontsize=9)
 
@@ -178,7 +237,8 @@ def _histogram(axes, run: Shown, path: str) -> None:
 def _shares(measured: Measured) -> np.ndarray:
     """Returns the share of values below each edge, [BINS + 1]."""
     counts = np.cumsum(measured.counts, dtype=float)
-    return np.concatenate([[0.0], counts / counts[-1]])
+    shares = counts / counts[-1]
+    return np.concatenate([[0.0], shares])
 
 
 def draw_map(runs: Sequence[Shown]) -> Figure:
@@ -187,40 +247,67 @@ def draw_map(runs: Sequence[Shown]) -> Figure:
     Maps of the same quantity share one scale.
     """
     paths = _all_paths(runs)
-    size = (5 * len(runs) + 3, max(2.5, 0.16 * len(paths) + 1.2))
-    figure, panels = subplots(1, 2 * len(runs), figsize=size, squeeze=False)
+    width = 5 * len(runs) + 3  # inches
+    height = 0.16 * len(paths) + 1.2
+    figure, panels = subplots(
+        columns=2 * len(runs),
+        figsize=(width, max(2.5, height)),
+    )
 
+    # Each run has two panels: first the spread, then the distance.
     spreads = [_layers_by_steps(run, paths, _log_spread) for run in runs]
-    distances = [_layers_by_steps(run, paths, moved) for run in runs]
-    _draw_maps(figure, panels[0][0::2], runs, spreads, "log10 of the spread")
-    _draw_maps(figure, panels[0][1::2], runs, distances, "distance that the median moved")
+    _draw_maps(figure, panels[0::2], runs, spreads, "log10 of the spread")
 
-    panels[0][0].set_yticks(range(len(paths)), paths, fontsize=6)
+    distances = [_layers_by_steps(run, paths, moved) for run in runs]
+    _draw_maps(figure, panels[1::2], runs, distances, "distance that the median moved")
+
+    panels[0].set_yticks(range(len(paths)), paths, fontsize=6)
     return figure
 
 
 def _log_spread(run: Shown, path: str) -> np.ndarray:
     """Returns log10 of `spread`, [steps]."""
-    return np.log10(np.maximum(spread(run, path), 1e-8))
+    positive = np.maximum(spread(run, path), 1e-8)
+    return np.log10(positive)
 
 
 def _layers_by_steps(
-    run: Shown, paths: Sequence[str], measure: Callable[[Shown, str], np.ndarray]
+    run: Shown,
+    paths: Sequence[str],
+    measure: Callable[[Shown, str], np.ndarray],
 ) -> np.ndarray:
     """Returns a quantity of each path and step, [paths, steps]; NaN for paths of other runs."""
     nothing = np.full(len(run.steps), np.nan)
     own = run.paths()
-    return np.array([measure(run, path) if path in own else nothing for path in paths])
+
+    values = []
+    for path in paths:
+        if path in own:
+            values.append(measure(run, path))
+        else:
+            values.append(nothing)
+    return np.array(values)
 
 
 def _draw_maps(
-    figure: Figure, panels, runs: Sequence[Shown], maps: Sequence[np.ndarray], label: str
+    figure: Figure,
+    panels,
+    runs: Sequence[Shown],
+    maps: Sequence[np.ndarray],
+    label: str,
 ) -> None:
     """Draws one map for each run, all on one scale."""
     low = min(map(np.nanmin, maps))
     high = max(map(np.nanmax, maps))
+
     for axes, run, values in zip(panels, runs, maps, strict=True):
-        image = axes.imshow(values, aspect="auto", interpolation="nearest", vmin=low, vmax=high)
+        image = axes.imshow(
+            values,
+            aspect="auto",
+            interpolation="nearest",
+            vmin=low,
+            vmax=high,
+        )
         figure.colorbar(image, ax=axes, label=label)
         axes.set_title(run.name, fontsize=9)
         axes.set_yticks([])
@@ -231,5 +318,6 @@ def _label_steps(axes, run: Shown, most: int, **text: float) -> None:
     """Labels at most `most` of a run's steps, which lie at 0, 1, ... on the horizontal axis."""
     steps = list(run.steps)
     shown = _spread_out(len(steps), most)
-    axes.set_xticks(shown, [f"{steps[k]:,}" for k in shown], **text)
+    labels = [f"{steps[k]:,}" for k in shown]
+    axes.set_xticks(shown, labels, **text)
     axes.set_xlabel("step")
