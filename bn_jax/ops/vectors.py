@@ -7,6 +7,7 @@ step of six layers `squares`, `raveled` and `after` save 38 of 166 kernels; in o
 numbers into one array (docs/performance.md).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,22 +25,28 @@ TOGETHER = 40  # arrays that one kernel reads, two operands for each; XLA's limi
 def squares(arrays: Sequence[jax.Array]) -> jax.Array:
     """Returns the sum of squares of each array, as one array [len(arrays)]."""
     if not hand_tuned("vectors"):
-        return jnp.stack([jnp.sum(jnp.square(x)) for x in arrays])
+        totals = [jnp.sum(jnp.square(x)) for x in arrays]
+        return jnp.stack(totals)
 
     sums = []
     for first in range(0, len(arrays), TOGETHER):
         together = arrays[first : first + TOGETHER]
         sums.append(_squares_of_rows(together))
 
-    # The array of each row.
-    rows = [-(-x.size // ROW) for x in arrays]
+    # The number of the array that each row belongs to. The rows of an array are rounded up.
+    rows = [math.ceil(x.size / ROW) for x in arrays]
     numbers = np.arange(len(arrays))
     owner = np.repeat(numbers, rows)
 
+    number = jnp.arange(len(arrays))
+    mine = number[:, None] == jnp.array(owner)
+    all_sums = jnp.concatenate(sums)
     # `where`, not a product with zeros: a value that is not finite must not reach other sums.
-    mine = jnp.arange(len(arrays))[:, None] == jnp.array(owner)
-    found = jnp.sum(jnp.where(mine, jnp.concatenate(sums), 0), axis=1)
-    return lax.optimization_barrier(found)  # so that a sum over the arrays starts here
+    own_sums = jnp.where(mine, all_sums, 0)
+    found = jnp.sum(own_sums, axis=1)
+
+    # The barrier makes a sum over the arrays start here.
+    return lax.optimization_barrier(found)
 
 
 def _squares_of_rows(arrays: Sequence[jax.Array]) -> jax.Array:
@@ -47,9 +54,11 @@ def _squares_of_rows(arrays: Sequence[jax.Array]) -> jax.Array:
     parts = []
     for x in arrays:
         missing = -x.size % ROW  # values of the last row
-        parts += [x.reshape(-1), jnp.zeros(missing, x.dtype)]
+        parts.append(x.reshape(-1))
+        parts.append(jnp.zeros(missing, x.dtype))
 
-    values = jnp.concatenate([part for part in parts if part.size])
+    not_empty = [part for part in parts if part.size]
+    values = jnp.concatenate(not_empty)
     rows = values.reshape(-1, ROW)
     return jnp.sum(jnp.square(rows), axis=1)
 
@@ -60,7 +69,9 @@ def raveled(tree: Any) -> Any:
     The arrays then have the parameters' own layout in memory. cuDNN returns gradients in another
     layout, in which XLA would otherwise compute the update, transposing the parameters twice.
     """
-    return jax.tree.map(jnp.ravel, tree) if hand_tuned("vectors") else tree
+    if not hand_tuned("vectors"):
+        return tree
+    return jax.tree.map(jnp.ravel, tree)
 
 
 def after(known: jax.Array, *numbers: Any) -> tuple[Any, ...]:
@@ -70,17 +81,29 @@ def after(known: jax.Array, *numbers: Any) -> tuple[Any, ...]:
     """
     if not hand_tuned("vectors"):
         return numbers
-    never = (known != known) & (known == known)  # false even for NaN
-    return tuple(lax.optimization_barrier(jnp.where(never, 0, jnp.stack(numbers))))
+
+    # XLA does not see that this is false for every value, NaN included.
+    never = (known != known) & (known == known)
+    together = jnp.stack(numbers)
+    late = jnp.where(never, 0, together)
+
+    late = lax.optimization_barrier(late)
+    return tuple(late)
 
 
 def gathered(tree: Any) -> Any:
     """Reads the float32 scalars of a tree from one array, so that one kernel reads them all."""
     leaves, structure = jax.tree.flatten(tree)
-    places = [k for k, x in enumerate(leaves) if jnp.ndim(x) == 0 and x.dtype == jnp.float32]
+    places = []
+    for k, leaf in enumerate(leaves):
+        if jnp.ndim(leaf) == 0 and leaf.dtype == jnp.float32:
+            places.append(k)
+
     if not places or not hand_tuned("vectors"):
         return tree
-    scalars = lax.optimization_barrier(jnp.stack([leaves[k] for k in places]))
+
+    together = jnp.stack([leaves[k] for k in places])
+    scalars = lax.optimization_barrier(together)
     for k, scalar in zip(places, scalars, strict=True):
         leaves[k] = scalar
     return jax.tree.unflatten(structure, leaves)
