@@ -64,19 +64,30 @@ def _axes(shape, kernel_shape, strides, padding) -> list[Axis]:
         padding = lax.padtype_to_pads(sizes, windows, strides, padding)
 
     axes = []
-    for size, window, stride, (low, high) in zip(sizes, windows, strides, padding, strict=True):
-        out = (size + low + high - window) // stride + 1
-        kernel = -(-window // stride)
+    for size, window, stride, edges in zip(sizes, windows, strides, padding, strict=True):
+        low, high = edges
+        padded = low + size + high
+        out = (padded - window) // stride + 1
+        kernel = -(-window // stride)  # rounded up
 
         # Whole blocks of padding come first, and what remains is added to the image.
         ahead, first = divmod(low, stride)
+
         # Blocks behind the last position of the kernel are not read.
-        present = -(-(first + size) // stride)
+        present = -(-(first + size) // stride)  # rounded up
         read = out + kernel - 1 - ahead
         blocks = min(present, read)
-
         last = blocks * stride - first - size
-        axes.append(Axis(stride, kernel, blocks, ahead, (first, last), out))
+
+        axis = Axis(
+            stride=stride,
+            kernel=kernel,
+            blocks=blocks,
+            ahead=ahead,
+            edges=(first, last),
+            out=out,
+        )
+        axes.append(axis)
     return axes
 
 
@@ -91,17 +102,21 @@ def pays(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any) -> bool:
     It is slower if dy, with its zeros, is larger than the image: XLA then exchanges the two, and
     uses no library for the result.
     """
-    if x.dtype not in (jnp.float32, jnp.float64) or x.ndim != 4:
+    if x.ndim != 4:
+        return False
+    if x.dtype not in (jnp.float32, jnp.float64):
         return False
 
     rows, columns = _axes(x.shape, kernel.shape, strides, padding)
+
     examples = x.shape[0]
     products = examples * rows.out * columns.out * kernel.size
     if products < LEAST:
         return False
 
     height, width = kernel.shape[:2]
-    if rows.filled * columns.filled >= WASTE * height * width:
+    filled = rows.filled * columns.filled
+    if filled >= WASTE * height * width:
         return False
 
     gradient = _tall(rows) * columns.out
@@ -110,19 +125,32 @@ def pays(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def conv(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, precision: Any) -> jax.Array:
+def conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Any,
+    padding: Any,
+    precision: Any,
+) -> jax.Array:
     """Convolves x [N, H, W, C] with kernel [h, w, C, features]: returns [N, H', W', features]."""
     return _convolve(x, kernel, strides, padding, precision)
 
 
 def _convolve(x, kernel, strides, padding, precision):
     return lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=NUMBERS, precision=precision
+        x,
+        kernel,
+        strides,
+        padding,
+        dimension_numbers=NUMBERS,
+        precision=precision,
     )
 
 
 def _forward(x, kernel, *constants):
-    return _convolve(x, kernel, *constants), (x, kernel)
+    y = _convolve(x, kernel, *constants)
+    residuals = (x, kernel)
+    return y, residuals
 
 
 def _backward(strides, padding, precision, residuals, dy):
@@ -137,7 +165,8 @@ def _backward(strides, padding, precision, residuals, dy):
     def forward(x):
         return _convolve(x, kernel, strides, padding, precision)
 
-    (dx,) = jax.linear_transpose(forward, x)(dy)
+    transpose = jax.linear_transpose(forward, x)
+    (dx,) = transpose(dy)
 
     rows, columns = _axes(x.shape, kernel.shape, strides, padding)
     image = _image(x, rows, columns)
@@ -146,25 +175,48 @@ def _backward(strides, padding, precision, residuals, dy):
     # Without the barrier XLA makes the columns of zeros the convolution's own padding. The image is
     # then smaller than dy, and XLA exchanges the two (see `pays`).
     image, gradient = lax.optimization_barrier((image, gradient))
-    below = rows.kernel - 1 + _tall(rows) - rows.ahead - rows.blocks
-    edges = [(rows.ahead, below), (0, 0)]
-    blocks = _convolve(image, gradient, (1, 1), edges, precision)
-    return dx, _kernel(blocks, kernel.shape, rows, columns)
+
+    # With zeros above and below the image the result has `rows.kernel` rows. `_image` has already
+    # added the zeros at its sides.
+    padded = rows.kernel - 1 + _tall(rows)
+    below = padded - rows.ahead - rows.blocks
+    blocks = _convolve(
+        image,
+        gradient,
+        strides=(1, 1),
+        padding=[(rows.ahead, below), (0, 0)],
+        precision=precision,
+    )
+    dkernel = _kernel(blocks, kernel.shape, rows, columns)
+    return dx, dkernel
 
 
 def _image(x, rows: Axis, columns: Axis):
     """Makes x the image of the gradient's convolution: [stride * stride * C, blocks, blocks, N]."""
     examples, _, _, channels = x.shape
     zero = jnp.zeros((), x.dtype)
-    none = (0, 0, 0)
 
-    x = lax.pad(x, zero, [none, (*rows.edges, 0), (*columns.edges, 0), none])
-    x = x.reshape(examples, rows.blocks, rows.stride, columns.blocks, columns.stride, channels)
+    # The image is padded or cropped to whole blocks. `lax.pad` takes (before, after, between).
+    none = (0, 0, 0)
+    height = (*rows.edges, 0)
+    width = (*columns.edges, 0)
+    x = lax.pad(x, zero, [none, height, width, none])
+
+    # Each axis is split into blocks and the pixels of a block; these become channels.
+    x = x.reshape(
+        examples,
+        rows.blocks,
+        rows.stride,
+        columns.blocks,
+        columns.stride,
+        channels,
+    )
     x = x.transpose(2, 4, 5, 1, 3, 0)
     x = x.reshape(-1, rows.blocks, columns.blocks, examples)
 
     right = columns.reach - columns.ahead - columns.blocks
-    return lax.pad(x, zero, [none, none, (columns.ahead, right, 0), none])
+    sides = (columns.ahead, right, 0)
+    return lax.pad(x, zero, [none, none, sides, none])
 
 
 def _gradient(dy, rows: Axis):
@@ -172,16 +224,31 @@ def _gradient(dy, rows: Axis):
     zero = jnp.zeros((), dy.dtype)
     none = (0, 0, 0)
     below = _tall(rows) - rows.out
-    dy = lax.pad(dy, zero, [none, (0, below, 0), none, none])
+    height = (0, below, 0)
+    dy = lax.pad(dy, zero, [none, height, none, none])
     return dy.transpose(1, 2, 0, 3)
 
 
 def _kernel(blocks, shape, rows: Axis, columns: Axis):
     """Reorders the convolution's result by blocks to the kernel's gradient [h, w, C, features]."""
     height, width, channels, features = shape
-    blocks = blocks.reshape(rows.stride, columns.stride, channels, rows.kernel, columns.kernel, -1)
+    blocks = blocks.reshape(
+        rows.stride,
+        columns.stride,
+        channels,
+        rows.kernel,
+        columns.kernel,
+        features,
+    )
     blocks = blocks.transpose(3, 0, 4, 1, 2, 5)
-    filled = blocks.reshape(rows.filled, columns.filled, channels, features)
+    filled = blocks.reshape(
+        rows.filled,
+        columns.filled,
+        channels,
+        features,
+    )
+
+    # The zeros that filled up the kernel to whole blocks are cut off.
     return filled[:height, :width]
 
 
