@@ -54,8 +54,11 @@ __all__ = [
 ]
 
 
-# Of lax.dot_general: axis 1 of rows [M, C] and axis 0 of a matrix [C, features] are summed over.
-_ROWS_TIMES_MATRIX = (((1,), (0,)), ((), ()))
+# `lax.dot_general` takes the axes of both operands that are summed over, and those of a batch. Axis
+# 1 of rows [M, C] and axis 0 of a matrix [C, features] are summed over here.
+_SUMMED = ((1,), (0,))
+_BATCHED = ((), ())
+_ROWS_TIMES_MATRIX = (_SUMMED, _BATCHED)
 
 
 def conv(
@@ -79,13 +82,25 @@ def conv(
     from x's, `mixed.conv` is used.
     """
     if kernel.dtype != x.dtype:
-        return mixed.conv(x, kernel, strides, padding, feature_group_count, precision)
+        return mixed.conv(
+            x,
+            kernel,
+            strides,
+            padding,
+            feature_group_count,
+            precision,
+        )
 
-    dilations = {*(lhs_dilation or (1,)), *(options.get("rhs_dilation") or (1,))}
-    simple = feature_group_count == 1 and dilations == {1}
-    pointwise = simple and kernel.shape[:-2] == (1, 1) and {*strides} == {1}
-    if pointwise and hand_tuned("conv_1x1"):
-        rows = x.reshape(-1, x.shape[-1])
+    of_image = lhs_dilation or (1,)
+    of_kernel = options.get("rhs_dilation") or (1,)
+    dilated = {*of_image, *of_kernel} != {1}
+    simple = feature_group_count == 1 and not dilated
+
+    size = kernel.shape[:-2]
+    pointwise = size == (1, 1) and {*strides} == {1}
+    if simple and pointwise and hand_tuned("conv_1x1"):
+        channels = x.shape[-1]
+        rows = x.reshape(-1, channels)
         matrix = kernel[0, 0]
         y = lax.dot_general(
             rows,
@@ -96,8 +111,9 @@ def conv(
         )
         return y.reshape(*x.shape[:3], -1)
 
-    simple = simple and preferred_element_type is None and hand_tuned("kernel_gradient")
-    if simple and kernel_gradient.pays(x, kernel, strides, padding):
+    usable = simple and preferred_element_type is None
+    tuned = usable and hand_tuned("kernel_gradient")
+    if tuned and kernel_gradient.pays(x, kernel, strides, padding):
         return kernel_gradient.conv(x, kernel, strides, padding, precision)
 
     return lax.conv_general_dilated(
@@ -113,14 +129,27 @@ def conv(
     )
 
 
-def products(x: jax.Array, kernels: Sequence[jax.Array], precision: Any = None) -> list[jax.Array]:
+def products(
+    x: jax.Array,
+    kernels: Sequence[jax.Array],
+    precision: Any = None,
+) -> list[jax.Array]:
     """Convolves x [N, H, W, C] with several kernels [1, 1, C, features], in one product."""
     merged = jnp.concatenate(kernels, axis=-1)
-    merged = merged.astype(jnp.promote_types(merged.dtype, x.dtype))
-    numbers = ("NHWC", "HWIO", "NHWC")
-    y = conv(x, merged, (1, 1), "SAME", dimension_numbers=numbers, precision=precision)
-    ends = itertools.accumulate(kernel.shape[-1] for kernel in kernels)
-    return jnp.split(y, list(ends)[:-1], axis=-1)
+    dtype = jnp.promote_types(merged.dtype, x.dtype)
+    y = conv(
+        x,
+        merged.astype(dtype),
+        strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
+    )
+
+    # The result is split where the features of one kernel end and those of the next begin.
+    features = [kernel.shape[-1] for kernel in kernels]
+    ends = list(itertools.accumulate(features))
+    return jnp.split(y, ends[:-1], axis=-1)
 
 
 def max_pool(x: jax.Array, stride: int) -> jax.Array:
@@ -131,7 +160,12 @@ def max_pool(x: jax.Array, stride: int) -> jax.Array:
     """
     if hand_tuned("max_pool"):
         return _max_pool(x, stride)
-    return nn.max_pool(x, (3, 3), (stride, stride), "SAME")
+    return nn.max_pool(
+        x,
+        window_shape=(3, 3),
+        strides=(stride, stride),
+        padding="SAME",
+    )
 
 
 def max_pool_unpadded(x: jax.Array) -> jax.Array:
@@ -142,15 +176,23 @@ def max_pool_unpadded(x: jax.Array) -> jax.Array:
     odd ones SAME also pads before the first pixel.
     """
     height, width = x.shape[1:3]
-    if height % 2 or width % 2:
-        edges = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
+    odd_row = height % 2
+    odd_column = width % 2
+
+    # SAME pads an even size only behind the last pixel, so odd sizes are made even.
+    if odd_row or odd_column:
+        none = (0, 0)
+        edges = (none, (0, odd_row), (0, odd_column), none)
         x = jnp.pad(x, edges, constant_values=-jnp.inf)
-    return max_pool(x, 2)[:, : height // 2, : width // 2]
+
+    y = max_pool(x, 2)
+    return y[:, : height // 2, : width // 2]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _max_pool(x: jax.Array, stride: int) -> jax.Array:
-    return _max_and_place(x, stride)[0]
+    y, _ = _max_and_place(x, stride)
+    return y
 
 
 def _max_pool_forward(x: jax.Array, stride: int):
@@ -168,38 +210,52 @@ def _max_pool_backward(stride: int, residuals, dy: jax.Array):
     they stand alone, but to nine arrays in a whole network.)
     """
     place, shape = residuals
-    low = [_padding(n, stride)[0] for n in shape[1:3]]
-    cells = [-(-n // stride) for n in shape[1:3]]
+    examples, height, width, channels = shape
+    rows_before, _ = _padding(height, stride)
+    columns_before, _ = _padding(width, stride)
 
-    def sent(i: int, j: int, position: tuple[int, int]) -> jax.Array:
+    def sent(i: int, j: int, row: int, column: int) -> jax.Array:
         """Returns what this class of positions receives as value (i, j) of its windows."""
-        # The windows lie `shift` rows and columns further than this class of positions.
-        none = (0, 0, 0)
-        edges = [none]
-        for k, at, start in zip((i, j), position, low, strict=True):
-            shift = (at + start - k) // stride
-            edges.append((-shift, shift, 0))
-        edges.append(none)
+        is_maximum = place == 3 * i + j
+        part = jnp.where(is_maximum, dy, 0)
 
-        part = jnp.where(place == 3 * i + j, dy, 0)
+        # The windows lie `down` rows and `right` columns further than this class of positions.
+        down = (row + rows_before - i) // stride
+        right = (column + columns_before - j) // stride
+        none = (0, 0, 0)
+        edges = [none, (-down, down, 0), (-right, right, 0), none]
         return lax.pad(part, jnp.zeros((), dy.dtype), edges)
 
     def received(row: int, column: int) -> jax.Array:
         """Sums the gradients of the class of positions that begins at (row, column)."""
-        rows = [i for i in range(3) if (row + low[0] - i) % stride == 0]
-        columns = [j for j in range(3) if (column + low[1] - j) % stride == 0]
-        parts = [sent(i, j, (row, column)) for i in rows for j in columns]
+        parts = []
+        for i in range(3):
+            if (row + rows_before - i) % stride != 0:
+                continue
+            for j in range(3):
+                if (column + columns_before - j) % stride != 0:
+                    continue
+                parts.append(sent(i, j, row, column))
         return functools.reduce(jnp.add, parts)
 
     if stride == 1:
         return (received(0, 0),)
 
     # The classes are interleaved: first columns, then rows.
-    lines = [jnp.stack([received(i, j) for j in range(stride)], 3) for i in range(stride)]
-    height = stride * cells[0]
-    width = stride * cells[1]
-    dx = jnp.stack(lines, 2).reshape(shape[0], height, width, shape[3])
-    return (dx[:, : shape[1], : shape[2]],)
+    lines = []
+    for row in range(stride):
+        classes = [received(row, column) for column in range(stride)]
+        lines.append(jnp.stack(classes, axis=3))
+    dx = jnp.stack(lines, axis=2)
+
+    # There may be more rows and columns than x has, as every class has y's size.
+    dx = dx.reshape(
+        examples,
+        stride * place.shape[1],
+        stride * place.shape[2],
+        channels,
+    )
+    return (dx[:, :height, :width],)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
@@ -207,28 +263,41 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 def _max_and_place(x: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
     """Returns the maxima and, as uint8, which of the window's 9 values each of them is."""
-    edges = [_padding(n, stride) for n in x.shape[1:3]]
-    padded = jnp.pad(x, ((0, 0), *edges, (0, 0)), constant_values=-jnp.inf)
-    height, width = (-(-n // stride) for n in x.shape[1:3])
+    examples, height, width, channels = x.shape
+    none = (0, 0)
+    edges = (none, _padding(height, stride), _padding(width, stride), none)
+    padded = jnp.pad(x, edges, constant_values=-jnp.inf)
 
     def value(k: int) -> jax.Array:
         """Returns value k of all windows."""
         i, j = divmod(k, 3)
-        last_row = i + stride * (height - 1)
-        last_column = j + stride * (width - 1)
-        stop = (x.shape[0], last_row + 1, last_column + 1, x.shape[3])
-        return lax.slice(padded, (0, i, j, 0), stop, (1, stride, stride, 1))
+        last_row = i + stride * (_windows(height, stride) - 1)
+        last_column = j + stride * (_windows(width, stride) - 1)
+        return lax.slice(
+            padded,
+            start_indices=(0, i, j, 0),
+            limit_indices=(examples, last_row + 1, last_column + 1, channels),
+            strides=(1, stride, stride, 1),
+        )
 
     best = value(0)
     place = jnp.zeros(best.shape, jnp.uint8)
     for k in range(1, 9):
         found = value(k)
+        # A value that equals the best so far does not replace it: the first of them counts.
         place = jnp.where(found > best, jnp.uint8(k), place)
         best = jnp.maximum(found, best)
     return best, place
 
 
+def _windows(size: int, stride: int) -> int:
+    """Returns the number of windows along one axis, padded as SAME: size / stride, rounded up."""
+    return -(-size // stride)
+
+
 def _padding(size: int, stride: int) -> tuple[int, int]:
     """Returns the SAME padding of a window of 3 along one axis: before and after."""
-    total = max((-(-size // stride) - 1) * stride + 3 - size, 0)
-    return total // 2, total - total // 2
+    last = (_windows(size, stride) - 1) * stride
+    total = max(last + 3 - size, 0)
+    before = total // 2
+    return before, total - before
