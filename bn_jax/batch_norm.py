@@ -52,7 +52,11 @@ def init_stats(shape, dtype=jnp.float32) -> Stats:
 
     The first update replaces them entirely. shape: that of the features, e.g. (channels,).
     """
-    return Stats(jnp.zeros(shape, dtype), jnp.ones(shape, dtype), jnp.zeros((), jnp.float32))
+    return Stats(
+        mean=jnp.zeros(shape, dtype),
+        var=jnp.ones(shape, dtype),
+        count=jnp.zeros((), jnp.float32),
+    )
 
 
 def normalize(
@@ -104,35 +108,63 @@ def normalize(
     Warns once in a process if the installed jaxlib computes some sums wrongly on CPUs.
     """
     _warn_of_wrong_sums()
+
     layout = _layout(x, axis, train, group_size, axis_name, relu)
-    _check(x, layout, train, scale=scale, offset=offset, mean=stats.mean, var=stats.var)
+    _check(
+        x,
+        layout,
+        train,
+        scale=scale,
+        offset=offset,
+        mean=stats.mean,
+        var=stats.var,
+    )
     _check_numbers(epsilon, momentum)
     if train:
         _check_precision(stats)
     if mask is not None:
         mask = _check_mask(x, mask, layout)
 
-    def run(x, scale, offset, stats, mask, epsilon, momentum):
-        return _normalize(x, scale, offset, stats, mask, epsilon, momentum, train, layout)
+    def run(*inputs):
+        return _normalize(*inputs, train=train, layout=layout)
 
     arrays = (x, scale, offset, stats, mask, epsilon, momentum)
+
     explicit = _explicit_axes(x)
     if explicit:
         # A group that lies on several devices has a layout that Explicit shardings cannot express.
         # So XLA chooses the shardings inside, as it does for Auto axes.
-        outputs = jax.tree.map(functools.partial(_explicit_sharding, x), (x, stats))
+        sharding = functools.partial(_explicit_sharding, x)
+        outputs = jax.tree.map(sharding, (x, stats))
         run = jax.sharding.auto_axes(run, axes=explicit, out_sharding=outputs)
         arrays = jax.tree.map(jnp.asarray, arrays)
     return run(*arrays)
 
 
-def _normalize(x, scale, offset, stats, mask, epsilon, momentum, train, layout):
+def _normalize(
+    x,
+    scale,
+    offset,
+    stats,
+    mask,
+    epsilon,
+    momentum,
+    *,
+    train,
+    layout,
+):
     """Does the work of `normalize`, whose arguments have been checked."""
-    gamma = None if scale is None else jnp.reshape(scale, layout.features)
-    beta = None if offset is None else jnp.reshape(offset, layout.features)
+    dtype = _wide(x.dtype)
+
+    gamma = None
+    beta = None
+    if scale is not None:
+        gamma = jnp.reshape(scale, layout.features)
+    if offset is not None:
+        beta = jnp.reshape(offset, layout.features)
     x_G = jnp.reshape(x, layout.shape)
+
     if not train:
-        dtype = _wide(x.dtype)
         running_mean = jnp.reshape(stats.mean, layout.features).astype(dtype)
         running_var = jnp.reshape(stats.var, layout.features).astype(dtype)
         rstd = lax.rsqrt(running_var + _as(epsilon, dtype))
@@ -142,9 +174,20 @@ def _normalize(x, scale, offset, stats, mask, epsilon, momentum, train, layout):
     gamma = _vary_like(x, gamma)
     beta = _vary_like(x, beta)
     m = None if mask is None else _counts(mask, layout)
-    y, mean, var = _batch_norm(x_G, gamma, beta, mask, m, _as(epsilon, _wide(x.dtype)), layout)
+    y, mean, var = _batch_norm(
+        x_G,
+        gamma,
+        beta,
+        mask,
+        m,
+        _as(epsilon, dtype),
+        layout,
+    )
     mean, var, usable = _pool(mean, var, m, layout)
-    return jnp.reshape(y, x.shape), _update(stats, mean, var, usable, momentum)
+
+    y = jnp.reshape(y, x.shape)
+    updated = _update(stats, mean, var, usable, momentum)
+    return y, updated
 
 
 # The layout of x in groups, and the checks of arguments.
@@ -169,12 +212,21 @@ class _Layout(NamedTuple):
     @property
     def over(self) -> tuple[int, ...]:
         """The axes of x over which the statistics of a group are taken."""
-        return (self.parts, *self.axes) if self.merged else self.axes
+        if self.merged:
+            return (self.parts, *self.axes)
+        return self.axes
 
     @property
     def values(self) -> int:
         """The number of values behind a part's statistic, if there is no mask."""
         return math.prod(self.shape[a] for a in self.axes)
+
+    @property
+    def group_values(self) -> int:
+        """The number of this device's values behind a group's statistic, if there is no mask."""
+        if self.merged:
+            return self.values * self.shape[self.parts]
+        return self.values
 
 
 def _layout(x, axis, train, group_size, axis_name, relu) -> _Layout:
@@ -204,13 +256,24 @@ def _layout(x, axis, train, group_size, axis_name, relu) -> _Layout:
 
     # The axes behind that of the examples move by one.
     shape = (*x.shape[:b], parts, n // parts, *x.shape[b + 1 :])
-    split = {a + (a > b) for a in features}
+    moved = {a + 1 if a > b else a for a in features}
+
+    summed = []
+    parameter = []
+    for a, size in enumerate(shape):
+        if a in moved:
+            parameter.append(size)
+            continue
+        parameter.append(1)
+        if a != b:
+            summed.append(a)
+
     return _Layout(
         shape=shape,
         parts=b,
-        axes=tuple(a for a in range(x.ndim + 1) if a not in split and a != b),
-        features=tuple(s if a in split else 1 for a, s in enumerate(shape)),
-        stats_shape=tuple(shape[a] for a in sorted(split)),
+        axes=tuple(summed),
+        features=tuple(parameter),
+        stats_shape=tuple(shape[a] for a in sorted(moved)),
         merged=train and group_size is None,
         axis_name=axis_name,
         relu=relu,
@@ -261,17 +324,23 @@ def _check(x, layout: _Layout, train: bool, **per_feature) -> None:
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"batch_norm: x has dtype {x.dtype}, but must be floating point")
+
     for name, value in per_feature.items():
-        if value is not None and jnp.shape(value) != layout.stats_shape:
+        if value is None:
+            continue
+        shape = jnp.shape(value)
+        if shape != layout.stats_shape:
             raise ValueError(
-                f"batch_norm: {name} has shape {jnp.shape(value)}, but the features of x "
+                f"batch_norm: {name} has shape {shape}, but the features of x "
                 f"{x.shape} have {layout.stats_shape}"
             )
+
     if not train:
         return
     if 0 in x.shape:
         raise ValueError(f"batch_norm: x of shape {x.shape} is empty; training needs values")
-    m = layout.values * (layout.shape[layout.parts] if layout.merged else 1)
+
+    m = layout.group_values
     if layout.merged and layout.axis_name is not None:
         m = m * lax.axis_size(layout.axis_name)
     if not is_symbolic_dim(m) and m < 2:
@@ -292,15 +361,23 @@ def refuse_index_groups(groups) -> None:
 
 def _check_numbers(epsilon, momentum) -> None:
     """Raises ValueError for constants out of range; traced values cannot be checked."""
-    known = [not isinstance(value, jax.core.Tracer) for value in (epsilon, momentum)]
-    if (known[0] and not epsilon >= 0) or (known[1] and not 0 <= momentum <= 1):
+    # NaN is refused, too: it compares as false with everything.
+    allowed = True
+    if not isinstance(epsilon, jax.core.Tracer):
+        allowed = bool(epsilon >= 0)
+    if allowed and not isinstance(momentum, jax.core.Tracer):
+        allowed = bool(0 <= momentum <= 1)
+
+    if not allowed:
         raise ValueError(f"batch_norm: {epsilon=} must be >= 0, and {momentum=} within 0..1")
 
 
 def _check_precision(stats: Stats) -> None:
     """Raises TypeError for statistics in which small updates would be lost."""
     for name, value in stats._asdict().items():
-        if value is not None and _wide(value.dtype) != value.dtype:
+        if value is None:
+            continue
+        if _wide(value.dtype) != value.dtype:
             raise TypeError(
                 f"batch_norm: the running {name} has dtype {value.dtype}, in which updates are "
                 "lost; training needs float32: cast `params` only, and leave `batch_stats` as is"
@@ -314,9 +391,13 @@ SAFE_SUMS = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
 
 def sums_may_be_wrong() -> bool:
     """Whether this jaxlib computes some sums on CPUs wrongly and XLA_FLAGS does not prevent it."""
-    release = tuple(map(int, jaxlib.__version__.split(".")[:2]))
-    option = SAFE_SUMS.partition("=")[0]
-    return release < (0, 11) and option not in os.environ.get("XLA_FLAGS", "")
+    major, minor = jaxlib.__version__.split(".")[:2]
+    if (int(major), int(minor)) >= (0, 11):
+        return False
+
+    # The flag counts as set, whatever its value is.
+    option, _, _ = SAFE_SUMS.partition("=")
+    return option not in os.environ.get("XLA_FLAGS", "")
 
 
 @functools.cache  # one warning in a process, whatever the filter of warnings
@@ -338,16 +419,34 @@ def _check_mask(x, mask, layout: _Layout):
     """
     mask = jnp.asarray(mask, bool)
     b = layout.parts
-    if mask.ndim == 1 and mask.shape[0] == x.shape[b]:
-        mask = jnp.reshape(mask, [x.shape[b] if a == b else 1 for a in range(x.ndim)])
-    full = (1,) * (x.ndim - mask.ndim) + mask.shape
-    if len(full) > x.ndim or any(s not in (1, t) for s, t in zip(full, x.shape, strict=True)):
+    examples = x.shape[b]
+
+    # [examples] becomes [1, ..., examples, ..., 1], of the rank of x.
+    if mask.ndim == 1 and mask.shape[0] == examples:
+        shape = [1] * x.ndim
+        shape[b] = examples
+        mask = jnp.reshape(mask, shape)
+
+    # A mask of lower rank gets axes of size 1 in front, as in NumPy's broadcasting.
+    missing = x.ndim - mask.ndim
+    full = (1,) * missing + mask.shape
+    fits = missing >= 0
+    if fits:
+        pairs = zip(full, x.shape, strict=True)
+        fits = all(size in (1, size_of_x) for size, size_of_x in pairs)
+    if not fits:
         raise ValueError(
-            f"batch_norm: mask has shape {mask.shape}, but must have ({x.shape[b]},) or "
+            f"batch_norm: mask has shape {mask.shape}, but must have ({examples},) or "
             f"broadcast to x, {x.shape}"
         )
-    mask = jnp.broadcast_to(jnp.reshape(mask, full), (*full[:b], x.shape[b], *full[b + 1 :]))
-    return jnp.reshape(mask, (*full[:b], *layout.shape[b : b + 2], *full[b + 1 :]))
+
+    before = full[:b]
+    behind = full[b + 1 :]
+    mask = jnp.reshape(mask, full)
+    mask = jnp.broadcast_to(mask, (*before, examples, *behind))
+
+    parts, examples_of_part = layout.shape[b : b + 2]
+    return jnp.reshape(mask, (*before, parts, examples_of_part, *behind))
 
 
 # Algorithm 1. Here x is [..., parts, examples of a part, ...]; statistics keep every axis.
@@ -359,10 +458,14 @@ def _batch_norm_forward(x, gamma, beta, mask, m, epsilon, layout: _Layout):
     m: the number of values behind each statistic, as `_counts` gives it; None if there is no mask.
     """
     mean, rest, var = _moments(x, mask, m, layout)
+
     if layout.merged:
+        merged = _merge_parts(mean, rest, var, m, layout)
         # Without a barrier XLA on CPU merges the parts again for every value of y.
-        mean, var = lax.optimization_barrier(_merge_parts(mean, rest, var, m, layout))
-    y = _affine(x, mean, lax.rsqrt(var + epsilon), gamma, beta, mask, layout.relu)
+        mean, var = lax.optimization_barrier(merged)
+
+    rstd = lax.rsqrt(var + epsilon)
+    y = _affine(x, mean, rstd, gamma, beta, mask, layout.relu)
     return y, mean, var
 
 
@@ -375,23 +478,32 @@ def _moments(x, mask, m, layout: _Layout):
     """
     axes = layout.axes
     x = _promote(x)
-    m = _number(layout.values, x.dtype) if m is None else jnp.maximum(m.part, 1).astype(x.dtype)
+    if m is None:
+        m = _number(layout.values, x.dtype)
+    else:
+        at_least_one = jnp.maximum(m.part, 1)
+        m = at_least_one.astype(x.dtype)
+
     sample, valid = _sample(x, mask, layout)
-    near = jnp.sum(sample, axes, keepdims=True, where=valid)
-    near = near / _count(sample.shape, valid, axes, x.dtype)
+    total = jnp.sum(sample, axes, keepdims=True, where=valid)
+    near = total / _count(sample.shape, valid, axes, x.dtype)
     # It is rounded to 16 bits: otherwise a fused multiply-add here would see another value than the
     # sums do.
     form = jnp.finfo(near.dtype)
     near = lax.reduce_precision(near, form.nexp, 16)
+
     # One value gets two names: else XLA on CPU writes x - near to memory because two sums share it.
     near, near_too = lax.optimization_barrier((near, near))
     first = _masked_sum(x - near, mask, axes) / m
-    second = _masked_sum(jnp.square(x - near_too), mask, axes) / m
+    squares = jnp.square(x - near_too)
+    second = _masked_sum(squares, mask, axes) / m
     var = jnp.maximum(second - jnp.square(first), 0)
+
     # It is rounded by one bit for the same reason: everything that reads the mean sees one value.
     first = lax.reduce_precision(first, form.nexp, form.nmant - 1)
     mean = near + first
-    return mean, first - (mean - near), var
+    rest = first - (mean - near)
+    return mean, rest, var
 
 
 # jaxlib 0.10 with SAFE_SUMS adds numbers one after the other; a sum in two stages rounds less.
@@ -404,11 +516,18 @@ def _masked_sum(values, mask, axes):
     XLA on CPU writes selected arrays to memory, and the sums are smaller than the values.
     """
     examples, *others = axes
-    if mask is None or any(mask.shape[a] > 1 for a in range(mask.ndim) if a > examples):
+    whole_examples = False
+    if mask is not None:
+        behind = mask.shape[examples + 1 :]
+        whole_examples = not any(size > 1 for size in behind)
+
+    if not whole_examples:
         if others and _SUMS_IN_TURN:
-            values = lax.optimization_barrier(jnp.sum(values, others, keepdims=True, where=mask))
-            return jnp.sum(values, examples, keepdims=True)
+            of_examples = jnp.sum(values, others, keepdims=True, where=mask)
+            of_examples = lax.optimization_barrier(of_examples)
+            return jnp.sum(of_examples, examples, keepdims=True)
         return jnp.sum(values, axes, keepdims=True, where=mask)
+
     if others:
         values = jnp.sum(values, others, keepdims=True)
     return jnp.sum(values, examples, keepdims=True, where=mask)
@@ -424,20 +543,28 @@ def _sample(x, mask, layout: _Layout):
     examples, *others = layout.axes
     n = x.shape[examples]
     few = -(-n // 8)
-    per_feature = [a for a, size in enumerate(layout.features) if size > 1]
-    if mask is not None and any(mask.shape[a] > 1 for a in per_feature):
-        return x, mask
-    if others and not is_symbolic_dim(n) and (mask is None or mask.shape[others[0]] == 1):
-        # A few rows of each example are taken, so that the sample is a thirtieth of the part.
-        rows = x.shape[others[0]] // (32 * few // n)
-        x = lax.slice_in_dim(x, 0, max(rows, 1), axis=others[0])
+
+    if mask is not None:
+        feature_axes = [a for a, size in enumerate(layout.features) if size > 1]
+        if any(mask.shape[a] > 1 for a in feature_axes):
+            return x, mask
+
+    if others and not is_symbolic_dim(n):
+        height = others[0]
+        if mask is None or mask.shape[height] == 1:
+            # A few rows of each example are taken, so that the sample is a thirtieth of the part.
+            rows = x.shape[height] // (32 * few // n)
+            x = lax.slice_in_dim(x, 0, max(rows, 1), axis=height)
+
     if mask is None:
         return lax.slice_in_dim(x, 0, few, axis=examples), None
+
     counts = jnp.sum(mask, others, keepdims=True, dtype=jnp.float32)
     order = jnp.argsort(-counts, examples, stable=True)
     index = lax.slice_in_dim(order, 0, few, axis=examples)
     x = jnp.take_along_axis(x, index, examples)
-    return x, jnp.take_along_axis(mask, index, examples)
+    mask = jnp.take_along_axis(mask, index, examples)
+    return x, mask
 
 
 def _merge_parts(mean, rest, var, m, layout: _Layout):
@@ -461,6 +588,7 @@ def _merge_parts(mean, rest, var, m, layout: _Layout):
         parts = m.parts.astype(dtype)
         whole = jnp.maximum(m.whole, 1).astype(dtype)
         top = jnp.where(parts > 0, means, -jnp.finfo(dtype).max)
+
     squares = _sum_parts(part * (var + jnp.square(rest)), layout)
     lost = _sum_parts(part * rest, layout) / whole
     product = _sum_parts(part * rest * mean, layout) / whole
@@ -471,9 +599,15 @@ def _merge_parts(mean, rest, var, m, layout: _Layout):
         near = jnp.where(m.whole > 0, near, 0)
     offset = means - near
     shift = jnp.sum(parts * offset, axis, keepdims=True) / whole
-    between = jnp.sum(parts * jnp.square(offset - shift), axis, keepdims=True)
-    var = (squares + between) / whole + 2 * (product - (near + shift) * lost)
-    return near + (shift + lost), jnp.maximum(var, 0)
+    deviations = jnp.square(offset - shift)
+    between = jnp.sum(parts * deviations, axis, keepdims=True)
+
+    # `correction` is what the rounding errors of the means contribute to the variance.
+    uncorrected = (squares + between) / whole
+    correction = 2 * (product - (near + shift) * lost)
+    var = uncorrected + correction
+    mean = near + (shift + lost)
+    return mean, jnp.maximum(var, 0)
 
 
 def _gather(value, layout: _Layout):
@@ -483,26 +617,32 @@ def _gather(value, layout: _Layout):
         n = value.shape[axis]
         if n == 1:
             return value
+
         # Each part writes into a place of its own, and the sum over the parts sends all to all.
         value = jnp.expand_dims(value, axis)
-        rows = lax.broadcasted_iota(jnp.int32, (n, n), 0)
-        columns = lax.broadcasted_iota(jnp.int32, (n, n), 1)
+        rows = lax.broadcasted_iota(jnp.int32, (n, n), dimension=0)
+        columns = lax.broadcasted_iota(jnp.int32, (n, n), dimension=1)
         mine = rows == columns
         others = [a for a in range(value.ndim) if a not in (axis, axis + 1)]
         mine = jnp.expand_dims(mine, others)
-        return jnp.sum(jnp.where(mine, value, 0), axis + 1)
+        placed = jnp.where(mine, value, 0)
+        return jnp.sum(placed, axis + 1)
 
     n = lax.axis_size(layout.axis_name)
-    shape = tuple(n if a == axis else 1 for a in range(value.ndim))
-    places = lax.broadcasted_iota(jnp.int32, shape, axis)
+    shape = [1] * value.ndim
+    shape[axis] = n
+    places = lax.broadcasted_iota(jnp.int32, tuple(shape), axis)
     mine = places == lax.axis_index(layout.axis_name)
-    return lax.psum(jnp.where(mine, value, 0), layout.axis_name)
+    placed = jnp.where(mine, value, 0)
+    return lax.psum(placed, layout.axis_name)
 
 
 def _sum_parts(value, layout: _Layout):
     """Sums over the parts of all devices."""
-    value = jnp.sum(value, layout.parts, keepdims=True)
-    return value if layout.axis_name is None else lax.psum(value, layout.axis_name)
+    total = jnp.sum(value, layout.parts, keepdims=True)
+    if layout.axis_name is None:
+        return total
+    return lax.psum(total, layout.axis_name)
 
 
 class _Counts(NamedTuple):
@@ -518,26 +658,33 @@ def _counts(mask, layout: _Layout) -> _Counts:
     if not layout.merged:
         return _Counts(part, part, part)
     parts = _gather(part, layout)
-    return _Counts(part, parts, jnp.sum(parts, layout.parts, keepdims=True))
+    whole = jnp.sum(parts, layout.parts, keepdims=True)
+    return _Counts(part, parts, whole)
 
 
 def _masked_count(shape, mask, axes):
+    """Returns the number of valid values along `axes` of an array of this shape."""
+    # A mask of size 1 along an axis counts once for each place of that axis.
     repeats = math.prod(shape[a] for a in axes if mask.shape[a] == 1)
-    return jnp.sum(mask, axes, keepdims=True, dtype=jnp.float32) * _number(repeats, jnp.float32)
+    valid = jnp.sum(mask, axes, keepdims=True, dtype=jnp.float32)
+    return valid * _number(repeats, jnp.float32)
 
 
 def _count(shape, mask, axes, dtype):
     """Returns the number of values that enter a sum over `axes`, at least 1."""
     if mask is None:
-        return _number(math.prod(shape[a] for a in axes), dtype)
-    return jnp.maximum(_masked_count(shape, mask, axes), 1).astype(dtype)
+        size = math.prod(shape[a] for a in axes)
+        return _number(size, dtype)
+    valid = _masked_count(shape, mask, axes)
+    return jnp.maximum(valid, 1).astype(dtype)
 
 
 def _whole(m, layout: _Layout, dtype):
     """Returns the number of values behind the statistics of a group, at least 1."""
     if m is not None:
         return jnp.maximum(m.whole, 1).astype(dtype)
-    values = layout.values * (layout.shape[layout.parts] if layout.merged else 1)
+
+    values = layout.group_values
     if layout.merged and layout.axis_name is not None:
         values = values * lax.axis_size(layout.axis_name)
     return _number(values, dtype)
@@ -545,13 +692,18 @@ def _whole(m, layout: _Layout, dtype):
 
 def _number(value, dtype):
     """Makes a size a number to compute with: a constant, unless it is symbolic (jax.export)."""
-    return jnp.asarray(value).astype(dtype) if is_symbolic_dim(value) else value
+    if is_symbolic_dim(value):
+        return jnp.asarray(value).astype(dtype)
+    return value
 
 
 def _affine(x, mean, rstd, gamma, beta, mask, relu):
     """Returns y = gamma * (x - mean) * rstd + beta (Alg. 1, lines 3 and 4), in x's dtype."""
     centered = _promote(x) - mean
-    gain = rstd if gamma is None else rstd * gamma.astype(rstd.dtype)
+    gain = rstd
+    if gamma is not None:
+        gain = rstd * gamma.astype(rstd.dtype)
+
     y = centered * gain
     if beta is not None:
         y = y + beta.astype(y.dtype)
@@ -590,12 +742,13 @@ def _batch_norm_jvp(layout, primals, tangents):
     x, gamma, beta, mask, m, epsilon = primals
     y, mean, var = _batch_norm(*primals, layout)
     rstd = lax.rsqrt(var + epsilon)
+
     # x is kept and not x_hat: the layer before holds x anyway, so this one adds two vectors only.
     known = _Known(x, mean, rstd, gamma, beta, mask, m)
-    dx, dgamma, dbeta, _, _, depsilon = (
-        None if isinstance(t, SymbolicZero) else t for t in tangents
-    )
-    return (y, mean, var), _linear(known, (dx, dgamma, dbeta, depsilon), layout)
+    given = [None if isinstance(t, SymbolicZero) else t for t in tangents]
+    dx, dgamma, dbeta, _, _, depsilon = given
+    moved = _linear(known, (dx, dgamma, dbeta, depsilon), layout)
+    return (y, mean, var), moved
 
 
 class _Known(NamedTuple):
@@ -623,7 +776,9 @@ def _tangents(known: _Known, inputs, layout: _Layout):
 
     dmean = _sum_values(dx, layout) / m
     dvar = 2 * _sum_values(dx * centered, layout) / m
-    drstd = -(dvar if depsilon is None else dvar + depsilon) * rstd * rstd * rstd / 2
+    under_root = dvar if depsilon is None else dvar + depsilon  # the change of var + epsilon
+    drstd = -under_root * rstd * rstd * rstd / 2
+
     gain = rstd
     dgain = drstd
     if gamma is not None:
@@ -632,6 +787,7 @@ def _tangents(known: _Known, inputs, layout: _Layout):
         dgain = drstd * gamma
         if dgamma is not None:
             dgain = dgain + rstd * dgamma.astype(rstd.dtype)
+
     dy = (dx - dmean) * gain + centered * dgain
     if dbeta is not None:
         dy = dy + dbeta.astype(dy.dtype)
@@ -649,7 +805,9 @@ def _cotangents(known: _Known, outputs, layout: _Layout):
     dy, mean_in, var_in = outputs
     m = _whole(m, layout, mean.dtype)
     g = 1 if gamma is None else gamma.astype(rstd.dtype)
-    if layout.axis_name is not None and layout.merged and not _varying(x):
+
+    between_devices = layout.axis_name is not None and layout.merged
+    if between_devices and not _varying(x):
         # Without vma types every device has its own loss, and the gradient is that of their sum.
         mean_in, var_in = lax.psum((mean_in, var_in), layout.axis_name)
 
@@ -663,20 +821,26 @@ def _cotangents(known: _Known, outputs, layout: _Layout):
             late, late_too = lax.optimization_barrier((late, late))
             positive = _affine(x, late_too, rstd, gamma, beta, None, False) > 0
             keep = positive if mask is None else positive & mask
-        dy_in = _promote(dy) if keep is None else jnp.where(keep, _promote(dy), 0)
+
+        dy_in = _promote(dy)
+        if keep is not None:
+            dy_in = jnp.where(keep, dy_in, 0)
         centered = _promote(x) - late
         if mask is not None:
             centered = jnp.where(mask, centered, 0)
         return dy_in, centered
 
     # Each part waits for its own first value of dy, so that no device waits for another.
-    first_of_each = tuple(slice(1 if a in layout.axes else None) for a in range(dy.ndim))
-    dy_in, centered = read(dy[first_of_each])
+    first_of_each = [slice(None)] * dy.ndim
+    for a in layout.axes:
+        first_of_each[a] = slice(1)
+    dy_in, centered = read(dy[tuple(first_of_each)])
+
     sum_dy, sum_product = _two_sums(dy_in, dy_in * centered, layout)
     sum_dy_xhat = sum_product * rstd
     dgamma = _sum_like(gamma, sum_dy_xhat)
     dbeta = _sum_like(beta, sum_dy)
-    if layout.axis_name is not None and layout.merged:
+    if between_devices:
         sum_dy, sum_dy_xhat = lax.psum((sum_dy, sum_dy_xhat), layout.axis_name)
 
     dvar_y = -g * sum_dy_xhat * jnp.square(rstd) / 2
@@ -693,7 +857,10 @@ def _cotangents(known: _Known, outputs, layout: _Layout):
     dx = dy_in * (g * rstd) + centered * (2 * dvar / m) + dmean / m
     if mask is not None:
         dx = jnp.where(mask, dx, 0)
-    return dx.astype(x.dtype), dgamma, dbeta, jnp.sum(dvar_y)
+    dx = dx.astype(x.dtype)
+
+    depsilon = jnp.sum(dvar_y)
+    return dx, dgamma, dbeta, depsilon
 
 
 def _first(first, _):
@@ -718,7 +885,8 @@ def _sum_like(p, total):
     if p is None:
         return None
     groups = tuple(a for a in range(p.ndim) if p.shape[a] != total.shape[a])
-    return jnp.sum(total, groups, keepdims=True).astype(p.dtype)
+    total = jnp.sum(total, groups, keepdims=True)
+    return total.astype(p.dtype)
 
 
 def _two_sums(a, b, layout: _Layout):
@@ -729,7 +897,9 @@ def _two_sums(a, b, layout: _Layout):
 
 
 def _sums_apart(a, b, layout: _Layout):
-    return tuple(jnp.sum(value, layout.over, keepdims=True) for value in (a, b))
+    sum_a = jnp.sum(a, layout.over, keepdims=True)
+    sum_b = jnp.sum(b, layout.over, keepdims=True)
+    return sum_a, sum_b
 
 
 def _sums_together(a, b, layout: _Layout):
@@ -740,9 +910,11 @@ def _sums_together(a, b, layout: _Layout):
     """
     # XLA splits a sum of 6,272 values (32 maps of 14 x 14) into two stages, but not one of 1,568,
     # whose operands it writes to memory first. So short sums are split into two stages here.
+    short = not is_symbolic_dim(layout.values) and layout.values < 4096
     stages = [layout.axes]
-    if not is_symbolic_dim(layout.values) and layout.values < 4096 and len(layout.axes) > 1:
-        stages = [layout.axes[1:], layout.axes[:1]]
+    if short and len(layout.axes) > 1:
+        examples, *others = layout.axes
+        stages = [tuple(others), (examples,)]
 
     zero = jnp.zeros((), a.dtype)
     sums: tuple[jax.Array, ...] = (a, b)
@@ -757,7 +929,9 @@ def _sums_together(a, b, layout: _Layout):
 
 
 def _add_pairs(left, right):
-    return left[0] + right[0], left[1] + right[1]
+    a = left[0] + right[0]
+    b = left[1] + right[1]
+    return a, b
 
 
 def _after(known, value):
@@ -770,8 +944,9 @@ def _after(known, value):
 
     def behind_barrier(known, value):
         # XLA for GPUs keeps the barrier until kernels are made; `where` would be one more kernel.
-        late = lax.optimization_barrier((known, value))[1]
-        return jnp.broadcast_to(_vary_like(known, late), shape)
+        _, late = lax.optimization_barrier((known, value))
+        late = _vary_like(known, late)
+        return jnp.broadcast_to(late, shape)
 
     return lax.platform_dependent(known, value, cuda=behind_barrier, default=chosen)
 
@@ -789,17 +964,26 @@ def _linear(known: _Known, inputs, layout: _Layout):
 
     def forward(*args):
         known = jax.tree.unflatten(known_tree, args[:n])
-        return _tangents(known, jax.tree.unflatten(inputs_tree, args[n:]), layout)
+        inputs = jax.tree.unflatten(inputs_tree, args[n:])
+        return _tangents(known, inputs, layout)
 
     def transpose(*args):
         known = jax.tree.unflatten(known_tree, args[:n])
         found = _cotangents(known, args[n:], layout)
         return [value for value, there in zip(found, present, strict=True) if there]
 
-    names = layout.axis_name
-    names = (names,) if isinstance(names, str) else tuple(names or ())
-    params = {"forward": forward, "transpose": transpose, "known": n, "names": names}
-    return tuple(_linear_p.bind(*leaves, *given, **params))
+    names = layout.axis_name or ()
+    if isinstance(names, str):
+        names = (names,)
+    outputs = _linear_p.bind(
+        *leaves,
+        *given,
+        forward=forward,
+        transpose=transpose,
+        known=n,
+        names=tuple(names),
+    )
+    return tuple(outputs)
 
 
 def _linear_run(*args, forward: Callable, **_):
@@ -812,9 +996,15 @@ def _linear_avals(x, mean, *_, **__):
 
 def _linear_jvp(primals, tangents, *, forward, known, **params):
     bind = functools.partial(_linear_p.bind, forward=forward, known=known, **params)
+
+    # It is linear in its inputs: if only these move, the derivative is the primitive itself.
     if all(type(t) is ad.Zero for t in tangents[:known]):
         inputs = [ad.instantiate_zeros(t) for t in tangents[known:]]
-        return bind(*primals), bind(*primals[:known], *inputs)
+        outputs = bind(*primals)
+        moved = bind(*primals[:known], *inputs)
+        return outputs, moved
+
+    # Otherwise jax differentiates `_tangents`, by the arguments that move.
     moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
 
     def along(*some):
@@ -823,27 +1013,47 @@ def _linear_jvp(primals, tangents, *, forward, known, **params):
             args[i] = value
         return list(forward(*args))
 
-    return jax.jvp(along, [primals[i] for i in moving], [tangents[i] for i in moving])
+    values = [primals[i] for i in moving]
+    directions = [tangents[i] for i in moving]
+    return jax.jvp(along, values, directions)
 
 
 def _linear_transpose(cotangents, *args, transpose, known, **_):
     cotangents = [ad.instantiate_zeros(ct) for ct in cotangents]
     found = transpose(*args[:known], *cotangents)
-    wanted = [ad.is_undefined_primal(a) for a in args[known:]]
-    return [None] * known + [ct if w else None for ct, w in zip(found, wanted, strict=True)]
+
+    # Only the inputs are linear; nothing is returned for the known values.
+    results = [None] * known
+    for argument, cotangent in zip(args[known:], found, strict=True):
+        wanted = ad.is_undefined_primal(argument)
+        results.append(cotangent if wanted else None)
+    return results
 
 
 def _linear_batch(mapped, args, dims, *, forward, transpose, known, names):
-    if all(d is None for d in dims) and mapped.name not in names:
-        bind = functools.partial(_linear_p.bind, forward=forward, transpose=transpose)
-        found = bind(*args, known=known, names=names)
+    unmapped = all(d is None for d in dims)
+    if unmapped and mapped.name not in names:
+        found = _linear_p.bind(
+            *args,
+            forward=forward,
+            transpose=transpose,
+            known=known,
+            names=names,
+        )
         return found, [None] * len(found)
+
+    # x, mean and all inputs get the axis.
     args = list(args)
     dims = list(dims)
-    for i in (0, 1, *range(known, len(args))):  # x, mean and all inputs get the axis
+    for i in (0, 1, *range(known, len(args))):
         args[i] = batching.bdim_at_front(args[i], dims[i], mapped.size)
         dims[i] = 0
-    vmap = functools.partial(jax.vmap, axis_name=mapped.name, axis_size=mapped.size)
+
+    vmap = functools.partial(
+        jax.vmap,
+        axis_name=mapped.name,
+        axis_size=mapped.size,
+    )
     found = _linear_p.bind(
         *args,
         forward=vmap(forward, in_axes=tuple(dims)),
@@ -875,21 +1085,28 @@ def _vary_like(x, p):
     if p is None:
         return None
     missing = _varying(x) - _varying(p)
-    return lax.pcast(p, tuple(missing), to="varying") if missing else p
+    if not missing:
+        return p
+    return lax.pcast(p, tuple(missing), to="varying")
 
 
 def _explicit_axes(x) -> tuple[str, ...]:
     """Returns the axes of x's mesh that have explicit types."""
     mesh = jax.typeof(x).sharding.mesh
-    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in types if kind == AxisType.Explicit)
+
+    names = []
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if kind == AxisType.Explicit:
+            names.append(name)
+    return tuple(names)
 
 
 def _explicit_sharding(x, value) -> NamedSharding:
     """Returns the sharding of a value used with x: replicated on x's mesh if it has none yet."""
     found = jax.typeof(value).sharding
     if found.mesh.empty:
-        return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec())
+        mesh = jax.typeof(x).sharding.mesh
+        return NamedSharding(mesh, PartitionSpec())
     return found
 
 
@@ -906,23 +1123,35 @@ def _pool(mean, var, m, layout: _Layout):
     dtype = mean.dtype
     full = _whole(None, layout, dtype)
     m = full if m is None else m.whole.astype(dtype)
-    m = m * jnp.ones([n if a == axis else 1 for a, n in enumerate(mean.shape)], dtype)
+    groups = [1] * mean.ndim
+    groups[axis] = mean.shape[axis]
+    m = m * jnp.ones(groups, dtype)
+
+    # A group's weight is the share of its values that are valid, and 0 if it has fewer than two.
+    # Its unbiased variance has one degree of freedom less than it has values.
     weight = jnp.where(m < 2, 0, m / full)
     values = jnp.sum(weight, axis, keepdims=True)
-    freedom = jnp.sum(jnp.maximum(weight - 1 / full, 0), axis, keepdims=True)
-    total = mean
+    of_variance = jnp.maximum(weight - 1 / full, 0)
+    freedom = jnp.sum(of_variance, axis, keepdims=True)
     squares = jnp.sum(weight * var, axis, keepdims=True)
+
+    # The mean of a group that is alone stays as it is, to the last digit.
     spread = layout.axis_name is not None and not layout.merged
     alone = mean.shape[axis] == 1 and not spread
-    if not alone:  # else the mean stays as it is, to the last digit
+    total = mean
+    if not alone:
         total = jnp.sum(weight * mean, axis, keepdims=True)
     if spread:
-        found = total, squares, *(_vary_like(mean, v) for v in (values, freedom))
-        total, squares, values, freedom = lax.psum(found, layout.axis_name)
+        values = _vary_like(mean, values)
+        freedom = _vary_like(mean, freedom)
+        sums = (total, squares, values, freedom)
+        total, squares, values, freedom = lax.psum(sums, layout.axis_name)
     if not alone:
         total = total / jnp.where(values > 0, values, 1)
+
     var = squares / jnp.where(freedom > 0, freedom, 1)
-    found = total, var, jnp.broadcast_to(freedom > 0, var.shape)
+    usable = jnp.broadcast_to(freedom > 0, var.shape)
+    found = (total, var, usable)
     return tuple(jnp.reshape(v, layout.stats_shape) for v in found)
 
 
@@ -932,17 +1161,26 @@ def _update(stats: Stats, mean, var, usable, momentum) -> Stats:
     If `usable` is False, nothing changes.
     """
     if stats.count is None:
-        weight = jnp.where(usable, _as(1 - momentum, mean.dtype), 0)
         count = None
+        weight = _as(1 - momentum, mean.dtype)
+        weight = jnp.where(usable, weight, 0)
     else:
         count = lax.stop_gradient(stats.count)
         k = (count + 1).astype(mean.dtype)
-        weight = jnp.where(usable, jnp.where(k == 1, 1, _weight(k, momentum)), 0)
+        first = k == 1
+        weight = jnp.where(first, 1, _weight(k, momentum))
+        weight = jnp.where(usable, weight, 0)
+
         # Above 2^24 adding 1 does not change a float32: then the next larger float32 is taken.
         most = jnp.full_like(count, jnp.finfo(count.dtype).max)
         more = jnp.maximum(count + 1, jnp.nextafter(count, most))
         count = jnp.where(jnp.any(usable), more, count)
-    return Stats(_toward(stats.mean, mean, weight), _toward(stats.var, var, weight), count)
+
+    return Stats(
+        mean=_toward(stats.mean, mean, weight),
+        var=_toward(stats.var, var, weight),
+        count=count,
+    )
 
 
 def _weight(k, momentum):
@@ -954,16 +1192,22 @@ def _weight(k, momentum):
             return jnp.ones_like(k)
         # expm1 is exact where momentum is near 1.
         return (1 - momentum) / -jnp.expm1(k * math.log(momentum))
+
+    # If momentum is traced, 0.5 takes the place of 0 and 1, for which this formula or its
+    # derivative is not finite.
     momentum = jnp.asarray(momentum).astype(k.dtype)
     inside = (momentum > 0) & (momentum < 1)
     safe = jnp.where(inside, momentum, 0.5)
     weight = (1 - safe) / -jnp.expm1(k * jnp.log(safe))
-    return jnp.where(inside, weight, jnp.where(momentum == 1, 1 / k, 1))
+    at_the_ends = jnp.where(momentum == 1, 1 / k, 1)
+    return jnp.where(inside, weight, at_the_ends)
 
 
 def _toward(old, new, weight):
+    """Moves an estimate to a new value by the share `weight`; 1 gives exactly that value."""
     wide = old.astype(new.dtype)
-    return ((1 - weight) * wide + weight * new).astype(old.dtype)  # exactly new at weight 1
+    moved = (1 - weight) * wide + weight * new
+    return moved.astype(old.dtype)
 
 
 def merge(a: Stats, b: Stats) -> Stats:
@@ -978,7 +1222,11 @@ def merge(a: Stats, b: Stats) -> Stats:
     count = a.count + b.count
     dtype = a.mean.dtype
     share = b.count.astype(dtype) / jnp.maximum(count, 1).astype(dtype)
-    return Stats(_toward(a.mean, b.mean, share), _toward(a.var, b.var, share), count)
+    return Stats(
+        mean=_toward(a.mean, b.mean, share),
+        var=_toward(a.var, b.var, share),
+        count=count,
+    )
 
 
 def population(batches: Iterable[Stats]) -> Stats:
@@ -1003,8 +1251,12 @@ def fold(kernel, bias, scale, offset, stats: Stats, *, epsilon: float):
             f"batch_norm.fold: statistics have shape {jnp.shape(stats.mean)}, but must have "
             f"{kernel.shape[-1:]}, as the kernel's shape is {kernel.shape}"
         )
-    gain = lax.rsqrt(stats.var + epsilon) * (1 if scale is None else scale)
-    shift = ((0 if bias is None else bias) - stats.mean) * gain
+    gamma = 1 if scale is None else scale
+    gain = lax.rsqrt(stats.var + epsilon) * gamma
+
+    before = 0 if bias is None else bias
+    shift = (before - stats.mean) * gain
     if offset is not None:
         shift = shift + offset
+
     return kernel * gain, shift
