@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,13 +31,22 @@ class Percentiles(NamedTuple):
 
 def percentiles(run: Run, layer: str) -> Percentiles:
     """Reads the percentiles of `layer` (a path such as dense_2/input); ConfigError without them."""
-    lines = [line for line in run.lines["activation"] if line["layer"] == layer]
+    recorded = run.lines["activation"]
+    lines = [line for line in recorded if line["layer"] == layer]
     if not lines:
-        known = sorted({line["layer"] for line in run.lines["activation"]})
+        known = sorted({line["layer"] for line in recorded})
         raise ConfigError(f"{run.workdir} did not record the activation `{layer}`; it has {known}")
-    steps = np.array([line["step"] for line in lines])
-    values = np.array([[line["p15"], line["p50"], line["p85"]] for line in lines], float)
-    return Percentiles(layer, steps, values)
+
+    steps = []
+    values = []
+    for line in lines:
+        steps.append(line["step"])
+        values.append([line["p15"], line["p50"], line["p85"]])
+    return Percentiles(
+        layer=layer,
+        steps=np.array(steps),
+        values=np.array(values, float),
+    )
 
 
 def ranges(curves: Percentiles) -> np.ndarray:
@@ -53,8 +62,12 @@ def drift(curves: Percentiles) -> np.ndarray:
 
     A network without BN has wider distributions, relative to which the same range is smaller.
     """
-    spread = np.mean(curves.values[:, 2] - curves.values[:, 0], axis=0)
-    return ranges(curves) / np.maximum(spread, np.finfo(np.float32).tiny)
+    p15 = curves.values[:, 0]
+    p85 = curves.values[:, 2]
+    spread = np.mean(p85 - p15, axis=0)
+
+    smallest = np.finfo(np.float32).tiny  # a constant input has no spread
+    return ranges(curves) / np.maximum(spread, smallest)
 
 
 def typical_unit(curves: Percentiles) -> int:
@@ -68,20 +81,27 @@ def typical_unit(curves: Percentiles) -> int:
     return int(ascending[middle])
 
 
-def fig1_numbers(baseline: Run, with_bn: Run, layer: str = LAYER) -> dict[str, Any]:
+def fig1_numbers(
+    baseline: Run,
+    with_bn: Run,
+    layer: str = LAYER,
+) -> dict[str, Any]:
     """Returns what Fig. 1 shows as numbers, for each of the two networks.
 
     They are `accuracy` (a share, of the last evaluation), `examples`, `steps`, `unit` (see
     `typical_unit`), `drift` of that unit's three percentiles, and `layer_drift`, the medians over
     all units of the layer. `range` and `layer_range` are the same without division by the spread.
     """
+    networks = {"without BN": baseline, "with BN": with_bn}
+
     numbers = {}
-    for name, run in (("without BN", baseline), ("with BN", with_bn)):
+    for name, run in networks.items():
         curves = percentiles(run, layer)
         unit = typical_unit(curves)
         drifts = drift(curves)
         moves = ranges(curves)
-        last = [*run.lines["eval"], *run.lines["test"]][-1]
+
+        last = _last_evaluation(run)
         numbers[name] = {
             "accuracy": last["top1"],
             "examples": last["examples"],
@@ -98,42 +118,80 @@ def fig1_numbers(baseline: Run, with_bn: Run, layer: str = LAYER) -> dict[str, A
 def _by_percentile(values: np.ndarray) -> dict[str, float]:
     """Returns three values as {'15': ..., '50': ..., '85': ...}, rounded for JSON."""
     names = map(str, PERCENTILES)
-    return dict(zip(names, values.round(4).tolist(), strict=True))
+    rounded = values.round(4).tolist()
+    return dict(zip(names, rounded, strict=True))
 
 
 def fig1_table(numbers: dict[str, Any]) -> str:
     """Makes a Markdown table of the numbers of Fig. 1."""
-    head = ["network", "steps", "test accuracy", "range of p15, p50, p85", "drift"]
-    head += ["layer's median range", "layer's median drift"]
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name, n in numbers.items():
-        accuracy = f"{counted(n['accuracy'], n['examples'])} of {n['examples']:,}"
-        wander = []
-        for key in ("range", "drift", "layer_range", "layer_drift"):
-            wander.append(", ".join(f"{value:.2f}" for value in n[key].values()))
-        wander[0] += f" (unit {n['unit']})"
+    head = [
+        "network",
+        "steps",
+        "test accuracy",
+        "range of p15, p50, p85",
+        "drift",
+        "layer's median range",
+        "layer's median drift",
+    ]
+    rows = [_table_row(head), "|---" * len(head) + "|"]
 
-        cells = [name, f"{n['steps']:,}", accuracy, *wander]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows) + (
-        "\n\nThe parentheses after an accuracy hold the 95% interval of its count. The range is "
+    for name, n in numbers.items():
+        accuracy = counted(n["accuracy"], n["examples"])
+        cells = [
+            name,
+            f"{n['steps']:,}",
+            f"{accuracy} of {n['examples']:,}",
+            f"{_three(n['range'])} (unit {n['unit']})",
+            _three(n["drift"]),
+            _three(n["layer_range"]),
+            _three(n["layer_drift"]),
+        ]
+        rows.append(_table_row(cells))
+
+    notes = (
+        "The parentheses after an accuracy hold the 95% interval of its count. The range is "
         "that of the percentile over training, and the drift is the range / mean distance from p15 "
         "to p85. The typical unit is the one whose p50 drift is the median of its layer."
     )
+    table = "\n".join(rows)
+    return f"{table}\n\n{notes}"
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    """Makes a row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def _three(by_percentile: Mapping[str, float]) -> str:
+    """Writes the values of the three percentiles with two decimals."""
+    return ", ".join(f"{value:.2f}" for value in by_percentile.values())
 
 
 def plot_percentiles(axes, curves: Percentiles, unit: int, colour: str) -> None:
     """Draws the three percentiles of one unit's input against steps, as lines around a band."""
+    steps = curves.steps
     low, middle, high = curves.values[:, :, unit].T
-    axes.fill_between(curves.steps, low, high, color=colour, alpha=0.15, linewidth=0)
-    for line, width in ((low, 1.0), (middle, 2.0), (high, 1.0)):
-        axes.plot(curves.steps, line, color=colour, linewidth=width)
+
+    axes.fill_between(
+        steps,
+        low,
+        high,
+        color=colour,
+        alpha=0.15,
+        linewidth=0,
+    )
+    axes.plot(steps, low, color=colour, linewidth=1)
+    axes.plot(steps, middle, color=colour, linewidth=2)
+    axes.plot(steps, high, color=colour, linewidth=1)
+
     axes.set_xlabel("step")
     axes.set_ylabel(f"input of unit {unit}")
 
 
 def wander_ratio(
-    without: Sequence[Run], with_bn: Sequence[Run], measure: Callable[[Percentiles], np.ndarray]
+    without: Sequence[Run],
+    with_bn: Sequence[Run],
+    measure: Callable[[Percentiles], np.ndarray],
 ) -> Effect:
     """Returns how many times less the percentiles wander with BN, for each seed that both have.
 
@@ -148,27 +206,39 @@ def wander_ratio(
 
 
 def _wandering(
-    runs: Sequence[Run], measure: Callable[[Percentiles], np.ndarray]
+    runs: Sequence[Run],
+    measure: Callable[[Percentiles], np.ndarray],
 ) -> dict[int, float]:
     """Returns {seed: how far the percentiles of LAYER wander} for the runs that recorded them."""
     found = {}
     for run in runs:
-        if any(line["layer"] == LAYER for line in run.lines["activation"]):
-            of_units = measure(percentiles(run, LAYER))
-            of_layer = np.median(of_units, axis=1)
-            found[run.config["seed"]] = float(np.mean(of_layer))
+        recorded = run.lines["activation"]
+        if not any(line["layer"] == LAYER for line in recorded):
+            continue
+
+        of_units = measure(percentiles(run, LAYER))
+        of_layer = np.median(of_units, axis=1)
+        seed = run.config["seed"]
+        found[seed] = float(np.mean(of_layer))
     return found
 
 
 def over_seeds(without: Sequence[Run], with_bn: Sequence[Run]) -> str:
     """Says what holds over all seeds: accuracy, drift and range."""
-    ours = {run.config["seed"]: _final(run) for run in with_bn}
-    theirs = {run.config["seed"]: _final(run) for run in without}
-    accuracy = difference(ours, theirs)
+    accuracy = difference(_final_by_seed(with_bn), _final_by_seed(without))
+    points = written(
+        accuracy,
+        ".2f",
+        factor=100,
+        unit=" points",
+        sign=True,
+    )
 
-    points = written(accuracy, ".2f", factor=100, unit=" points", sign=True)
-    relative = written(wander_ratio(without, with_bn, drift), ".2f", unit="x")
-    raw = written(wander_ratio(without, with_bn, ranges), ".2f", unit="x")
+    less_drift = wander_ratio(without, with_bn, drift)
+    relative = written(less_drift, ".2f", unit="x")
+    less_range = wander_ratio(without, with_bn, ranges)
+    raw = written(less_range, ".2f", unit="x")
+
     return (
         f"Over {accuracy.n} seeds, paired, with 95% intervals: the final accuracy with BN minus "
         f"that without is {points}. The percentiles wander {relative} less relative to their "
@@ -177,9 +247,15 @@ def over_seeds(without: Sequence[Run], with_bn: Sequence[Run]) -> str:
     )
 
 
-def _final(run: Run) -> float:
-    """Returns the accuracy on the test split; without one, that of the last evaluation."""
-    return [*run.lines["eval"], *run.lines["test"]][-1]["top1"]
+def _final_by_seed(runs: Sequence[Run]) -> dict[int, float]:
+    """Returns {seed: accuracy of the last evaluation}, as shares."""
+    return {run.config["seed"]: _last_evaluation(run)["top1"] for run in runs}
+
+
+def _last_evaluation(run: Run) -> Mapping[str, Any]:
+    """Returns the evaluation on the test split; without one, the last evaluation in training."""
+    recorded = [*run.lines["eval"], *run.lines["test"]]
+    return recorded[-1]
 
 
 def accuracies(run: Run) -> list[float]:
@@ -193,9 +269,12 @@ def lowest_shown(without: Sequence[float], with_bn: Sequence[float]) -> float:
     It is a little below BN's lowest evaluation and at most at 90, where the late differences can be
     read. If the other network ends below that, its curve would hardly be seen, and it is 0.
     """
-    if without[-1] <= min(with_bn):
+    lowest = min(with_bn)
+    if without[-1] <= lowest:
         return 0.0
-    return max(0.0, min(min(with_bn) - 2, 90.0))
+
+    below = min(lowest - 2, 90.0)
+    return max(0.0, below)
 
 
 def draw_fig1(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
@@ -205,7 +284,9 @@ def draw_fig1(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
 
 
 def draw_pair(
-    without: Sequence[Run], with_bn: Sequence[Run], out: pathlib.Path
+    without: Sequence[Run],
+    with_bn: Sequence[Run],
+    out: pathlib.Path,
 ) -> list[pathlib.Path]:
     """Draws Fig. 1 of both networks' first seed; the text says what holds over all seeds."""
     baseline = without[0]
@@ -215,24 +296,32 @@ def draw_pair(
 
     plot_accuracy(a, baseline, GREY, "without BN")
     plot_accuracy(a, normalized, BLUE, "with BN")
-    a.set_ylim(bottom=lowest_shown(accuracies(baseline), accuracies(normalized)))
+    bottom = lowest_shown(accuracies(baseline), accuracies(normalized))
+    a.set_ylim(bottom=bottom)
     a.legend(loc="lower right")
     a.set_title(f"(a) {baseline.data['split']} accuracy")
 
-    plot_percentiles(b, percentiles(baseline, LAYER), numbers["without BN"]["unit"], GREY)
+    curves = percentiles(baseline, LAYER)
+    plot_percentiles(b, curves, typical_unit(curves), GREY)
     b.set_title("(b) without BN: {15, 50, 85}th percentiles")
-    plot_percentiles(c, percentiles(normalized, LAYER), numbers["with BN"]["unit"], BLUE)
+
+    curves = percentiles(normalized, LAYER)
+    plot_percentiles(c, curves, typical_unit(curves), BLUE)
     c.set_title("(c) with BN: {15, 50, 85}th percentiles")
 
     figure.suptitle(f"MNIST study (section 4.1), {baseline.data['name']}", fontsize=10)
-    paths = save(figure, out, "fig1")
+    pictures = save(figure, out, "fig1")
 
     parts = [fig1_table(numbers), f"Data: {baseline.data['description']}."]
     if len(without) > 1 and len(with_bn) > 1:
         parts.append(over_seeds(without, with_bn))
-    parts.append(made_by(run.origin for run in (*without, *with_bn)))
+    runs = (*without, *with_bn)
+    parts.append(made_by(run.origin for run in runs))
     text = "\n\n".join(parts) + "\n"
-    files.write_atomic(out / "fig1.json", (json.dumps(numbers, indent=2) + "\n").encode())
+
+    as_json = json.dumps(numbers, indent=2) + "\n"
+    files.write_atomic(out / "fig1.json", as_json.encode())
     files.write_atomic(out / "fig1.md", text.encode())
+
     print(text)
-    return [*paths, out / "fig1.json", out / "fig1.md"]
+    return [*pictures, out / "fig1.json", out / "fig1.md"]
