@@ -49,7 +49,9 @@ def hashes(stream: int, count: int, start: int = 0) -> np.ndarray:
     """Returns the numbers `start`, `start + 1`, ... of a stream, uint64 [count]."""
     first = start + 1  # splitmix64 advances its counter before it draws
     counter = np.arange(first, first + count, dtype=np.uint64)
-    state = np.uint64(stream & _WORD) + counter * np.uint64(_GOLDEN)
+
+    start_state = np.uint64(stream & _WORD)
+    state = start_state + counter * np.uint64(_GOLDEN)
     return _mix(state)
 
 
@@ -61,10 +63,15 @@ def uniforms(seed: int, step: int, rows: slice, count: int) -> np.ndarray:
     """
     examples = rows.stop - rows.start
     stream = key(seed, _DRAWS, step)
-    bits = hashes(stream, examples * count, start=rows.start * count)
+    bits = hashes(
+        stream,
+        count=examples * count,
+        start=rows.start * count,
+    )
 
     # A float64 has 53 significant bits.
-    fractions = (bits >> np.uint64(11)) * 2.0**-53
+    high_bits = bits >> np.uint64(11)
+    fractions = high_bits * 2.0**-53
     return fractions.reshape(examples, count)
 
 
@@ -76,11 +83,19 @@ def permutation(n: int, stream: int) -> np.ndarray:
 
 def shard_of(n: int, shards: int) -> np.ndarray:
     """Returns the shard of each position, int64 [n]; the sizes of shards differ by at most one."""
-    return np.arange(n, dtype=np.int64) * shards // n
+    position = np.arange(n, dtype=np.int64)
+    return position * shards // n
 
 
 @functools.lru_cache(maxsize=4)
-def order(n: int, *, seed: int, epoch: int, mode: str, shards: int = VIRTUAL_SHARDS) -> np.ndarray:
+def order(
+    n: int,
+    *,
+    seed: int,
+    epoch: int,
+    mode: str,
+    shards: int = VIRTUAL_SHARDS,
+) -> np.ndarray:
     """Returns the order of the n examples in one epoch, int64 [n], read-only.
 
     none          is one permutation of the set, the same in every epoch: the same examples always
@@ -95,17 +110,21 @@ def order(n: int, *, seed: int, epoch: int, mode: str, shards: int = VIRTUAL_SHA
     if mode not in MODES:
         raise ValueError(f"shuffle mode {mode!r} is unknown: choose one of {', '.join(MODES)}")
 
-    if mode == "global":
-        result = permutation(n, key(seed, _EPOCH_ORDER, epoch))
-    else:
-        result = permutation(n, key(seed, _FIXED_ORDER))
+    of_epoch = key(seed, _EPOCH_ORDER, epoch)
+    of_all_epochs = key(seed, _FIXED_ORDER)
+
+    stream = of_epoch if mode == "global" else of_all_epochs
+    result = permutation(n, stream)
+
     if mode == "within_shard":
         # Positions are sorted by numbers whose high bits are the shard, so that every position
         # stays in its shard, and whose low 44 bits are random.
-        shard = shard_of(n, min(shards, n)).astype(np.uint64)
-        random = hashes(key(seed, _EPOCH_ORDER, epoch), n)
+        shards = min(shards, n)
+        shard = shard_of(n, shards).astype(np.uint64)
+        random = hashes(of_epoch, n)
+        high_bits = shard << np.uint64(44)
         low_bits = random >> np.uint64(20)
-        ranks = (shard << np.uint64(44)) | low_bits
+        ranks = high_bits | low_bits
         result = result[np.argsort(ranks, kind="stable")]
 
     result.setflags(write=False)  # the cache gives the same array to every caller
@@ -113,7 +132,14 @@ def order(n: int, *, seed: int, epoch: int, mode: str, shards: int = VIRTUAL_SHA
 
 
 def batch_indices(
-    step: int, batch_size: int, rows: slice, *, n: int, seed: int, mode: str, shards: int
+    step: int,
+    batch_size: int,
+    rows: slice,
+    *,
+    n: int,
+    seed: int,
+    mode: str,
+    shards: int,
 ) -> np.ndarray:
     """Returns the examples of one step that this process holds, int64 [rows].
 
@@ -122,19 +148,36 @@ def batch_indices(
     """
     batches_per_epoch = n // batch_size
     epoch, batch = divmod(step, batches_per_epoch)
-    epoch_order = order(n, seed=seed, epoch=epoch, mode=mode, shards=shards)
+    examples = order(
+        n,
+        seed=seed,
+        epoch=epoch,
+        mode=mode,
+        shards=shards,
+    )
 
+    # `rows` counts from the first example of the batch.
     first = batch * batch_size
-    return epoch_order[first + rows.start : first + rows.stop]
+    start = first + rows.start
+    stop = first + rows.stop
+    return examples[start:stop]
 
 
-def co_occurrence(n: int, batch_size: int, *, seed: int, mode: str, shards: int) -> float:
+def co_occurrence(
+    n: int,
+    batch_size: int,
+    *,
+    seed: int,
+    mode: str,
+    shards: int,
+) -> float:
     """Returns the share of the pairs in batches of epoch 0 that meet again in one of epoch 1.
 
     It is 1 for `none`, and about batch_size / shard size for `within_shard` and batch_size / n for
     `global`.
     """
-    used = n // batch_size * batch_size  # the rest of an epoch is dropped
+    batches = n // batch_size
+    used = batches * batch_size  # the rest of an epoch is dropped
     pairs = used * (batch_size - 1) / 2  # in the batches of one epoch
     if not pairs:
         return 0.0
@@ -142,8 +185,15 @@ def co_occurrence(n: int, batch_size: int, *, seed: int, mode: str, shards: int)
     # The batch of each example in both epochs; -1 if the example was dropped.
     batch_of = np.full((2, n), -1, np.int64)
     for epoch in range(2):
-        examples = order(n, seed=seed, epoch=epoch, mode=mode, shards=shards)
-        batch_of[epoch, examples[:used]] = np.arange(used) // batch_size
+        examples = order(
+            n,
+            seed=seed,
+            epoch=epoch,
+            mode=mode,
+            shards=shards,
+        )
+        used_examples = examples[:used]
+        batch_of[epoch, used_examples] = np.arange(used) // batch_size
 
     seen_twice = (batch_of >= 0).all(axis=0)
     first, second = batch_of[:, seen_twice]
@@ -151,5 +201,5 @@ def co_occurrence(n: int, batch_size: int, *, seed: int, mode: str, shards: int)
     # Examples meet in both epochs if they have the same pair of batches.
     pair_of_batches = first * n + second
     _, together = np.unique(pair_of_batches, return_counts=True)
-    meet_again = (together * (together - 1) / 2).sum()
-    return float(meet_again / pairs)
+    meet_again = together * (together - 1) / 2
+    return float(meet_again.sum() / pairs)
