@@ -33,7 +33,12 @@ def promote(*args: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def conv(
-    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, groups: int, precision: Any
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Any,
+    padding: Any,
+    groups: int,
+    precision: Any,
 ) -> jax.Array:
     """Convolves x [N, H, W, C] with kernel [h, w, C/groups, features] in x's dtype.
 
@@ -55,24 +60,38 @@ def _convolve(x, kernel, strides, padding, groups, precision):
 
 
 def _forward(x, kernel, *constants):
-    return _convolve(x, kernel, *constants), (x, kernel)
+    y = _convolve(x, kernel, *constants)
+    residuals = (x, kernel)
+    return y, residuals
 
 
 def _backward(strides, padding, groups, precision, residuals, dy):
     """Returns (dx, dkernel), each in the dtype of its value."""
     x, kernel = residuals
     constants = (strides, padding, groups, precision)
-    (dx,) = jax.linear_transpose(lambda x: _convolve(x, kernel, *constants), x)(dy)
+
+    def forward(x):
+        return _convolve(x, kernel, *constants)
+
+    transpose = jax.linear_transpose(forward, x)
+    (dx,) = transpose(dy)
 
     if not hand_tuned("filter_gradient"):
-        return dx, _filter_gradient(x, dy, kernel, *constants, kernel.dtype)
+        dkernel = _filter_gradient(x, dy, kernel, *constants, kernel.dtype)
+        return dx, dkernel
 
-    pointwise = kernel.shape[:2] == (1, 1) and {*strides} == {1} and groups == 1
-    if pointwise:
+    size = kernel.shape[:2]
+    pointwise = size == (1, 1) and {*strides} == {1}
+    if pointwise and groups == 1:
         # A product can have bfloat16 operands and a float32 result; cuDNN has no such convolution.
-        rows = x.reshape(-1, x.shape[-1])
-        dy_rows = dy.reshape(-1, dy.shape[-1])
-        over_rows = (((0,), (0,)), ((), ()))
+        channels = x.shape[-1]
+        features = dy.shape[-1]
+        rows = x.reshape(-1, channels)
+        dy_rows = dy.reshape(-1, features)
+
+        summed = ((0,), (0,))
+        batched = ((), ())
+        over_rows = (summed, batched)
         dkernel = lax.dot_general(
             rows,
             dy_rows,
@@ -85,37 +104,55 @@ def _backward(strides, padding, groups, precision, residuals, dy):
     # cuDNN sums in float32 and rounds the sum once to x's dtype. If a float32 result were asked for
     # instead, XLA would first write x and dy to memory in float32.
     def rounded(x, dy):
-        return _filter_gradient(x, dy, kernel, *constants, x.dtype).astype(kernel.dtype)
+        dkernel = _filter_gradient(x, dy, kernel, *constants, x.dtype)
+        return dkernel.astype(kernel.dtype)
 
     mesh = jax.typeof(x).sharding.mesh
     devices = jax.device_count() if mesh.empty else mesh.size
+
+    # On one device, and inside shard_map, x and dy are those of this device.
     if devices == 1 or mesh.are_all_axes_manual:
         return dx, rounded(x, dy)
+
+    # Without a mesh that is known, or if the batch cannot be split evenly, XLA splits the sum.
     if mesh.empty or len(x) % devices:
-        return dx, _filter_gradient(x, dy, kernel, *constants, kernel.dtype)
+        dkernel = _filter_gradient(x, dy, kernel, *constants, kernel.dtype)
+        return dx, dkernel
 
     # The sum over devices is in float32; XLA by itself would sum the rounded values.
     def of_all_devices(x, dy):
         return lax.psum(rounded(x, dy), mesh.axis_names)
 
-    batch = PartitionSpec(mesh.axis_names)
-    total = jax.shard_map(of_all_devices, mesh=mesh, in_specs=batch, out_specs=PartitionSpec())
+    total = jax.shard_map(
+        of_all_devices,
+        mesh=mesh,
+        in_specs=PartitionSpec(mesh.axis_names),
+        out_specs=PartitionSpec(),
+    )
     return dx, total(x, dy)
 
 
 def _filter_gradient(x, dy, kernel, strides, padding, groups, precision, dtype):
     """Computes the kernel's gradient as the convolution of x and dy, with a result of `dtype`."""
+    sizes = x.shape[1:3]
+    windows = kernel.shape[:2]
+    outputs = dy.shape[1:3]
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    sizes = zip(x.shape[1:3], kernel.shape[:2], dy.shape[1:3], strides, padding, strict=True)
+        padding = lax.padtype_to_pads(sizes, windows, strides, padding)
 
-    # The padding at the end makes the result as large as the kernel; it may be negative.
-    edges = [(low, (out - 1) * s + k - n - low) for n, k, out, s, (low, _) in sizes]
+    edges = []
+    for axis in range(2):
+        before, _ = padding[axis]
+        # So much padding at the end makes the result as large as the kernel; it may be negative.
+        read = (outputs[axis] - 1) * strides[axis] + windows[axis]
+        after = read - sizes[axis] - before
+        edges.append((before, after))
+
     return lax.conv_general_dilated(
         x,
         dy,
-        (1, 1),
-        edges,
+        window_strides=(1, 1),
+        padding=edges,
         rhs_dilation=strides,
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
         batch_group_count=groups,
@@ -127,14 +164,30 @@ def _filter_gradient(x, dy, kernel, strides, padding, groups, precision, dtype):
 conv.defvjp(_forward, _backward)
 
 
-def dot(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, *, precision: Any = None):
+def dot(
+    x: jax.Array,
+    kernel: jax.Array,
+    dimension_numbers: Any,
+    *,
+    precision: Any = None,
+) -> jax.Array:
     """Multiplies x [N, C] by kernel [C, features]; `flax.linen.Dense` calls it as `dot_general`.
 
     If the kernel's dtype differs from x's, it is rounded, and its gradient kept wide, as in `conv`.
     """
     if kernel.dtype == x.dtype:
         return lax.dot_general(x, kernel, dimension_numbers, precision=precision)
-    y = conv(x[:, None, None], kernel[None, None], (1, 1), "SAME", 1, precision)
+
+    # The rows become images of one pixel, [N, 1, 1, C].
+    images = x[:, None, None]
+    y = conv(
+        images,
+        kernel[None, None],
+        (1, 1),  # strides
+        "SAME",
+        1,  # groups
+        precision,
+    )
     return y[:, 0, 0]
 
 
