@@ -21,8 +21,18 @@ PAPER = (
     ("BN-Inception multicrop", "224", "144", "1", "21.99%", "5.82%"),
     ("BN-Inception ensemble", "224", "144", "6", "20.1%", "4.9% (test server 4.82%)"),
 )
-HEAD = ["model", "resolution", "crops", "models", "paper: top-1 error", "paper: top-5 error"]
-HEAD += ["ours: models", "ours: crops", "ours: top-1 error", "ours: top-5 error"]
+HEAD = [
+    "model",
+    "resolution",
+    "crops",
+    "models",
+    "paper: top-1 error",
+    "paper: top-5 error",
+    "ours: models",
+    "ours: crops",
+    "ours: top-1 error",
+    "ours: top-5 error",
+]
 
 
 CONTROL = "ensemble of equal networks"  # that differ in nothing but the seed
@@ -47,18 +57,21 @@ def collect(folder: pathlib.Path) -> list[Mapping[str, Any]]:
     for place in reader.find_evaluations(folder):
         recorded += reader.read_evaluations(place)
 
+    # Later evaluations replace earlier ones of the same networks and crops.
+    by_time = sorted(recorded, key=lambda line: line["time"])
     found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-    for whole in sorted(recorded, key=lambda line: line["time"]):
+    for whole in by_time:
         if whole["statistics"] == "running":
             continue
         for line in (*_alone(whole), whole):
-            where = tuple(sorted(_place(member) for member in line["members"]))
-            found[where, line["crops"]] = line
+            networks = sorted(_place(member) for member in line["members"])
+            found[tuple(networks), line["crops"]] = line
 
     if not found:
         raise ConfigError(
             f"{folder} holds no evaluation: run bn_jax.evaluate on the workdirs in it first"
         )
+
     lines = list(found.values())
     for field in ("data", "split", "holdout", "image_size", "examples"):
         values = sorted({str(line[field]) for line in lines})
@@ -76,14 +89,20 @@ def _alone(line: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     scores = line["member_scores"]
     if len(members) != len(scores):
         return []
-    whole = {key: value for key, value in line.items() if key != "gain"}
-    pairs = zip(members, scores, strict=True)
-    return [{**whole, **s, "members": [m], "member_scores": []} for m, s in pairs]
+
+    shared = dict(line)
+    shared.pop("gain", None)  # only an ensemble has one
+    found: list[Mapping[str, Any]] = []
+    for member, score in zip(members, scores, strict=True):
+        alone = {"members": [member], "member_scores": []}
+        found.append({**shared, **score, **alone})
+    return found
 
 
 def _place(member: Mapping[str, Any]) -> str:
     """Returns a network's workdir as an absolute path, in whatever form it was recorded."""
-    return str(pathlib.Path(member["workdir"]).resolve())
+    workdir = pathlib.Path(member["workdir"])
+    return str(workdir.resolve())
 
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[TableLine]:
@@ -92,22 +111,41 @@ def rows(lines: Sequence[Mapping[str, Any]]) -> list[TableLine]:
     There are two kinds of ensembles: of different networks, and, as a control, of one network's
     seeds. If there is an ensemble, only its members are shown as single networks.
     """
+    all_crops = sorted({line["crops"] for line in lines})
+    ensembles = [line for line in lines if _size(line) > 1]
+    varied = [line for line in ensembles if not _of_seeds(line)]
+    controls = [line for line in ensembles if _of_seeds(line)]
+
+    # The controls' members are shown only if there is no other ensemble.
+    averaged: set[str] = set()
+    for line in varied or ensembles:
+        averaged.update(_place(member) for member in line["members"])
+
+    shown = []
+    for line in lines:
+        if _size(line) == 1:
+            (member,) = line["members"]
+            if not averaged or _place(member) in averaged:
+                shown.append(line)
+
     found = []
-    ensembles = [x for x in lines if len(x["members"]) > 1]
-    varied = [x for x in ensembles if not _of_seeds(x)]
-    averaged = {_place(m) for x in varied or ensembles for m in x["members"]}
-    for crops in sorted({line["crops"] for line in lines}):
-        single = [x for x in lines if x["crops"] == crops and len(x["members"]) == 1]
-        single = [x for x in single if not averaged or _place(x["members"][0]) in averaged]
+    for crops in all_crops:
+        single = [line for line in shown if line["crops"] == crops]
         if single:
             found.append(TableLine("single", crops, single))
-    for crops in sorted({line["crops"] for line in lines}):
-        for label, of_seeds in (("ensemble", False), (CONTROL, True)):
-            several = [x for x in ensembles if x["crops"] == crops and _of_seeds(x) == of_seeds]
+
+    for crops in all_crops:
+        for label, candidates in (("ensemble", varied), (CONTROL, controls)):
+            several = [line for line in candidates if line["crops"] == crops]
             if several:
-                largest = max(several, key=lambda x: len(x["members"]))
+                largest = max(several, key=_size)
                 found.append(TableLine(label, crops, [largest]))
     return found
+
+
+def _size(line: Mapping[str, Any]) -> int:
+    """Returns the number of networks that were evaluated together."""
+    return len(line["members"])
 
 
 def _of_seeds(line: Mapping[str, Any]) -> bool:
@@ -115,42 +153,57 @@ def _of_seeds(line: Mapping[str, Any]) -> bool:
 
     They then have one name and lie in folders EXPERIMENT/seed_K.
     """
-    experiments = {
-        (member["name"], pathlib.Path(member["workdir"]).parent.name) for member in line["members"]
-    }
+    experiments = set()
+    for member in line["members"]:
+        workdir = pathlib.Path(member["workdir"])
+        experiments.add((member["name"], workdir.parent.name))
     return len(experiments) == 1
 
 
 def error(row: TableLine, name: str) -> str:
     """Gives a row's error: of one evaluation with its 95% interval, of several mean and range."""
-    shares = [100 * wrong(line, name) for line in row.lines]
-    if len(shares) == 1:
-        return counted(wrong(row.lines[0], name), row.lines[0]["examples"])
-    mean = sum(shares) / len(shares)
-    return f"{mean:.2f}% [{min(shares):.2f} to {max(shares):.2f}]"
+    if len(row.lines) == 1:
+        (line,) = row.lines
+        return counted(wrong(line, name), line["examples"])
+
+    percents = [100 * wrong(line, name) for line in row.lines]
+    mean = sum(percents) / len(percents)
+    smallest = min(percents)
+    largest = max(percents)
+    return f"{mean:.2f}% [{smallest:.2f} to {largest:.2f}]"
 
 
 def wrong(line: Mapping[str, Any], name: str) -> float:
     """Returns the share of wrong examples, from their count."""
     n = line["examples"]
-    return (n - round(line[name] * n)) / n
+    right = round(line[name] * n)
+    return (n - right) / n
 
 
 def interval(line: Mapping[str, Any], name: str) -> Interval:
     """Returns the 95% interval of an error's count, as shares."""
-    return wilson(round(wrong(line, name) * line["examples"]), line["examples"])
+    n = line["examples"]
+    count = round(wrong(line, name) * n)
+    return wilson(count, n)
 
 
 def models(row: TableLine) -> str:
     """Says how many networks a row rests on."""
     if row.label != "single":
-        return f"{len(row.lines[0]['members'])}, averaged"
-    return "1" if len(row.lines) == 1 else f"1 (mean of {len(row.lines)} networks)"
+        (line,) = row.lines
+        return f"{_size(line)}, averaged"
+    if len(row.lines) == 1:
+        return "1"
+    return f"1 (mean of {len(row.lines)} networks)"
 
 
 def _paper_line(row: TableLine) -> int | None:
     """Returns the line of the paper's table that a row of ours is compared with."""
-    places = {("single", 1): 4, ("single", 144): 5, ("ensemble", 144): 6}
+    places = {
+        ("single", 1): 4,
+        ("single", 144): 5,
+        ("ensemble", 144): 6,
+    }
     return places.get((row.label, row.crops))
 
 
@@ -158,24 +211,50 @@ def markdown(folder: pathlib.Path) -> str:
     """Makes the table with its setting and its networks. Raises ConfigError as `collect` does."""
     lines = collect(folder)
     ours = rows(lines)
-    beside = {place: row for row in ours if (place := _paper_line(row)) is not None}
-    table = []
-    for k, printed in enumerate(PAPER):
-        row = beside.get(k)
-        mine = ["-"] * 4 if row is None else _cells(row)
-        if row is None and printed[0].startswith("BN-Inception"):
-            mine = ["not yet run"] * 4
-        table.append([*printed, *mine])
+    parts = [
+        "# Single networks, multicrop and ensemble (Fig. 4)",
+        _setting(lines),
+        _beside_the_paper(ours),
+        _gains(ours),
+        _networks(ours),
+        made_by(lines, "evaluations"),
+    ]
+    not_empty = [part for part in parts if part]
+    return "\n\n".join(not_empty) + "\n"
+
+
+def _beside_the_paper(ours: Sequence[TableLine]) -> str:
+    """Makes the table: the paper's lines with ours beside them, then those of ours alone."""
+    compared = {}
+    others = []
     for row in ours:
-        if _paper_line(row) is None:
-            what = "single network" if row.label == "single" else row.label
-            table.append([f"{what}, {_crops(row.crops)}, not in the paper"])
-            table[-1] += ["-"] * 5 + _cells(row)
-    text = [f"| {' | '.join(cells)} |" for cells in ([HEAD, *table])]
-    text.insert(1, "|---" * len(HEAD) + "|")
-    parts = ["# Single networks, multicrop and ensemble (Fig. 4)", _setting(lines)]
-    parts += ["\n".join(text), _gains(ours), _networks(ours), made_by(lines, "evaluations")]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        place = _paper_line(row)
+        if place is None:
+            others.append(row)
+        else:
+            compared[place] = row
+
+    text = [_table_row(HEAD), "|---" * len(HEAD) + "|"]
+    for k, printed in enumerate(PAPER):
+        if k in compared:
+            mine = _cells(compared[k])
+        elif printed[0].startswith("BN-Inception"):
+            mine = ["not yet run"] * 4
+        else:
+            mine = ["-"] * 4
+        text.append(_table_row([*printed, *mine]))
+
+    for row in others:
+        what = "single network" if row.label == "single" else row.label
+        first = f"{what}, {_crops(row.crops)}, not in the paper"
+        not_printed = ["-"] * 5
+        text.append(_table_row([first, *not_printed, *_cells(row)]))
+    return "\n".join(text)
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    """Makes a row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def _crops(number: int) -> str:
@@ -184,8 +263,15 @@ def _crops(number: int) -> str:
 
 def _cells(row: TableLine) -> list[str]:
     views = row.lines[0]["views"]
-    crops = str(row.crops) if views == row.crops else f"{views} of {row.crops}, not mirrored"
-    return [models(row), crops, error(row, "top1"), error(row, "top5")]
+    crops = str(row.crops)
+    if views != row.crops:
+        crops = f"{views} of {row.crops}, not mirrored"
+    return [
+        models(row),
+        crops,
+        error(row, "top1"),
+        error(row, "top5"),
+    ]
 
 
 def _setting(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -201,66 +287,120 @@ def _setting(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def _gains(ours: Sequence[TableLine]) -> str:
     """Lists what averaging gains over the members alone, with a paired bootstrap's interval."""
-    said = ["| ensemble | crops | gain in top-1 on the members' mean, points |", "|---" * 3 + "|"]
+    gains = []
     for row in ours:
-        if row.label == "single" or not row.lines[0]["member_scores"]:
+        if row.label == "single":
             continue
         (line,) = row.lines
         scores = line["member_scores"]
-        alone = sum(wrong(one, "top1") for one in scores) / len(scores)
-        cell = f"{100 * (alone - wrong(line, 'top1')):+.2f}"
+        if not scores:
+            continue
+
+        errors = [wrong(score, "top1") for score in scores]
+        mean = sum(errors) / len(errors)
+        points = 100 * (mean - wrong(line, "top1"))
         if "gain" in line:
-            ends = (line["gain"]["low"], line["gain"]["high"])
-            cell += f" ({100 * ends[0]:+.2f} to {100 * ends[1]:+.2f})"
+            low = 100 * line["gain"]["low"]
+            high = 100 * line["gain"]["high"]
+            ends = f"{low:+.2f} to {high:+.2f}"
         else:
-            cell += " (no interval: evaluate it again)"
-        said.append(f"| {row.label}: {models(row)} | {row.crops} | {cell} |")
-    if len(said) == 2:
+            ends = "no interval: evaluate it again"
+
+        cells = [
+            f"{row.label}: {models(row)}",
+            str(row.crops),
+            f"{points:+.2f} ({ends})",
+        ]
+        gains.append(_table_row(cells))
+
+    if not gains:
         return ""
+    head = ["ensemble", "crops", "gain in top-1 on the members' mean, points"]
+    table = [_table_row(head), "|---" * len(head) + "|", *gains]
     text = (
         "The members and their mean see the same images, so the gain is known better than the "
         "errors themselves. Its 95% interval, in parentheses, is by a paired bootstrap of the "
-        "images.\n\n"
+        "images."
     )
-    return text + "\n".join(said)
+    return text + "\n\n" + "\n".join(table)
 
 
 def _networks(ours: Sequence[TableLine]) -> str:
     """Lists every network of the table with its own errors."""
-    text = ["| network | seed | steps | crops | top-1 error | top-5 error |", "|---" * 6 + "|"]
-    for row in ours:
-        for line in row.lines if row.label == "single" else ():
-            (m,) = line["members"]
-            alone = TableLine("single", row.crops, [line])
-            which = f", {m['which']}" if "which" in m else ""
-            steps = f"{m['step']:,} of {m['total_steps']:,}{which}"
-            cells = [f"`{m['name']}`", str(m["seed"]), steps, str(row.crops)]
-            cells += [error(alone, "top1"), error(alone, "top5")]
-            text.append(f"| {' | '.join(cells)} |")
-    for row in ours:
-        for line in row.lines if row.label != "single" else ():
-            names = ", ".join(f"`{m['name']}` seed {m['seed']}" for m in line["members"])
-            text.append("")
-            text.append(f"{row.label.capitalize()}, {_crops(row.crops)}: {names}.")
+    singles = [row for row in ours if row.label == "single"]
+    ensembles = [row for row in ours if row.label != "single"]
+
+    head = ["network", "seed", "steps", "crops", "top-1 error", "top-5 error"]
+    text = [_table_row(head), "|---" * len(head) + "|"]
+    for row in singles:
+        for line in row.lines:
+            text.append(_network(line, row.crops))
+
+    for row in ensembles:
+        (line,) = row.lines
+        names = [f"`{member['name']}` seed {member['seed']}" for member in line["members"]]
+        text.append("")
+        text.append(f"{row.label.capitalize()}, {_crops(row.crops)}: {', '.join(names)}.")
     return "\n".join(text)
+
+
+def _network(line: Mapping[str, Any], crops: int) -> str:
+    """Makes the row of one network, evaluated alone."""
+    (member,) = line["members"]
+    steps = f"{member['step']:,} of {member['total_steps']:,}"
+    if "which" in member:
+        steps += f", {member['which']}"
+
+    alone = TableLine("single", crops, [line])
+    cells = [
+        f"`{member['name']}`",
+        str(member["seed"]),
+        steps,
+        str(crops),
+        error(alone, "top1"),
+        error(alone, "top5"),
+    ]
+    return _table_row(cells)
 
 
 def as_csv(folder: pathlib.Path) -> str:
     """Lists every evaluation behind the table as CSV; errors are shares of 1."""
+    lines = sorted(collect(folder), key=lambda line: (_size(line), line["crops"]))
+    table = [_csv_row(line) for line in lines]
+
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    head = ["networks", "names", "seeds", "steps", "crops", "views", "image_size", "examples"]
-    head += ["top1_error", "top1_low", "top1_high", "top5_error", "top5_low", "top5_high"]
-    writer.writerow([*head, "gain", "gain_low", "gain_high", "cross_entropy"])
-    for line in sorted(collect(folder), key=lambda x: (len(x["members"]), x["crops"])):
-        several = [" ".join(str(m[k]) for m in line["members"]) for k in ("name", "seed", "step")]
-        fields = [line[k] for k in ("crops", "views", "image_size", "examples")]
-        numbers = []
-        for name in ("top1", "top5"):
-            numbers += [wrong(line, name), *interval(line, name)]
-        numbers += [line.get("gain", {}).get(key, "") for key in ("top1", "low", "high")]
-        writer.writerow([len(line["members"]), *several, *fields, *numbers, line["cross_entropy"]])
+    writer = csv.DictWriter(out, fieldnames=table[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
     return out.getvalue()
+
+
+def _csv_row(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the cells of an evaluation by column; ends of an interval are `low` and `high`."""
+    members = line["members"]
+    top1 = interval(line, "top1")
+    top5 = interval(line, "top5")
+    gain = line.get("gain", {})
+    return {
+        "networks": len(members),
+        "names": " ".join(member["name"] for member in members),
+        "seeds": " ".join(str(member["seed"]) for member in members),
+        "steps": " ".join(str(member["step"]) for member in members),
+        "crops": line["crops"],
+        "views": line["views"],
+        "image_size": line["image_size"],
+        "examples": line["examples"],
+        "top1_error": wrong(line, "top1"),
+        "top1_low": top1.low,
+        "top1_high": top1.high,
+        "top5_error": wrong(line, "top5"),
+        "top5_low": top5.low,
+        "top5_high": top5.high,
+        "gain": gain.get("top1", ""),
+        "gain_low": gain.get("low", ""),
+        "gain_high": gain.get("high", ""),
+        "cross_entropy": line["cross_entropy"],
+    }
 
 
 def draw_fig4(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
@@ -268,7 +408,10 @@ def draw_fig4(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
 
     Raises ConfigError if they cannot be compared with each other.
     """
-    texts = {"fig4.md": markdown(folder), "fig4.csv": as_csv(folder)}
+    texts = {
+        "fig4.md": markdown(folder),
+        "fig4.csv": as_csv(folder),
+    }
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         files.write_atomic(out / name, text.encode())
