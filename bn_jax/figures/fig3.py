@@ -169,7 +169,7 @@ def _against(
 def _levels(reference: str, curves: Mapping[str, list[Curve]]) -> str:
     """Says the levels of each seed, with the intervals of their counts, or why there are none."""
     if reference not in curves:
-        return f"This folder has no run of `{reference}`, so steps and speed-ups are unknown."
+        return f"Steps and speed-ups cannot be given because `{reference}` has not been run."
     said = []
     for c in curves[reference]:
         found = levels(c)

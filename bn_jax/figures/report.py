@@ -112,7 +112,7 @@ NOTES = {
 def grouped(workdir: pathlib.Path) -> dict[str, list[Run]]:
     """Returns the runs of `workdir` by experiment; `workdir` may also be one run.
 
-    Returns {} if it has no run, only evaluations.
+    If the folder has evaluations but no runs, the result is empty.
 
     Raises ConfigError where `reader.read_run` and `reader.read_groups` do.
     """

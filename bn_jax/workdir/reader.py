@@ -242,8 +242,8 @@ def read_groups(folder: pathlib.Path) -> dict[str, list[Run]]:
     The experiment is the path of the run's folder below `folder`, without a last part `seed_K`.
 
     Raises:
-      ConfigError: there is no run, runs differ in scale or data, or an experiment's runs differ in
-        more than the seed or have a seed twice.
+      ConfigError: the folder contains no runs, its runs differ in scale or data, or runs of one
+        experiment have the same seed or differ in more than the seed.
     """
     groups: dict[str, list[Run]] = {}
     for workdir in find_runs(folder):

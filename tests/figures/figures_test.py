@@ -200,7 +200,8 @@ def test_a_sweep_becomes_fig2_the_table_and_the_ablations(tmp_path, capsys):
     assert shown["inception_x5"]["steps to 95%"] == "not reached"
     assert shown["inception_x5"]["remarks"] == "seed 0 diverged at step 1,234"
     text = (tmp_path / "out" / "fig3.md").read_text()
-    assert "This folder has no run of `inception_best`" in text and "commit 0123456789" in text
+    unknown = "Steps and speed-ups cannot be given because `inception_best` has not been run."
+    assert unknown in text and "commit 0123456789" in text
     assert "| `bn_x5` | `bn_x5_without_bn` | not run: `bn_x5_without_bn` |" in text
     assert "settings differ" in text and text in capsys.readouterr().out
     changed = table(tmp_path / "out" / "ablations.md")["bn_baseline"]
