@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bokeh.document import Document
-from bokeh.models import GlyphRenderer, Scatter
+from bokeh.models import GlyphRenderer, LogScale, Scatter
 
 from bn_jax.activations import measure
 from bn_jax.figures import __main__ as command
 from bn_jax.figures import report
 from bn_jax.figures.fig1 import percentiles, typical_unit
+from bn_jax.uncertainty import counted
 from bn_jax.workdir import reader
 
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "results"
@@ -163,9 +164,27 @@ def test_a_sweeps_page_is_small_and_has_all_runs(tmp_path, monkeypatch):
         line, points = item.renderers[:2]
         looks.add((str(line.glyph.line_dash), str(points.glyph.marker)))
     assert len(looks) == len(groups)  # no colour is needed to tell them apart
+
+    # A network is hidden and a seed is muted, so that one does not undo the other. Of so many runs
+    # only those of the first seed are shown.
+    assert (networks.click_policy, seeds.click_policy) == ("hide", "mute")
+    assert all(own.visible for own in chart.renderers)
+    assert {own.muted for own in chart.renderers if own.name.endswith("seed 0")} == {False}
+    assert {own.muted for own in chart.renderers if not own.name.endswith("seed 0")} == {True}
+    assert not isinstance(chart.y_scale, LogScale)
+    assert isinstance(charts(page)["loss"].y_scale, LogScale)
     words = without_scripts(page)
     assert "Steps to the accuracy of the network without BN (Fig. 3)" in words
     assert "One change at a time" in words and "Single networks, multicrop" in words
+
+
+def test_the_test_split_has_a_column_beside_the_last_evaluation(tmp_path):
+    lines = [{"step": 5, "top1": 0.1, "examples": 10}, {"step": 9, "top1": 0.5, "examples": 10}]
+    test = [{"step": 9, "top1": 0.25, "examples": 20}]
+    kinds = {"train": [], "eval": lines, "test": test, "activation": []}
+    run = reader.Run(tmp_path, {"seed": 3}, {"description": "x"}, kinds, "done", "", {})
+    cells = f"<td>9</td><td>{counted(0.5, 10)}</td><td>{counted(0.25, 20)}</td></tr>"
+    assert cells in report._overview([run])
 
 
 def test_the_loss_is_the_mean_of_parts(tmp_path):

@@ -97,7 +97,10 @@ def test_the_h100s_find_each_other_and_the_driver():
     # Pods are called JOBSET-JOB-REPLICA-INDEX, their domain JOBSET.
     assert env["JAX_COORDINATOR_ADDRESS"] == f"{name}-{job['name']}-0-0.{name}:8476"
     assert env["JAX_NUM_PROCESSES"] == str(job["template"]["spec"]["parallelism"])
-    assert "JAX_PROCESS_ID" in env
+    [number] = [v for v in container_of(H100)["env"] if v["name"] == "JAX_PROCESS_ID"]
+    index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    assert number["valueFrom"] == {"fieldRef": {"fieldPath": index}}
+    assert container_of(H100)["resources"]["limits"] == {"nvidia.com/gpu": 8}  # all of a node
     # GKE mounts the driver, but tells nobody; NCCL needs more than a container's 64 MiB.
     assert env["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
     shared = {m["mountPath"]: m["name"] for m in container_of(H100)["volumeMounts"]}["/dev/shm"]
@@ -161,6 +164,7 @@ def test_data_and_runs_are_volumes_of_different_kinds(path):
     assert claim["readOnly"] and mounts["data"]["readOnly"] and data["csi"]["readOnly"]
     assert data["accessModes"] == ["ReadOnlyMany"]
     assert data["csi"]["driver"] == "pd.csi.storage.gke.io"
+    assert f"mkfs.{data['csi']['fsType']} " in README
     claim, runs = found["runs"]
     assert runs["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
     # GKE itself caches metadata for ever on these machines, unless it is told otherwise.

@@ -8,11 +8,14 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from bn_jax import study as command
 from bn_jax.errors import ConfigError
-from bn_jax.experiment import members
+from bn_jax.experiment import build, members
+from bn_jax.step import init_state
 from bn_jax.studies import STUDIES, frame
 from tests.support.small_studies import SMALL, cells, run_study
 
@@ -75,6 +78,19 @@ def test_a_finished_study_is_drawn_again_from_its_records(tmp_path, monkeypatch)
     # Another seed is added beside the first one.
     more = cells(run_study("population", tmp_path, monkeypatch, seeds=2))
     assert " to " in more["step 20"][1] and "one seed" in cells(text)["step 20"][1]
+
+    # The network of step 0 is the one that the run started from.
+    workdir = tmp_path / "bn" / "seed_1"
+    exp = build.from_workdir(workdir)
+    step, first = next(frame.states(exp, workdir))
+    started = init_state(exp.model, 1, exp.data.image_shape)
+    assert step == 0
+
+    def assert_close(one, two):
+        # A compiled product may be rounded otherwise, by one unit of float32's last place.
+        np.testing.assert_allclose(one, two, rtol=2e-7)
+
+    jax.tree.map(assert_close, first.params, started.params)
 
 
 def test_another_config_is_refused(tmp_path, monkeypatch):

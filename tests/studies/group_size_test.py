@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from bn_jax.experiment import build
+from bn_jax.experiment.config import load
 from bn_jax.layers import BatchNorm
 from bn_jax.step import TrainState
 from bn_jax.studies import frame, group_size
@@ -62,6 +63,13 @@ def test_evaluated_has_every_example_once():
     assert len(set(labels[:96])) == 10  # not class by class
 
 
+def test_every_size_has_as_many_examples_for_its_statistics():
+    parts = {part.name: part.settings for part in group_size.parts(load("bn_x5:digits"))}
+    assert list(parts) == [f"group_size={n}" for n in (2, 4, 8, 16, 32)]
+    assert {"bn.group_size=4", "statistics_batches=512"} < set(parts["group_size=4"])
+    assert {"bn.group_size=32", "statistics_batches=64"} < set(parts["group_size=32"])
+
+
 def test_a_small_study(tmp_path, monkeypatch):
     text = run_study("group_size", tmp_path, monkeypatch, "batch_size=8", "bn.group_size=None")
     rows = cells(text)
@@ -72,6 +80,12 @@ def test_a_small_study(tmp_path, monkeypatch):
     assert rows["4"] == [
         f"{100 * measured[name]:.2f}% (one seed)" for name in group_size.CURVES
     ] + ["-"]
+    exp = build.from_workdir(run)
+    _, state = build.restore(exp, run)
+    trained = exp.data.statistics(256, 8, slice(0, 8), 0)
+    own = group_size.accuracy_in_groups(exp, state, trained)
+    assert measured["training, own group"] == own != measured["evaluation, own group"]
+
     # Training itself has scored the network with the same statistics.
     recorded = reader.read_run(run).lines["eval"][-1]["top1"]
     assert measured["evaluation, population"] == recorded

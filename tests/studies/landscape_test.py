@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bn_jax.studies import landscape
+from bn_jax.studies.frame import Result
 from tests.support.small_studies import cells, run_study
 
 
@@ -35,6 +36,25 @@ def test_of_a_quadratic_loss():
     smoothness = np.linalg.norm(a @ g) / np.linalg.norm(g)
     assert found["smoothness"] == pytest.approx(smoothness, **close)
     assert smoothness <= np.linalg.eigvalsh(a)[-1]
+
+
+def test_smoothness_is_the_largest_along_the_gradient():
+    """x^4 at 1: its gradient 4 becomes 4 * 0.6^3 at a rate of 0.1, and 4 * 0.2^3 at 0.2."""
+    loss = jax.value_and_grad(lambda x: x**4)
+    found = landscape.along_gradient(loss, jnp.ones(()), [0.1, 0.2])
+    assert found["changes"] == pytest.approx([4 - 0.864, 4 - 0.032])
+    assert found["smoothness"] == pytest.approx((4 - 0.864) / 0.4)
+
+
+def test_a_run_s_numbers_are_medians_without_the_initial_network():
+    steps = [
+        {"smoothness": 9.0, "changes": [80.0, 90.0], "losses": [0.0, 99.0]},
+        {"smoothness": 2.0, "changes": [3.0, 1.0], "losses": [2.0, 0.5, 1.0]},
+        {"smoothness": 4.0, "changes": [5.0, 7.0], "losses": [11.0, 14.0]},
+    ]
+    results = {"bn": {3: Result(None, {"steps": steps}), 4: Result(None, {})}}
+    found = {kind: landscape.typical(results, "bn", kind) for kind in landscape.KINDS}
+    assert found == {"range": {3: 2.25}, "change": {3: 5.0}, "smoothness": {3: 3.0}}
 
 
 def test_where_the_gradient_is_zero():

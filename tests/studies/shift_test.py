@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from bn_jax.studies import shift
+from bn_jax.studies.frame import Result
 from tests.support.small_studies import cells, run_study
 
 
@@ -48,6 +49,26 @@ def test_layers_are_in_the_order_of_the_paths():
     assert shift.layers_in_order(paths) == {
         "stem": paths[:3], "3a/1x1": paths[3:5], "classifier": paths[5:]
     }  # fmt: skip
+
+
+def measured(distance: float) -> dict:
+    """What is measured on a run with two layers."""
+    layers = {
+        "a": {"distance": 0.0, "cosine": 1.0, "norm": 2.0},
+        "b": {"distance": distance, "cosine": 0.5, "norm": 2.0},
+    }
+    activations = {"a/pre_bn": {"moved": [9.0]}, "a/input": {"moved": [distance + 1]}}
+    return {"steps": [{"step": 0, "layers": layers}], "activations": activations}
+
+
+def test_the_table_has_medians_without_the_first_layer_and_divides_by_those_of_bn():
+    results = {"bn": {0: Result(None, measured(3.0))}, "plain": {0: Result(None, measured(6.0))}}
+    assert shift.table(results).rows == [
+        ["L2 of G' - G", "3", "6", "2x (one seed)"],
+        ["L2 of G' - G, by that of G", "1.5", "3", "2x (one seed)"],
+        ["cosine of G and G'", "0.5", "0.5", "-"],
+        ["distance that the median moved", "4", "7", "1.75x (one seed)"],
+    ]
 
 
 def test_a_small_study(tmp_path, monkeypatch):
