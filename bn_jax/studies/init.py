@@ -22,18 +22,15 @@ LEVEL = 0.8  # of accuracy
 
 
 def parts(config: ConfigDict) -> list[Part]:
-    """Makes a part for every gain, with BN and without. In Inception a gain of 1 is He's rule."""
-    field = "model.init_std"
-    rule: tuple[str, ...] = ()
-    if config.model.name != "mlp":
-        field = "model.init_scale"
-        rule = ("model.init=he",)
+    """Makes a part for every gain, with BN and without."""
+    field = "model.init_std" if config.model.name == "mlp" else "model.init_scale"
     own = dict(fields(config))[field]
-    return [
-        Part(f"{arm.name}/gain={gain:g}", (*arm.settings, *rule, f"{field}={own * gain}"))
-        for arm in arms(config)
-        for gain in GAINS
-    ]
+    found = []
+    for arm in arms(config):
+        for gain in GAINS:
+            settings = (*arm.settings, f"{field}={own * gain}")
+            found.append(Part(f"{arm.name}/gain={gain:g}", settings))
+    return found
 
 
 def steps_to(results: Iterable[Result], level: float) -> list[Reached]:
@@ -78,7 +75,7 @@ def table(results: Results) -> Table:
     legend = (
         f"Steps to an accuracy of {100 * LEVEL:.0f}%, between the last evaluation below it and the "
         "first that has it; 'at least' where the run never has it. Gain: the initial weights by "
-        "the config's (of Inception: by He's). Speed-up: plain steps / steps with BN."
+        "the config's. Speed-up: plain steps / steps with BN."
     )
     return Table(head, rows, legend)
 
@@ -109,7 +106,7 @@ def draw(results: Results) -> Figure:
 STUDY = Study(
     name="init",
     question="What of BN's gain does the initialization explain?",
-    follows="our own finding on Glorot's and He's weights (docs/results.md)",
+    follows="our own finding on initial weights (docs/experiments.md)",
     minutes="7",
     config="bn_x5:digits",
     sizes={

@@ -1,7 +1,7 @@
 """Which learning rates train?
 
-The network with BN and the plain one, from two kinds of initial weights, are trained at a grid of
-rates. If a run's loss is no longer finite, the step is shown.
+The network with BN and the plain one, from several kinds of initial weights, are trained at a grid
+of rates. If a run's loss is no longer finite, the step is shown.
 """
 
 import numpy as np
@@ -15,13 +15,11 @@ TIMES = (0.2, 1.0, 6.0, 40.0, 200.0)  # the config's rate; for bn_x5 this gives 
 
 
 def parts(config: ConfigDict) -> list[Part]:
-    """Makes a part for every rate: with BN and without, from both kinds of weights."""
-    networks: dict[str, tuple[str, ...]] = {"bn": ("norm=batch_norm",)}
+    """Makes a part for every rate: with BN and without, from each kind of weights."""
+    networks: dict[str, tuple[str, ...]] = {"bn": ("norm=batch_norm",), "plain": ("norm=none",)}
     if "init" in config.model:
         networks["plain_he"] = ("norm=none", "model.init=he")
         networks["plain_glorot"] = ("norm=none", "model.init=glorot")
-    else:
-        networks["plain"] = ("norm=none",)
     rates = [float(f"{config.learning_rate * times:.3g}") for times in TIMES]
     return [
         Part(f"{network}/learning_rate={rate:g}", (*settings, f"learning_rate={rate}"))

@@ -5,9 +5,9 @@ from bn_jax.studies import rates
 from tests.support.small_studies import cells, run_study
 
 
-def test_parts_of_inception_have_both_kinds_of_weights():
+def test_parts_of_inception_have_every_kind_of_weights():
     names = [part.name for part in rates.parts(load("bn_x5:digits"))]
-    assert len(names) == 3 * len(rates.TIMES)
+    assert len(names) == 4 * len(rates.TIMES)
     assert names[0] == "bn/learning_rate=0.0015" and names[-1] == "plain_glorot/learning_rate=1.5"
 
 
