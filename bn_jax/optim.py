@@ -60,8 +60,8 @@ def rate_factor(scaling: str, batch_size: int, mini_batch: int | None) -> float:
     2.1); "sqrt" for its square root, which keeps the variance of a step (Krizhevsky 2014,
     arXiv:1404.5997, section 5); "none" for 1.
 
-    Differs from the paper: `learning_rate_scaling` and `warmup_examples`, which are off by default,
-    adapt a rate for mini-batches of 32 to batches of many of them (arXiv:1706.02677,
+    Differs from the paper: `learning_rate_scaling` and `warmup_examples`, which are on at scale
+    `pod` alone, adapt a rate for mini-batches of 32 to batches of many of them (arXiv:1706.02677,
     arXiv:1404.5997).
     """
     if scaling == "none" or mini_batch is None:

@@ -132,12 +132,13 @@ def test_delta_is_a_page_with_command_and_expectation(name):
 
 
 def test_scales_change_data_image_width_and_length_only():
-    """The paper's own rates, decay, L2 and other modifications hold at every scale."""
+    """Decay, L2 and other modifications of the paper hold at every scale; rates but at `pod`."""
     scaled = ["scale", "image_size", "model.width", "total_steps", "eval_every", "log_every"]
     scaled += ["eval_batch_size", "statistics_batches", "checkpoint_every", "data.name"]
     scaled += ["data.crop", "data.mirror", "data.shift", "record.activation_every"]
     scaled += ["record.activation_examples", "data.dir", "data.holdout", "eval_early"]
     pod = ["scale", "batch_per_device", "dtype", "write_seconds"]
+    pod += ["learning_rate_scaling", "warmup_examples"]
     reference = flat(inception.get_config())
     for scale in inception.SCALES:
         here = flat(inception.get_config(scale))

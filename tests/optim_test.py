@@ -14,7 +14,7 @@ from bn_jax import optim
 from bn_jax.errors import ConfigError
 from bn_jax.experiment import build
 from bn_jax.experiment.config import check, settled
-from configs import bn_baseline, bn_x30
+from configs import bn_baseline, bn_x5, bn_x30
 
 EPOCHS8 = 8 * 1_281_167
 
@@ -96,15 +96,18 @@ def test_without_warm_up_the_rate_has_the_bits_of_the_plain_decay():
     np.testing.assert_array_equal(got, without(numbers, steps))
 
 
-def pod(devices, **changes):
-    config = bn_x30.get_config("pod")
+def pod(devices, root=bn_x30, **changes):
+    config = root.get_config("pod")
     config.update(changes)
     return build.for_devices(config, devices)
 
 
+UNSCALED = {"learning_rate_scaling": "none", "warmup_examples": 0.0}
+
+
 @pytest.mark.parametrize("devices", [8, 64])
 def test_scale_pod_scales_by_the_devices_that_it_finds(devices):
-    config = pod(devices, learning_rate_scaling="linear", warmup_examples=5.0 * EPOCH)
+    config = pod(devices)
     check(config)
     got = optim.Hyper.from_config(config)
     assert (config.batch_size, config.bn.group_size) == (32 * devices, 32)
@@ -114,37 +117,83 @@ def test_scale_pod_scales_by_the_devices_that_it_finds(devices):
     # Written into run.json and read again (a resume) it is the same: nothing is scaled twice.
     again = build.for_devices(ConfigDict(json.loads(config.to_json())).lock(), devices)
     assert optim.Hyper.from_config(again) == got
-    plain = optim.Hyper.from_config(pod(devices))
-    assert plain.learning_rate == np.float32(0.045) and plain.warmup_from == 1
 
 
-def test_the_documented_sums_of_rates():
-    """The table of docs/experiments.md, from the configs; every sum by a plain sum over steps."""
+def test_scale_pod_can_have_the_papers_rate():
+    config = pod(64, **UNSCALED)
+    check(config)
+    numbers = optim.Hyper.from_config(config)
+    assert numbers.learning_rate == np.float32(0.045)
+    assert numbers.warmup_from == 1
+
+
+def test_one_device_has_the_papers_rate_at_every_step():
+    numbers = optim.Hyper.from_config(settled(pod(1), EPOCH))
+    plain = optim.Hyper.from_config(settled(bn_x30.get_config("imagenet"), EPOCH))
+    for step in (0, 1, 1000, 200_180, 1_000_000):
+        rates = [optim.decayed_rate(n, jnp.int32(step), 32) for n in (numbers, plain)]
+        assert rates[0] == rates[1]
+
+
+def sum_of_rates(numbers: optim.Hyper, steps: int, batch: int) -> float:
+    """Sums the rates of a run's steps in float64, a million steps at a time."""
+    total = 0.0
+    for first in range(0, steps, 10**6):
+        examples = batch * np.arange(first, min(first + 10**6, steps), dtype=np.float64)
+        rates = numbers.learning_rate * 0.96 ** (examples / np.float64(numbers.decay_examples))
+        if numbers.warmup_examples:
+            warmed = np.minimum(1, examples / np.float64(numbers.warmup_examples))
+            rates *= numbers.warmup_from + (1 - numbers.warmup_from) * warmed
+        total += float(rates.sum())
+    return total
+
+
+def test_the_sum_of_rates_is_that_of_the_schedule():
+    """The sum below is that of the rates that steps use, in the warm-up (3,128 steps) and after."""
+    numbers = optim.Hyper.from_config(settled(pod(64), EPOCH))
+    rates = jax.vmap(lambda step: optim.decayed_rate(numbers, step, 2048))(jnp.arange(6000))
+    for steps in (1000, 6000):
+        total = np.asarray(rates[:steps], np.float64).sum()
+        # as for optax's above
+        np.testing.assert_allclose(sum_of_rates(numbers, steps, 2048), total, rtol=2e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 8, 64, 128, 256, 512])
+def test_the_documented_sums_of_rates(devices):
+    """A row of the table of docs/experiments.md, from the configs."""
     text = (pathlib.Path(__file__).parent.parent / "docs" / "experiments.md").read_text()
-    roots = {"bn_baseline": bn_baseline, "bn_x30": bn_x30}
-    for devices in (1, 8, 64, 256, 512):
-        cells = [f"{devices}", f"{32 * devices:,}"]
-        for root in roots.values():
-            for rule in ("none", "sqrt", "linear"):
-                config = root.get_config("pod")
-                config.learning_rate_scaling = rule
-                numbers = optim.Hyper.from_config(
-                    settled(build.for_devices(config, devices), EPOCH)
-                )
-                steps = round(root.get_config("pod").total_steps / devices)
-                # A geometric series.
-                factor = 0.96 ** (32 * devices / np.float64(numbers.decay_examples))
-                total = float(numbers.learning_rate) * (1 - factor**steps) / (1 - factor)
-                cells.append(f"{numbers.learning_rate:.3g} / {total:,.0f}")
-        row = "| " + " | ".join(cells) + " |"
-        assert row in text.replace(" (refused)", ""), row
+    batch = 32 * devices
+    cells = [f"{devices}", f"{batch:,}"]
+    for root in (bn_baseline, bn_x30):
+        steps = round(root.get_config("imagenet").total_steps / devices)
+        for changes in (UNSCALED, {"learning_rate_scaling": "sqrt"}, {}):
+            numbers = optim.Hyper.from_config(settled(pod(devices, root, **changes), EPOCH))
+            total = sum_of_rates(numbers, steps, batch)
+            cells.append(f"{numbers.learning_rate:.3g} / {total:,.0f}")
+    row = "| " + " | ".join(cells)
+    row += " (refused) |" if devices == 512 else " |"
+    assert row in text
+
+
+@pytest.mark.parametrize("root", [bn_baseline, bn_x5, bn_x30])
+@pytest.mark.parametrize("devices", [8, 64, 128, 256])
+def test_scale_pod_trains_on_up_to_256_devices_as_it_is(root, devices):
+    check(pod(devices, root))
 
 
 def test_linear_scaling_ends_where_it_is_known_to_work():
-    check(pod(256, learning_rate_scaling="linear"))
+    """On 512 devices; what the error tells to do is accepted."""
+    check(pod(512, bn_baseline))
+    with pytest.raises(ConfigError, match=r"16,384 would have the rate 3.84, and above 8,192"):
+        check(pod(512, bn_x5))
+    with pytest.raises(ConfigError, match=r"the rate 23,.*LARS") as refused:
+        check(pod(512))
+    remedy = "set it to sqrt, or to none with warmup_examples=0 and a learning_rate of your choice"
+    assert remedy in str(refused.value)
     check(pod(512, learning_rate_scaling="sqrt"))
-    with pytest.raises(ConfigError, match=r"16,384 would have the rate 23.*LARS.*set it to sqrt"):
-        check(pod(512, learning_rate_scaling="linear"))
+    check(pod(512, learning_rate=1.5, **UNSCALED))
+    with pytest.raises(ConfigError, match="set warmup_examples=0"):
+        check(pod(512, learning_rate_scaling="none"))
 
 
 def test_momentum_step_is_optax_sgd():

@@ -430,7 +430,7 @@ def _check_optimization(config: ConfigDict, rules: _Rules) -> None:
         raise rules.error(
             "learning_rate_scaling",
             "bn.group_size=None does not say for how many examples learning_rate is",
-            "set bn.group_size=32",
+            "set bn.group_size=32, or this to none and warmup_examples to 0",
         )
     ratio = config.batch_size / (config.bn.group_size or config.batch_size)
     scaled = config.learning_rate * ratio
@@ -444,13 +444,13 @@ def _check_optimization(config: ConfigDict, rules: _Rules) -> None:
             f"a batch of {config.batch_size:,} would have the rate {scaled:.3g}, and above "
             f"{LARGEST_LINEAR_BATCH:,} examples {LARGEST_LINEAR_RATE:g} is the limit (Goyal et al. "
             "2017; methods such as LARS, which go further, are not implemented)",
-            "set it to sqrt, or to none with the learning_rate of your choice",
+            "set it to sqrt, or to none with warmup_examples=0 and a learning_rate of your choice",
         )
     if config.learning_rate_scaling == "none" and config.warmup_examples:
         raise rules.error(
             "warmup_examples",
             "warms up from the unscaled rate to the scaled one, but learning_rate_scaling='none'",
-            "set learning_rate_scaling to linear or sqrt",
+            "set warmup_examples=0, or learning_rate_scaling to linear or sqrt",
         )
 
 

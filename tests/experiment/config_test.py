@@ -32,7 +32,7 @@ WRONG = [
         "learning_rate_scaling='linear': bn.group_size=None",
     ),
     (
-        "bn_x30:pod",
+        "bn_x30:digits",
         {"warmup_examples": 1e6},
         "warmup_examples=1000000.0: warms up from the unscaled",
     ),

@@ -139,3 +139,109 @@ def test_ensemble():
     text = uncertainty.counted(fig4.wrong(line, "top1"), 1000)
     assert text.replace(")", ", counted)") in page("docs/experiments.md")
     assert text in page("docs/ensemble.md")
+
+
+# Rules for the rate on many devices: the runs of results/scaling
+
+NETWORKS = {"BN-Baseline": "bn_baseline", "BN-x30": "bn_x30"}
+RULES = ("none", "sqrt", "linear")
+PAIRS = (("sqrt", "none"), ("linear", "none"), ("linear", "sqrt"))
+WHEN = (94, 188, 376, "test")  # steps, and the test split at the end
+
+
+@functools.cache
+def scaling_runs(config: str, rule: str) -> tuple[reader.Run, ...]:
+    folder = RESULTS / "scaling" / ("none" if rule == "none" else "scaled") / config
+    if rule != "none":
+        folder /= f"learning_rate_scaling={rule}"
+    return tuple(reader.read_run(folder / f"seed_{seed}") for seed in range(5))
+
+
+def scaling_accuracy(config: str, rule: str, when: int | str) -> dict[int, float]:
+    """Top-1 by seed."""
+    found = {}
+    for run in scaling_runs(config, rule):
+        kind = "test" if when == "test" else "eval"
+        step = 376 if when == "test" else when
+        (line,) = (line for line in run.lines[kind] if line["step"] == step)
+        assert line["examples"] == (1000 if when == "test" else 400)
+        found[run.config["seed"]] = line["top1"]
+    assert sorted(found) == [0, 1, 2, 3, 4]
+    return found
+
+
+def scaling_difference(config: str, a: str, b: str, when: int | str) -> uncertainty.Effect:
+    return uncertainty.difference(
+        scaling_accuracy(config, a, when), scaling_accuracy(config, b, when)
+    )
+
+
+def scaling_cells(effects: list[uncertainty.Effect], sign: bool) -> str:
+    texts = [uncertainty.written(effect, ".1f", factor=100, sign=sign) for effect in effects]
+    return " | ".join(texts)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_table_of_the_rules_for_the_rate(name):
+    text = (ROOT / "docs/experiments.md").read_text()
+    config = NETWORKS[name]
+    for rule in RULES:
+        found = [scaling_accuracy(config, rule, when) for when in WHEN]
+        effects = [uncertainty.single(list(values.values())) for values in found]
+        assert f"| {name} | {rule} | {scaling_cells(effects, sign=False)} |" in text
+    for a, b in PAIRS:
+        effects = [scaling_difference(config, a, b, when) for when in WHEN]
+        assert f"| {name} | {a} minus {b} | {scaling_cells(effects, sign=True)} |" in text
+
+
+def test_what_the_rules_for_the_rate_say():
+    text = page("docs/experiments.md")
+    found = {
+        (config, a, b, when): scaling_difference(config, a, b, when)
+        for config in NETWORKS.values()
+        for a, b in PAIRS
+        for when in WHEN
+    }
+
+    def clear(config: str, a: str, b: str) -> list[int | str]:
+        """When the interval of a - b does not have 0 in it."""
+        return [when for when in WHEN if found[config, a, b, when].interval.low > 0]
+
+    gains = [100 * found["bn_baseline", "linear", "none", when].value for when in WHEN]
+    assert f"better than `none` by {min(gains):.1f} to {max(gains):.1f} points all along" in text
+    assert clear("bn_baseline", "linear", "none") == list(WHEN)
+    assert clear("bn_baseline", "linear", "sqrt") == [94, 188, "test"]
+
+    largest = max(abs(100 * effect.value) for key, effect in found.items() if key[0] == "bn_x30")
+    assert f"the rules are within {largest:.1f} points of each other" in text
+    assert clear("bn_x30", "linear", "none") == [376, "test"]
+    assert clear("bn_x30", "linear", "sqrt") == [94]
+    at_first = 100 * found["bn_x30", "linear", "sqrt", 94].value
+    assert f"but for a difference of {at_first:.1f} at 25%" in text
+
+    adjusted = uncertainty.holm([effect.p_value(0) for effect in found.values()])
+    established = [key for key, p in zip(found, adjusted, strict=True) if p < 0.05]
+    ours = [key for key in established if key[0] == "bn_baseline"]
+    assert f"for all {len(found)} comparisons (Holm), {len(ours)} of BN-Baseline's 12" in text
+    assert [key for key in established if key[0] == "bn_x30"] == [("bn_x30", "linear", "none", 376)]
+    assert all(effect.value > 0 for effect in found.values())  # in none is `linear` worse
+
+
+def test_how_the_rules_for_the_rate_were_run():
+    for config in NETWORKS.values():
+        for rule in RULES:
+            for run in scaling_runs(config, rule):
+                assert run.status == "done"
+                assert (run.config["name"], run.config["scale"]) == (config, "digits")
+                assert (run.config["batch_size"], run.config["total_steps"]) == (256, 376)
+                assert run.config["learning_rate_scaling"] == rule
+                assert run.config["warmup_examples"] == (0 if rule == "none" else 18_000)
+                assert run.data["train_examples"] * 5 == 18_000
+                assert run.origin["hardware"]["devices"] == 8
+
+
+def test_the_row_of_the_rules_for_the_rate():
+    text = page("results/README.md")
+    for name, config in NETWORKS.items():
+        means = [np.mean([*scaling_accuracy(config, rule, "test").values()]) for rule in RULES]
+        assert f"{name} {', '.join(f'{100 * mean:.1f}%' for mean in means)}" in text
