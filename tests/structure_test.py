@@ -25,7 +25,7 @@ FLOORS = (
     "models",
     "layers nnx",
     "ops",
-    "batch_norm errors uncertainty",
+    "batch_norm errors tables uncertainty",
 )
 COMMANDS = FLOORS[0].split()
 

@@ -4,12 +4,11 @@ This is successive halving in two rounds (Jamieson and Talwalkar 2016, arXiv:150
 point is trained for a first number of steps, and the best few of each experiment to the end.
 """
 
-import csv
-import io
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from bn_jax.tables import csv_table, markdown_table
 from bn_jax.workdir import files, reader
 
 TABLE = "tuning"  # name of the two files, .md and .csv
@@ -34,8 +33,11 @@ def accuracy(workdir: pathlib.Path, step: int) -> float | None:
     """Returns a run's top-1 (share) in its evaluation after `step`; None if there was none."""
     if not reader.is_run(workdir):
         return None
-    evaluations = reader.read_run(workdir).lines["eval"]
-    return next((line["top1"] for line in evaluations if line["step"] == step), None)
+    run = reader.read_run(workdir)
+    for line in run.lines["eval"]:
+        if line["step"] == step:
+            return line["top1"]
+    return None
 
 
 def best(points: Mapping[str, Point], keep: int) -> list[str]:
@@ -43,67 +45,108 @@ def best(points: Mapping[str, Point], keep: int) -> list[str]:
 
     Of equal points the earlier in the grid comes first. Points that diverged are left out.
     """
+    scores: dict[str, dict[str, float]] = {}  # experiment -> name -> top-1
+    for name, point in points.items():
+        own = scores.setdefault(point.experiment, {})
+        if point.first is not None:
+            own[name] = point.first
+
     chosen = []
-    for experiment in dict.fromkeys(point.experiment for point in points.values()):
-        scored = {
-            name: point.first
-            for name, point in points.items()
-            if point.experiment == experiment and point.first is not None
-        }
-        chosen += sorted(scored, key=lambda name: -scored[name])[:keep]
+    for own in scores.values():
+        # sorted keeps the order of equal points, with reverse, too.
+        best_first = sorted(own, key=own.__getitem__, reverse=True)
+        chosen += best_first[:keep]
     return chosen
 
 
 def winners(points: Sequence[Point]) -> dict[str, Point]:
     """Returns each experiment's point with the highest accuracy at the end; of equals the first."""
     found: dict[str, Point] = {}
+    highest: dict[str, float] = {}
     for point in points:
-        before = found.get(point.experiment)
-        if point.last is not None and (before is None or point.last > (before.last or 0.0)):
+        if point.last is None:
+            continue
+        if point.last > highest.get(point.experiment, -1.0):
+            highest[point.experiment] = point.last
             found[point.experiment] = point
     return found
 
 
 def write(
-    folder: pathlib.Path, points: Sequence[Point], steps: tuple[int, int], about: str
+    folder: pathlib.Path,
+    points: Sequence[Point],
+    steps: tuple[int, int],
+    about: str,
 ) -> list[pathlib.Path]:
     """Writes the table of all points as Markdown and CSV; returns both paths. Raises DiskError.
 
     steps: of the first round and of a whole run. about: a line on data, commit and hardware.
     """
     first, last = steps
-    chosen = winners(points)
     legend = (
         f"Top-1 in percent on the held-out examples. Every point has {first:,} steps and one seed; "
         f"the best of each experiment have {last:,}. **Bold**: the best at the end."
     )
-    text = ["# All points that were tried", "", about, legend]
-    table = io.StringIO()
-    lines = csv.writer(table, lineterminator="\n")
-    lines.writerow(["experiment", "values", "status", f"top1_{first}", f"top1_{last}", "chosen"])
+    text = ["# All points that were tried", f"{about}\n{legend}"]
+    records: list[dict[str, Any]] = []
+    chosen = winners(points)
 
-    for experiment in dict.fromkeys(point.experiment for point in points):
-        own = [point for point in points if point.experiment == experiment]
-        own.sort(key=lambda point: (-(point.last or 0.0), -(point.first or 0.0)))
-        head = [*own[0].values, "status", f"{first:,} steps", f"{last:,} steps"]
-        text += ["", f"## `{experiment}`: {len(own)} points", ""]
-        text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for experiment, own in _by_experiment(points).items():
+        fields = list(own[0].values)
+        head = [*fields, "status", f"{first:,} steps", f"{last:,} steps"]
+        rows = []
         for point in own:
-            best_one = chosen.get(experiment) is point
-            cells = [*point.values.values(), point.status, _percent(point.first)]
             final = _percent(point.last)
-            cells.append(f"**{final}**" if best_one else final)
-            text.append(f"| {' | '.join(cells)} |")
+            if point is chosen.get(experiment):
+                final = f"**{final}**"
+            values = point.values.values()
+            rows.append([*values, point.status, _percent(point.first), final])
+            records.append(_record(point, steps, chosen))
+        text.append(f"## `{experiment}`: {len(own)} points")
+        text.append(markdown_table(head, rows))
 
-            values = " ".join(f"{field}={value}" for field, value in point.values.items())
-            shares = ["" if share is None else share for share in (point.first, point.last)]
-            lines.writerow([experiment, values, point.status, *shares, int(best_one)])
+    contents = {
+        folder / f"{TABLE}.md": "\n\n".join(text) + "\n",
+        folder / f"{TABLE}.csv": csv_table(records),
+    }
+    for path, content in contents.items():
+        files.write_atomic(path, content.encode())
+    return list(contents)
 
-    paths = [folder / f"{TABLE}.md", folder / f"{TABLE}.csv"]
-    files.write_atomic(paths[0], ("\n".join(text) + "\n").encode())
-    files.write_atomic(paths[1], table.getvalue().encode())
-    return paths
+
+def _by_experiment(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """Groups points by experiment, each group with its best points first."""
+    found: dict[str, list[Point]] = {}
+    for point in points:
+        found.setdefault(point.experiment, []).append(point)
+
+    def score(point: Point) -> tuple[float, float]:
+        return point.last or 0.0, point.first or 0.0
+
+    for own in found.values():
+        own.sort(key=score, reverse=True)
+    return found
+
+
+def _record(
+    point: Point,
+    steps: tuple[int, int],
+    chosen: Mapping[str, Point],
+) -> dict[str, Any]:
+    """Returns a point's row of the CSV; a score that was not measured is empty."""
+    first, last = steps
+    values = [f"{field}={value}" for field, value in point.values.items()]
+    return {
+        "experiment": point.experiment,
+        "values": " ".join(values),
+        "status": point.status,
+        f"top1_{first}": point.first,
+        f"top1_{last}": point.last,
+        "chosen": int(point is chosen.get(point.experiment)),
+    }
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}"
+    if share is None:
+        return "-"
+    return f"{100 * share:.2f}"

@@ -10,6 +10,7 @@ import numpy as np
 from bn_jax.errors import ConfigError
 from bn_jax.figures.origins import made_by
 from bn_jax.figures.plotting import BLUE, GREY, plot_accuracy, save, subplots
+from bn_jax.tables import markdown_table
 from bn_jax.uncertainty import Effect, counted, difference, written
 from bn_jax.workdir import files, reader
 from bn_jax.workdir.lines import PERCENTILES
@@ -133,8 +134,7 @@ def fig1_table(numbers: dict[str, Any]) -> str:
         "layer's median range",
         "layer's median drift",
     ]
-    rows = [_table_row(head), "|---" * len(head) + "|"]
-
+    rows = []
     for name, n in numbers.items():
         accuracy = counted(n["accuracy"], n["examples"])
         cells = [
@@ -146,20 +146,14 @@ def fig1_table(numbers: dict[str, Any]) -> str:
             _three(n["layer_range"]),
             _three(n["layer_drift"]),
         ]
-        rows.append(_table_row(cells))
+        rows.append(cells)
 
     notes = (
         "The parentheses after an accuracy hold the 95% interval of its count. The range is "
         "that of the percentile over training, and the drift is the range / mean distance from p15 "
         "to p85. The typical unit is the one whose p50 drift is the median of its layer."
     )
-    table = "\n".join(rows)
-    return f"{table}\n\n{notes}"
-
-
-def _table_row(cells: Sequence[str]) -> str:
-    """Makes a row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+    return f"{markdown_table(head, rows)}\n\n{notes}"
 
 
 def _three(by_percentile: Mapping[str, float]) -> str:

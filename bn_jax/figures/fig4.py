@@ -1,13 +1,12 @@
 """Makes the table of Fig. 4 (4.2.3) from recorded evaluations, beside the paper's numbers."""
 
-import csv
-import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bn_jax.errors import ConfigError
 from bn_jax.figures.origins import made_by
+from bn_jax.tables import csv_table, markdown_table
 from bn_jax.uncertainty import Interval, counted, wilson
 from bn_jax.workdir import files, reader
 
@@ -234,7 +233,7 @@ def _beside_the_paper(ours: Sequence[TableLine]) -> str:
         else:
             compared[place] = row
 
-    text = [_table_row(HEAD), "|---" * len(HEAD) + "|"]
+    table = []
     for k, printed in enumerate(PAPER):
         if k in compared:
             mine = _cells(compared[k])
@@ -242,19 +241,14 @@ def _beside_the_paper(ours: Sequence[TableLine]) -> str:
             mine = ["not yet run"] * 4
         else:
             mine = ["-"] * 4
-        text.append(_table_row([*printed, *mine]))
+        table.append([*printed, *mine])
 
     for row in others:
         what = "single network" if row.label == "single" else row.label
         first = f"{what}, {_crops(row.crops)}, not in the paper"
         not_printed = ["-"] * 5
-        text.append(_table_row([first, *not_printed, *_cells(row)]))
-    return "\n".join(text)
-
-
-def _table_row(cells: Sequence[str]) -> str:
-    """Makes a row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+        table.append([first, *not_printed, *_cells(row)])
+    return markdown_table(HEAD, table)
 
 
 def _crops(number: int) -> str:
@@ -311,18 +305,17 @@ def _gains(ours: Sequence[TableLine]) -> str:
             str(row.crops),
             f"{points:+.2f} ({ends})",
         ]
-        gains.append(_table_row(cells))
+        gains.append(cells)
 
     if not gains:
         return ""
     head = ["ensemble", "crops", "gain in top-1 on the members' mean, points"]
-    table = [_table_row(head), "|---" * len(head) + "|", *gains]
     text = (
         "The members and their mean see the same images, so the gain is known better than the "
         "errors themselves. Its 95% interval, in parentheses, is by a paired bootstrap of the "
         "images."
     )
-    return text + "\n\n" + "\n".join(table)
+    return f"{text}\n\n{markdown_table(head, gains)}"
 
 
 def _networks(ours: Sequence[TableLine]) -> str:
@@ -331,11 +324,12 @@ def _networks(ours: Sequence[TableLine]) -> str:
     ensembles = [row for row in ours if row.label != "single"]
 
     head = ["network", "seed", "steps", "crops", "top-1 error", "top-5 error"]
-    text = [_table_row(head), "|---" * len(head) + "|"]
+    table = []
     for row in singles:
         for line in row.lines:
-            text.append(_network(line, row.crops))
+            table.append(_network(line, row.crops))
 
+    text = [markdown_table(head, table)]
     for row in ensembles:
         (line,) = row.lines
         names = [f"`{member['name']}` seed {member['seed']}" for member in line["members"]]
@@ -344,15 +338,15 @@ def _networks(ours: Sequence[TableLine]) -> str:
     return "\n".join(text)
 
 
-def _network(line: Mapping[str, Any], crops: int) -> str:
-    """Makes the row of one network, evaluated alone."""
+def _network(line: Mapping[str, Any], crops: int) -> list[str]:
+    """Makes the cells of one network, evaluated alone."""
     (member,) = line["members"]
     steps = f"{member['step']:,} of {member['total_steps']:,}"
     if "which" in member:
         steps += f", {member['which']}"
 
     alone = TableLine("single", crops, [line])
-    cells = [
+    return [
         f"`{member['name']}`",
         str(member["seed"]),
         steps,
@@ -360,19 +354,12 @@ def _network(line: Mapping[str, Any], crops: int) -> str:
         error(alone, "top1"),
         error(alone, "top5"),
     ]
-    return _table_row(cells)
 
 
 def as_csv(folder: pathlib.Path) -> str:
     """Lists every evaluation behind the table as CSV; errors are shares of 1."""
     lines = sorted(collect(folder), key=lambda line: (_size(line), line["crops"]))
-    table = [_csv_row(line) for line in lines]
-
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=table[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return out.getvalue()
+    return csv_table([_csv_row(line) for line in lines])
 
 
 def _csv_row(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from bn_jax.experiment.members import SweepMember
 from bn_jax.figures.origins import made_by
 from bn_jax.figures.plotting import save
 from bn_jax.step import TrainState
+from bn_jax.tables import markdown_table
 from bn_jax.uncertainty import single, written
 from bn_jax.workdir import files, reader
 from bn_jax.workdir.reader import Run
@@ -57,6 +58,9 @@ class Table(NamedTuple):
     legend: str
 
 
+Measure = Callable[[Experiment, pathlib.Path], dict[str, Any]]  # of a finished run's workdir
+
+
 class Study(NamedTuple):
     """A question, and how it is answered.
 
@@ -81,7 +85,7 @@ class Study(NamedTuple):
     parts: Callable[[ConfigDict], Sequence[Part]]
     table: Callable[[Results], Table]
     draw: Callable[[Results], Figure]
-    measure: Callable[[Experiment, pathlib.Path], dict[str, Any]] | None = None
+    measure: Measure | None = None
 
 
 def run(
@@ -112,39 +116,48 @@ def run(
 
     results: dict[str, dict[int, Result]] = {}
     for number, member in enumerate(found, start=1):
-        part, _, seed = member.name.rpartition("/seed_")
         recorded = reader.read_run(member.workdir)
         measured: dict[str, Any] = {}
         if study.measure is not None and recorded.status == "done":
             print(f"[{number}/{len(found)}] {member.name}: measured", flush=True)
             measured = _measured(study.measure, member.workdir)
-        results.setdefault(part, {})[int(seed)] = Result(recorded, measured)
+
+        part, _, seed = member.name.rpartition("/seed_")
+        seeds_of_part = results.setdefault(part, {})
+        seeds_of_part[int(seed)] = Result(recorded, measured)
     return _write(study, workdir, results)
 
 
 def runs(
-    study: Study, workdir: pathlib.Path, file: str, settings: Sequence[str], seeds: int
+    study: Study,
+    workdir: pathlib.Path,
+    file: str,
+    settings: Sequence[str],
+    seeds: int,
 ) -> list[SweepMember]:
     """Lists the runs of a study, seed by seed. Raises ConfigError as `config.read` does."""
     own = load(file)
-    fields = [*study.sizes.get(own.model.name, ()), *settings]
+    size = study.sizes.get(own.model.name, ())
+    fields = [*size, *settings]
     parts = study.parts(read(file, fields))
-    return [
-        members.member(
-            f"{part.name}/seed_{seed}",
-            file,
-            [*fields, *part.settings, f"seed={own.seed + seed}"],
-            workdir,
-        )
-        for seed in range(seeds)
-        for part in parts
-    ]
+
+    found = []
+    for seed in range(seeds):
+        for part in parts:
+            name = f"{part.name}/seed_{seed}"
+            changes = [*fields, *part.settings, f"seed={own.seed + seed}"]
+            found.append(members.member(name, file, changes, workdir))
+    return found
 
 
 def _begin(study: Study, workdir: pathlib.Path, file: str, settings: Sequence[str]) -> None:
     """Records what the folder holds. Raises ConfigError if that is another study."""
     path = workdir / RECORD
-    wanted = {"study": study.name, "config": file, "settings": list(settings)}
+    wanted = {
+        "study": study.name,
+        "config": file,
+        "settings": list(settings),
+    }
     if path.exists():
         try:
             there = json.loads(path.read_bytes())
@@ -156,13 +169,15 @@ def _begin(study: Study, workdir: pathlib.Path, file: str, settings: Sequence[st
                 "config and fields to resume it, or another --workdir"
             )
         return
+
     with files.reported(path, "cannot write"):
         workdir.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, json.dumps(wanted, indent=1).encode() + b"\n")
 
 
 def _measured(
-    function: Callable[[Experiment, pathlib.Path], dict[str, Any]], workdir: pathlib.Path
+    function: Measure,
+    workdir: pathlib.Path,
 ) -> dict[str, Any]:
     """Returns what was measured on a run; measures it now if it was not measured before."""
     path = workdir / MEASURED
@@ -171,7 +186,9 @@ def _measured(
             return json.loads(path.read_bytes())
         except ValueError as error:
             files.warn(f"{path} cannot be read ({error}); it is measured again")
-    numbers = files.plain(function(build.from_workdir(workdir), workdir))
+
+    experiment = build.from_workdir(workdir)
+    numbers = files.plain(function(experiment, workdir))
     files.write_atomic(path, json.dumps(numbers).encode() + b"\n")
     return numbers
 
@@ -179,20 +196,23 @@ def _measured(
 def _write(study: Study, workdir: pathlib.Path, results: Results) -> list[pathlib.Path]:
     """Writes the table, which is also printed, and the picture; returns their paths."""
     table = study.table(results)
-    lines = [f"| {' | '.join(cells)} |" for cells in (table.head, *table.rows)]
-    lines.insert(1, "|---" * len(table.head) + "|")
+    cells = markdown_table(table.head, table.rows)
     recorded = [result.run for seeds in results.values() for result in seeds.values()]
-    text = [
+    parts = [
         f"# {study.question}",
         f"Follows {study.follows}. {recorded[0].data['description']}.",
-        "\n".join(lines),
+        cells,
         f"{table.legend} {OVER_SEEDS}",
         made_by(one.origin for one in recorded),
     ]
+    text = "\n\n".join(parts) + "\n"
+
     path = workdir / f"{study.name}.md"
-    files.write_atomic(path, ("\n\n".join(text) + "\n").encode())
-    print(text[2])
-    return [path, *save(study.draw(results), workdir, study.name)]
+    files.write_atomic(path, text.encode())
+    print(cells)
+
+    figure = study.draw(results)
+    return [path, *save(figure, workdir, study.name)]
 
 
 # What several studies need.
@@ -200,19 +220,31 @@ def _write(study: Study, workdir: pathlib.Path, results: Results) -> list[pathli
 
 def arms(config: ConfigDict) -> list[Part]:
     """Makes two parts, the network with BN and without it, which are otherwise the same."""
-    return [Part("bn", ("norm=batch_norm",)), Part("plain", ("norm=none",))]
+    bn = Part("bn", ("norm=batch_norm",))
+    plain = Part("plain", ("norm=none",))
+    return [bn, plain]
 
 
 def divergences(seeds: Mapping[int, Result]) -> list[str]:
     """Returns 'diverged at step 7' for each run that diverged."""
-    errors = [r.run.error for r in seeds.values() if r.run.status == "diverged"]
-    return [error[error.find("diverged") :].partition(":")[0] for error in errors]
+    said = []
+    for run, _ in seeds.values():
+        if run.status == "diverged":
+            # The whole line is such as 'DivergedError: diverged at step 7: loss nan, ...'.
+            start = run.error.find("diverged")
+            where, _, _ = run.error[start:].partition(":")
+            said.append(where)
+    return said
 
 
 def finals(seeds: Mapping[int, Result]) -> dict[int, float]:
     """Returns {seed: top-1 (a share) of the last evaluation} of the runs that are done."""
-    runs = {seed: result.run for seed, result in seeds.items() if result.run.status == "done"}
-    return {seed: run.lines["eval"][-1]["top1"] for seed, run in runs.items()}
+    found = {}
+    for seed, (run, _) in seeds.items():
+        if run.status == "done":
+            last = run.lines["eval"][-1]
+            found[seed] = last["top1"]
+    return found
 
 
 def measurements(seeds: Mapping[int, Result]) -> dict[int, dict[str, Any]]:
@@ -223,8 +255,11 @@ def measurements(seeds: Mapping[int, Result]) -> dict[int, dict[str, Any]]:
 def kept_evenly(total: int, every: int) -> tuple[str, ...]:
     """Returns the fields of runs that are evaluated at the end and kept every so many steps."""
     return (
-        *(f"total_steps={total}", f"eval_every={total}", "eval_early=0"),
-        *(f"checkpoint_every={every}", f"keep_every={every}"),
+        f"total_steps={total}",
+        f"eval_every={total}",
+        "eval_early=0",
+        f"checkpoint_every={every}",
+        f"keep_every={every}",
     )
 
 
@@ -238,4 +273,5 @@ def percent(shares: Mapping[int, float]) -> str:
     """Writes {seed: share of 1} for a table, '-' if there is none."""
     if not shares:
         return "-"
-    return written(single(list(shares.values())), ".2f", factor=100, unit="%")
+    mean = single(list(shares.values()))
+    return written(mean, ".2f", factor=100, unit="%")
