@@ -1,7 +1,5 @@
 """Compares each experiment with the one that it changes (4.2.1), in tables and a picture."""
 
-import csv
-import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -12,6 +10,7 @@ from bn_jax.figures.curves import PARENTS, changes, curve, finals
 from bn_jax.figures.fig3 import Groups, notes, ordered, points_cell
 from bn_jax.figures.origins import apart, made_by
 from bn_jax.figures.plotting import BLUE, GREY, save, subplots
+from bn_jax.tables import csv_table, markdown_table
 from bn_jax.uncertainty import (
     CONTRADICTED,
     SUPPORTED,
@@ -53,19 +52,30 @@ def ablations(groups: Groups) -> list[Ablation]:
     for name in ordered(groups):
         if name not in PARENTS or PARENTS[name] not in groups:
             continue
-        parent = PARENTS[name]
-        mine, theirs = ([curve(run) for run in groups[k]] for k in (name, parent))
-        ours = finals(mine)
-        parents = finals(theirs)
-        effect = difference(ours, parents)
-        counting = None
-        if effect.n == 1:
-            (seed,) = ours.keys() & parents.keys()
-            counting = counted_difference(ours[seed], parents[seed], mine[0].final_examples)
-        change = changes(flat(groups[name][0].config), flat(groups[parent][0].config))
-        found.append(Ablation(name, parent, change, effect, counting))
+        found.append(_ablation(groups, name, PARENTS[name]))
+
+    # Every comparison that is made counts in the correction.
     adjusted = holm([row.effect.p_value(0.0) for row in found])
     return [row._replace(adjusted_p=p) for row, p in zip(found, adjusted, strict=True)]
+
+
+def _ablation(groups: Groups, name: str, parent: str) -> Ablation:
+    """Compares an experiment with its parent."""
+    runs = groups[name]
+    parent_runs = groups[parent]
+    change = changes(flat(runs[0].config), flat(parent_runs[0].config))
+
+    curves = [curve(run) for run in runs]
+    ours = finals(curves)
+    parents = finals([curve(run) for run in parent_runs])
+    effect = difference(ours, parents)
+
+    counting = None
+    if effect.n == 1:
+        (seed,) = ours.keys() & parents.keys()
+        examples = curves[0].final_examples
+        counting = counted_difference(ours[seed], parents[seed], examples)
+    return Ablation(name, parent, change, effect, counting)
 
 
 HEAD = ["experiment", "parent", "change", "difference", "seeds", "says", "remarks"]
@@ -75,7 +85,7 @@ def ablations_markdown(groups: Groups) -> str:
     """Makes the table; a difference is the experiment's final accuracy minus its parent's."""
     rows = ablations(groups)
     compared = sum(row.adjusted_p is not None for row in rows)
-    lines = [
+    text = [
         "# One change at a time (4.2.1)",
         "",
         "A difference is the final accuracy minus the parent's, in points, paired by seed. The 95%",
@@ -88,20 +98,39 @@ def ablations_markdown(groups: Groups) -> str:
         "",
         made_by(run.origin for group in groups.values() for run in group),
         "",
-        f"| {' | '.join(HEAD)} |",
-        "|---" * len(HEAD) + "|",
     ]
+
+    cells = []
     for row in rows:
-        curves = [curve(run) for run in groups[row.name]]
-        cells = [f"`{row.name}`", f"`{row.parent}`", row.change, _difference(row)]
-        differs = apart(
-            (run.origin for run in groups[row.name]), (run.origin for run in groups[row.parent])
+        cells.append(
+            [
+                f"`{row.name}`",
+                f"`{row.parent}`",
+                row.change,
+                _difference(row),
+                str(row.effect.n),
+                row.says,
+                _remarks(groups[row.name], groups[row.parent]),
+            ]
         )
-        remarks = [notes(curves), f"made with different {differs}" if differs else ""]
-        said = "; ".join(remark for remark in remarks if remark)
-        cells += [str(row.effect.n), row.says, said or "-"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    text.append(markdown_table(HEAD, cells))
+    return "\n".join(text) + "\n"
+
+
+def _remarks(runs: Sequence[Run], parents: Sequence[Run]) -> str:
+    """Says which runs are not done, and in what the two groups were made differently."""
+    remarks = []
+    unfinished = notes([curve(run) for run in runs])
+    if unfinished:
+        remarks.append(unfinished)
+
+    differs = apart(
+        [run.origin for run in runs],
+        [run.origin for run in parents],
+    )
+    if differs:
+        remarks.append(f"made with different {differs}")
+    return "; ".join(remarks) or "-"
 
 
 def _difference(row: Ablation) -> str:
@@ -115,19 +144,25 @@ def _difference(row: Ablation) -> str:
 
 def ablations_csv(groups: Groups) -> str:
     """Makes the table as CSV, with shares of 1."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    head = ["experiment", "parent", "change", "seeds", "difference", "low", "high"]
-    writer.writerow([*head, "counted_low", "counted_high", "holm_p"])
+    rows = []
     for row in ablations(groups):
-        value = row.effect.value if row.effect.n else ""
-        ends = row.effect.interval or ("", "")
-        counting = row.counting or ("", "")
-        p = "" if row.adjusted_p is None else row.adjusted_p
-        writer.writerow(
-            [row.name, row.parent, row.change, row.effect.n, value, *ends, *counting, p]
+        low, high = row.effect.interval or (None, None)
+        counted_low, counted_high = row.counting or (None, None)
+        rows.append(
+            {
+                "experiment": row.name,
+                "parent": row.parent,
+                "change": row.change,
+                "seeds": row.effect.n,
+                "difference": row.effect.value if row.effect.n else None,
+                "low": low,
+                "high": high,
+                "counted_low": counted_low,
+                "counted_high": counted_high,
+                "holm_p": row.adjusted_p,
+            }
         )
-    return out.getvalue()
+    return csv_table(rows)
 
 
 def draw_ablations(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pathlib.Path]:
@@ -138,24 +173,16 @@ def draw_ablations(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> li
     figure, axes = subplots(figsize=(9.5, 1.6 + 0.36 * len(rows)))
     axes.set_xscale("symlog", linthresh=2.0)  # chance is 80 points away, most others one or two
     axes.axvline(0, color=GREY, linewidth=0.8)
-    labels = []
+
     for y, row in enumerate(rows):
-        labels.append(f"{row.name} - {row.parent} (n = {row.effect.n})")
-        text = "no seed is done in both"
-        ends = row.effect.interval or row.counting
-        if ends is not None:
-            colour = GREY if row.counting else BLUE
-            value = row.effect.value
-            width = [[100 * (value - ends.low)], [100 * (ends.high - value)]]
-            axes.errorbar(100 * value, y, xerr=width, fmt="o", color=colour, capsize=3)
-            text = f"{100 * value:+.2f} ({100 * ends.low:.2f} to {100 * ends.high:.2f})"
-        axes.annotate(
-            text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8
-        )  # fmt: skip
+        _plot(axes, y, row)
+    labels = [f"{row.name} - {row.parent} (n = {row.effect.n})" for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
+
+    low, high = axes.get_xlim()
+    axes.set_xticks([x for x in _TICKS if low <= x <= high])
     axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%+g"))
-    axes.set_xticks([x for x in _TICKS if axes.get_xlim()[0] <= x <= axes.get_xlim()[1]])
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.grid(axis="x", alpha=0.25)
     axes.set_xlabel("difference of final accuracy, points (logarithmic beyond 2)")
@@ -164,6 +191,32 @@ def draw_ablations(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> li
         fontsize=9,
     )
     return save(figure, out, "ablations")
+
+
+def _plot(axes, y: int, row: Ablation) -> None:
+    """Draws a difference as a point with its interval at height y, and its numbers beside it."""
+    text = "no seed is done in both"
+    ends = row.effect.interval or row.counting
+    if ends is not None:
+        value = 100 * row.effect.value
+        low = 100 * ends.low
+        high = 100 * ends.high
+        axes.errorbar(
+            value,
+            y,
+            xerr=[[value - low], [high - value]],
+            fmt="o",
+            color=GREY if row.counting else BLUE,
+            capsize=3,
+        )
+        text = f"{value:+.2f} ({low:.2f} to {high:.2f})"
+    axes.annotate(
+        text,
+        (1.01, y),
+        xycoords=("axes fraction", "data"),
+        va="center",
+        fontsize=8,
+    )
 
 
 _TICKS = (-100, -50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100)
