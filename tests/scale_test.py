@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 
@@ -161,3 +162,72 @@ def test_evaluation_takes_a_small_and_documented_share_of_a_pod_run():
     text = " ".join((ROOT / "docs" / "performance.md").read_text().split())
     said = ", ".join(f"{100 * share:.1f}%" for share in shares[:-1])
     assert f"{said} and {100 * shares[-1]:.1f}% of a run on 8, 64, 256 and 512 devices" in text
+
+
+# What documents quote of the pages in results/bench
+
+
+class Compiled(NamedTuple):
+    """A row of a page."""
+
+    devices: str
+    across: int  # devices of a group
+    collectives: str
+    share: float  # bytes sent, of parameters and statistics
+    temporary: str  # MB
+
+
+def compiled_programs(page: str) -> list[Compiled]:
+    """The rows of a page of benchmarks.scale; older pages have groups on one device alone."""
+    text = (ROOT / "results" / "bench" / page).read_text()
+    found = []
+    for line in re.findall(r"^\| (?:virtual CPU|TPU|H100).*\|$", text, re.M):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        across = int(cells.pop(2)) if len(cells) == 8 else 1
+        sent, state = float(cells[3]), float(cells[4])
+        temporary = cells[5].partition(", ")[2]
+        found.append(Compiled(cells[1], across, cells[2], sent / state, temporary))
+    return found
+
+
+def words(found: Compiled) -> str:
+    """Its collectives as documents write them: '2 all-reduces, 3 all-gathers'."""
+    counts = re.findall(r"(\d+) ([a-z-]+)", found.collectives)
+    counts.sort(key=lambda pair: -int(pair[0]))
+    return ", ".join(f"{count} {kind}s" for count, kind in counts)
+
+
+def quoted(name: str) -> str:
+    return " ".join((ROOT / "docs" / name).read_text().split())
+
+
+def test_the_table_of_pods_is_that_of_the_pages():
+    text = (ROOT / "docs" / "pods.md").read_text()
+    row = r"^\| \[.+\]\(\.\./results/bench/(\S+)\) \| ([\d, ]+) \| (\d+) \| ([\d.]+) \| (.+) \|$"
+    rows = re.findall(row, text, re.M)
+    assert {page for page, *_ in rows} >= {"scale.md", "scale_tpu.md", "scale_h100.md"}
+    for page, devices, count, share, versions in rows:
+        found = [program for program in compiled_programs(page) if program.across == 1]
+        assert set(devices.split(", ")) == {program.devices for program in found}, page
+        assert {program.collectives for program in found} == {f"{count} all-reduce"}, page
+        assert {f"{program.share:.4f}" for program in found} == {share}, page
+        intro = (ROOT / "results" / "bench" / page).read_text()
+        for version in re.findall(r"(?:jax|libtpu) [\d.]+\d", versions):
+            assert version in intro, (page, version)
+
+
+def test_groups_over_two_devices_are_quoted_from_the_page():
+    (found,) = [program for program in compiled_programs("scale.md") if program.across == 2]
+    *first, last = words(found).split(", ")
+    said = f"{', '.join(first)} and {last}"
+    for page in ("pods.md", "performance.md"):
+        assert said in quoted(page)
+        assert f"{found.share:.2f} times" in quoted(page)
+
+
+def test_temporary_memory_is_quoted_from_the_pages():
+    text = quoted("performance.md")
+    (cpu,) = {found.temporary for found in compiled_programs("scale.md") if found.across == 1}
+    v5e, v4 = (f"{int(found.temporary):,}" for found in compiled_programs("scale_tpu.md"))
+    assert f"{cpu} MB of temporaries by XLA for CPUs" in text
+    assert f"{v5e} MB by v5e's compiler, and 106 and {v4} MB by v4's" in text
