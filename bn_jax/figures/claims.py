@@ -13,6 +13,7 @@ from bn_jax import uncertainty
 from bn_jax.figures import fig1, fig4
 from bn_jax.figures.curves import Curve, compare, curve, finals, levels, ratio, reach
 from bn_jax.figures.origins import apart, made_by
+from bn_jax.tables import markdown_table
 from bn_jax.uncertainty import (
     NOT_RUN,
     NOT_TESTABLE,
@@ -68,16 +69,22 @@ class Runs:
 
         Raises ConfigError if it cannot be compared with the experiments that were read before.
         """
-        if name not in self.used:
-            place = self.folder / name
-            found = reader.read_groups(place) if any(reader.find_runs(place)) else {}
-            runs = [run for group in found.values() for run in group]
-            others = [run for group in self.used.values() for run in group]
-            reader.require_comparable([*others[:1], *runs])
-            if not runs:
-                return []
-            self.used[name] = runs
-        return self.used[name]
+        if name in self.used:
+            return self.used[name]
+
+        place = self.folder / name
+        if not any(reader.find_runs(place)):
+            return []
+
+        groups = reader.read_groups(place)
+        runs = [run for group in groups.values() for run in group]
+        reader.require_comparable([*self.all()[:1], *runs])
+        self.used[name] = runs
+        return runs
+
+    def all(self) -> list[Run]:
+        """Returns all runs that were read."""
+        return [run for group in self.used.values() for run in group]
 
     def curves(self, name: str) -> list[Curve]:
         """Returns the curves of an experiment's seeds."""
@@ -135,7 +142,9 @@ class Question(NamedTuple):
 
 def accuracy(runs: Runs, ours: str, theirs: str) -> Found:
     """Compares final accuracies: ours minus theirs, in points."""
-    effect = difference(finals(runs.curves(ours)), finals(runs.curves(theirs)))
+    mine = finals(runs.curves(ours))
+    others = finals(runs.curves(theirs))
+    effect = difference(mine, others)
     return Found(_points(effect), effect.n, effect)
 
 
@@ -145,7 +154,8 @@ def _points(effect: Effect) -> str:
 
 def speed(runs: Runs, ours: str, theirs: str) -> Found:
     """Finds how many times fewer steps we take to the other's final accuracy."""
-    return _ratio(compare(ours, runs.curves(ours), runs.curves(theirs)).speed_up("100%"))
+    comparison = compare(ours, runs.curves(ours), runs.curves(theirs))
+    return _ratio(comparison.speed_up("100%"))
 
 
 def slowness(runs: Runs, ours: str, theirs: str) -> Found:
@@ -157,7 +167,11 @@ def slowness(runs: Runs, ours: str, theirs: str) -> Found:
         goals = wanted.get(mine.seed)
         if goals is None or mine.seed not in others:
             continue
-        found = ratio(reach(mine, goals["100%"]), reach(others[mine.seed], goals["100%"]))
+
+        level = goals["100%"]
+        here = reach(mine, level)
+        there = reach(others[mine.seed], level)
+        found = ratio(here, there)
         if not isinstance(found, str):
             known.append(found)
     return _ratio(bounded(known))
@@ -172,12 +186,18 @@ def _ratio(effect: Effect) -> Found:
 
 def slower_decay(runs: Runs, ours: str, theirs: str) -> Found:
     """Compares final accuracies, unless the rates of the two hardly differ at the end."""
-    ends = [float(runs.get(name)[0].lines["train"][-1]["learning_rate"]) for name in (ours, theirs)]
     found = accuracy(runs, ours, theirs)
-    apart = abs(ends[1] / ends[0] - 1)
+    apart = abs(_last_rate(runs, theirs) / _last_rate(runs, ours) - 1)
     if apart < 0.1:
         return found._replace(problem=f"at the end the rates differ by {100 * apart:.1f}%")
     return found
+
+
+def _last_rate(runs: Runs, name: str) -> float:
+    """Returns the learning rate at the end of an experiment's first run."""
+    run = runs.get(name)[0]
+    last = run.lines["train"][-1]
+    return float(last["learning_rate"])
 
 
 def drift(runs: Runs, ours: str, theirs: str) -> Found:
@@ -192,41 +212,59 @@ def raw_range(runs: Runs, ours: str, theirs: str) -> Found:
 
 def failing(runs: Runs, ours: str, theirs: str) -> Found:
     """Counts the seeds that diverged or ended at chance."""
-    return _count(runs, ours, "diverged or at chance", lambda c: c.at_chance)
+    return _count(runs, ours, "diverged or at chance", _failed)
 
 
 def training(runs: Runs, ours: str, theirs: str) -> Found:
     """Counts the seeds that ended above chance."""
-    return _count(runs, ours, "above chance", lambda c: not c.at_chance)
+    return _count(runs, ours, "above chance", lambda run: not _failed(run))
+
+
+def _failed(run: Curve) -> bool:
+    return run.status == "diverged" or run.at_chance
 
 
 def _count(runs: Runs, ours: str, said: str, holds: Callable[[Curve], bool]) -> Found:
-    ended = [c for c in runs.curves(ours) if c.status in ("done", "diverged")]
-    diverged = said.startswith("diverged")
-    number = sum(diverged if c.status == "diverged" else holds(c) for c in ended)
+    """Counts the seeds of which something holds; the claim is that it holds for most seeds."""
+    ended = [run for run in runs.curves(ours) if run.status in ("done", "diverged")]
+    n = len(ended)
     if not ended:
-        return Found("no seed is done", more=" (no seed is done)")
-    if any(c.classes is None for c in ended):
+        why = "no seed is done"
+        return Found(why, more=f" ({why})")
+    if any(run.classes is None for run in ended):
         why = "the number of classes was not recorded"
-        return Found(why, len(ended), more=f" ({why})")
-    low, high = uncertainty.wilson(number, len(ended))
-    text = f"{number} of {len(ended)} seeds {said} (share {low:.2f} to {high:.2f})"
+        return Found(why, n, more=f" ({why})")
+
+    number = sum(holds(run) for run in ended)
+    low, high = uncertainty.wilson(number, n)
+    text = f"{number} of {n} seeds {said} (share {low:.2f} to {high:.2f})"
+
     more = ""
-    if number in (0, len(ended)):
-        enough = next(n for n in range(1, 99) if uncertainty.wilson(n, n).low > 0.5)
+    if number in (0, n):
+        enough = 1
+        while uncertainty.wilson(enough, enough).low <= 0.5:
+            enough += 1
         more = f" ({enough} equal seeds would decide)"
-    return Found(text, len(ended), interval=Interval(low - 0.5, high - 0.5), more=more)
+    above_half = Interval(low - 0.5, high - 0.5)
+    return Found(text, n, interval=above_half, more=more)
 
 
 def multicrop(runs: Runs, ours: str, theirs: str) -> Found:
     """Finds what 144 crops gain over one, over the networks that were evaluated with both."""
-    scores: dict[int, dict[str, float]] = {1: {}, 144: {}}
+    single: dict[str, float] = {}  # network -> top-1
+    many: dict[str, float] = {}
     for line in fig4.collect(runs.folder):
-        if len(line["members"]) == 1 and line["crops"] in scores:
-            (member,) = line["members"]
-            scores[line["crops"]][f"{member['name']} {member['seed']}"] = line["top1"]
-    both = sorted(scores[1].keys() & scores[144].keys())
-    gains = [scores[144][name] - scores[1][name] for name in both]
+        if len(line["members"]) > 1:
+            continue
+        (member,) = line["members"]
+        network = f"{member['name']} {member['seed']}"
+        if line["crops"] == 1:
+            single[network] = line["top1"]
+        elif line["crops"] == 144:
+            many[network] = line["top1"]
+
+    both = sorted(single.keys() & many.keys())
+    gains = [many[network] - single[network] for network in both]
     effect = uncertainty.single(gains)
     return Found(f"{_points(effect)}, over networks", effect.n, effect)
 
@@ -242,18 +280,20 @@ def equal_ensemble(runs: Runs, ours: str, theirs: str) -> Found:
 
 
 def _ensemble(runs: Runs, label: str) -> Found:
-    found = [
-        row.lines[0]
-        for row in fig4.rows(fig4.collect(runs.folder))
-        if (row.label, row.crops) == (label, 1) and len(row.lines[0]["members"]) == 6
-    ]
+    found = []
+    for row in fig4.rows(fig4.collect(runs.folder)):
+        if row.label == label and row.crops == 1:
+            found += [line for line in row.lines if len(line["members"]) == 6]
     if not found:
         return Found(NOT_RUN)
+
     (line,) = found
-    alone = sum(fig4.wrong(one, "top1") for one in line["member_scores"]) / 6
-    text = f"{100 * (alone - fig4.wrong(line, 'top1')):+.2f} points"
+    errors = [fig4.wrong(score, "top1") for score in line["member_scores"]]
+    mean = sum(errors) / 6
+    text = f"{100 * (mean - fig4.wrong(line, 'top1')):+.2f} points"
     if "gain" not in line:
         return Found(text, 6, more=" (no interval was recorded)")
+
     ends = Interval(line["gain"]["low"], line["gain"]["high"])
     text += f" ({100 * ends.low:.2f} to {100 * ends.high:.2f})"
     return Found(text, 6, interval=ends)
@@ -270,13 +310,30 @@ TRAIN = "seeds that train"
 
 
 def _on_mnist(claim: int, what: str, compared: Compare, threshold: float) -> Question:
-    return Question(claim, what, "mnist_bn", "mnist", "", compared, threshold, sets=MNIST)
+    return Question(
+        claim,
+        what,
+        ours="mnist_bn",
+        baseline="mnist",
+        control="",
+        compare=compared,
+        threshold=threshold,
+        sets=MNIST,
+    )
 
 
 def _may_go(claim: int, ours: str, theirs: str, compared: Compare = accuracy) -> Question:
     """Asks whether what `theirs` has in addition to `ours` may be left out."""
-    margin = -uncertainty.MARGIN_POINTS
-    return Question(claim, FINAL, ours, theirs, "", compared, margin, harmless=True)
+    return Question(
+        claim,
+        FINAL,
+        ours,
+        baseline=theirs,
+        control="",
+        compare=compared,
+        threshold=-uncertainty.MARGIN_POINTS,
+        harmless=True,
+    )
 
 
 QUESTIONS = (
@@ -354,8 +411,8 @@ def answered(folder: pathlib.Path) -> list[Row]:
     Raises ConfigError if the runs cannot be read or compared.
     """
     runs = Runs(folder)
-    found = (_row(question, folder.name, runs) for question in QUESTIONS)
-    return [row for row in found if row is not None]
+    rows = [_row(question, folder.name, runs) for question in QUESTIONS]
+    return [row for row in rows if row is not None]
 
 
 def _row(question: Question, data: str, runs: Runs) -> Row | None:
@@ -363,48 +420,69 @@ def _row(question: Question, data: str, runs: Runs) -> Row | None:
         if not reader.find_evaluations(runs.folder):
             return None
         found = question.compare(runs, "", "")
-        return Row(question, data, found, None, ()) if found.n else None
+        if not found.n:
+            return None
+        return Row(question, data, baseline=found, control=None, missing=())
 
-    if not runs.get(question.ours):
+    ours = runs.get(question.ours)
+    if not ours:
         return None
-    named = [name for name in (question.baseline, question.control) if name]
-    missing = tuple(name for name in named if not runs.get(name))
+
+    others = [name for name in (question.baseline, question.control) if name]
+    missing = tuple(name for name in others if not runs.get(name))
+    origins = [run.origin for run in ours]
+    for name in others:
+        origins += [run.origin for run in runs.get(name)]
 
     def answer(name: str) -> Found | None:
-        return None if name in missing else question.compare(runs, question.ours, name)
+        if name in missing:
+            return None
+        return question.compare(runs, question.ours, name)
 
-    control = answer(question.control) if question.control else None
-    used = [runs.get(name) for name in (question.ours, *named)]
-    origins = [run.origin for group in used for run in group]
-    differs = apart(origins, ())
-    return Row(question, data, answer(question.baseline), control, missing, differs)
+    return Row(
+        question,
+        data,
+        baseline=answer(question.baseline),
+        control=answer(question.control) if question.control else None,
+        missing=missing,
+        differs=apart(origins, ()),
+    )
 
 
 def verdicts(found: Sequence[Row]) -> list[str]:
     """Gives a verdict for each row, corrected by Holm over all rows with an interval over seeds."""
-    p_values = []
-    for row in found:
-        decides = row.decides
-        effect = None if decides is None or decides.problem else decides.effect
-        p_values.append(None if effect is None else effect.p_value(row.question.threshold))
-    adjusted = holm(p_values)
+    adjusted = holm([_p_value(row) for row in found])
     return [_verdict(row, p) for row, p in zip(found, adjusted, strict=True)]
 
 
+def _p_value(row: Row) -> float | None:
+    decides = row.decides
+    if decides is None or decides.problem or decides.effect is None:
+        return None
+    return decides.effect.p_value(row.question.threshold)
+
+
 def _verdict(row: Row, adjusted_p: float | None) -> str:
+    question = row.question
     decides = row.decides
     if decides is None:
-        return f"{NOT_RUN}: {', '.join(f'`{name}`' for name in row.missing)}"
+        missing = [f"`{name}`" for name in row.missing]
+        return f"{NOT_RUN}: {', '.join(missing)}"
     if decides.problem:
         return f"{NOT_TESTABLE}: {decides.problem}"
-    if decides.interval is not None and decides.interval.low > 0:
+
+    interval = decides.interval
+    if interval is not None and interval.low > 0:
         return uncertainty.SUPPORTED
-    if decides.interval is not None and decides.interval.high < 0:
+    if interval is not None and interval.high < 0:
         return uncertainty.CONTRADICTED
     if decides.effect is None:
         return f"{UNDECIDED}{decides.more}"
     return verdict(
-        decides.effect, row.question.threshold, adjusted_p, harmless=row.question.harmless
+        decides.effect,
+        question.threshold,
+        adjusted_p,
+        harmless=question.harmless,
     )
 
 
@@ -412,8 +490,16 @@ def _verdict(row: Row, adjusted_p: float | None) -> str:
 # The page
 # ----------------------------------------------------------------------------------------------
 
-HEAD = ["claim", "the paper's sentence", "tested: quantity, network, data"]
-HEAD += ["against the paper's network", "against the strongest without BN", "n", "verdict", "runs"]
+HEAD = [
+    "claim",
+    "the paper's sentence",
+    "tested: quantity, network, data",
+    "against the paper's network",
+    "against the strongest without BN",
+    "n",
+    "verdict",
+    "runs",
+]
 
 INTRODUCTION = """\
 # The claims of section 4, and what our runs say
@@ -441,79 +527,98 @@ def page(results: pathlib.Path) -> str:
     sets: dict[str, Runs] = {}
     found = rows(results, sets)
     judged = dict(zip(found, verdicts(found), strict=True))
-    deciding = [row.decides for row in found]
-    compared = sum(d is not None and d.effect is not None and d.n > 1 for d in deciding)
 
-    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    compared = 0
+    for row in found:
+        decides = row.decides
+        if decides is not None and decides.effect is not None and decides.n > 1:
+            compared += 1
+
+    table = []
     for number, sentence in CLAIMS.items():
-        cells = [
-            cells
-            for question in QUESTIONS
-            if question.claim == number
-            for cells in _lines(question, judged)
-        ]
-        if number in UNTESTED:
-            cells = [["-", "-", "-", "0", f"{NOT_TESTABLE}: {UNTESTED[number]}", "-"]]
-        for k, line in enumerate(cells):
-            start = [str(number), sentence if k == 0 else ""]
-            lines.append(f"| {' | '.join([*start, *line])} |")
+        for cells in _lines(number, judged):
+            table.append([str(number), sentence, *cells])
+            sentence = ""  # it stands only in the first line of a claim
 
-    parts = ["\n".join(lines), *_origins(sets)]
+    parts = [markdown_table(HEAD, table), *_origins(sets)]
     return INTRODUCTION.format(compared=compared) + "\n\n".join(parts) + "\n"
 
 
-def _lines(question: Question, judged: dict[Row, str]) -> list[list[str]]:
-    """Makes the cells of a question from the third column on, one line for each data set."""
-    name = "" if question.ours == EVALUATIONS else f", `{question.ours}`"
-    lines = [
-        [f"{question.what}{name}, {row.data}", *_cells(row, said)]
-        for row, said in judged.items()
-        if row.question == question
-    ]
-    return lines or [[f"{question.what}{name}", "-", "-", "0", NOT_RUN, "-"]]
+def _lines(claim: int, judged: dict[Row, str]) -> list[list[str]]:
+    """Makes a claim's cells from the third column on: a line for each question and data set."""
+    if claim in UNTESTED:
+        return [["-", "-", "-", "0", f"{NOT_TESTABLE}: {UNTESTED[claim]}", "-"]]
+
+    lines = []
+    for question in QUESTIONS:
+        if question.claim != claim:
+            continue
+        what = question.what
+        if question.ours != EVALUATIONS:
+            what += f", `{question.ours}`"
+
+        rows = [row for row in judged if row.question == question]
+        for row in rows:
+            lines.append([f"{what}, {row.data}", *_cells(row, judged[row])])
+        if not rows:
+            lines.append([what, "-", "-", "0", NOT_RUN, "-"])
+    return lines
 
 
 def _cells(row: Row, said: str) -> list[str]:
+    """Makes a row's cells from the fourth column on; `said` is its verdict."""
     question = row.question
-    baseline = _against(question.baseline, row.baseline)
-    control = _against(question.control, row.control) if question.control else "-"
-    n = "0" if row.decides is None else str(row.decides.n)
-    if question.ours == EVALUATIONS:
-        return [baseline, control, n, said, f"[{row.data}](../results/{row.data})"]
-    names = dict.fromkeys((question.ours, question.baseline, question.control))
-    folders = [
-        f"[{name}](../results/{row.data}/{name})"
-        for name in names
-        if name and name not in row.missing
+    decides = row.decides
+    return [
+        _against(question.baseline, row.baseline),
+        _against(question.control, row.control) if question.control else "-",
+        "0" if decides is None else str(decides.n),
+        said,
+        _folders(row),
     ]
-    note = f" (made with different {row.differs})" if row.differs else ""
-    return [baseline, control, n, said, ", ".join(folders) + note]
+
+
+def _folders(row: Row) -> str:
+    """Links the folders of the runs behind a row, and says what differs in how they were made."""
+    question = row.question
+    if question.ours == EVALUATIONS:
+        return f"[{row.data}](../results/{row.data})"
+
+    links = []
+    for name in dict.fromkeys((question.ours, question.baseline, question.control)):
+        if name and name not in row.missing:
+            links.append(f"[{name}](../results/{row.data}/{name})")
+    text = ", ".join(links)
+    if row.differs:
+        text += f" (made with different {row.differs})"
+    return text
 
 
 def _against(name: str, found: Found | None) -> str:
-    if found is None:
-        return f"`{name}`: {NOT_RUN}"
-    return f"`{name}`: {found.text}" if name else found.text
+    """Writes the result of a comparison with `name`; a count or a gain is compared with ''."""
+    text = NOT_RUN if found is None else found.text
+    if not name:
+        return text
+    return f"`{name}`: {text}"
 
 
 def _origins(sets: dict[str, Runs]) -> list[str]:
     """Says for each data set what its runs were made with, and what they lack."""
     said = []
     for data, runs in sets.items():
-        used = [run for group in runs.used.values() for run in group]
+        used = runs.all()
         if not used:
             continue
-        split = used[0].data["split"]
-        text = f"**{data}**: {used[0].data['description']}. {made_by(r.origin for r in used)}"
+
+        about = used[0].data
+        origins = made_by(run.origin for run in used)
+        text = f"**{data}**: {about['description']}. {origins}"
+
+        split = about["split"]
         if "held-out" not in split:
             text += f" Levels are of the {split} split: no training data were held out."
-        weak = [
-            f"`{name}`"
-            for name, group in runs.used.items()
-            if group[0].config["norm"] == "none"
-            and group[0].config["model"].get("init") == "glorot"
-            and name != "inception_glorot"
-        ]
+
+        weak = [f"`{name}`" for name, group in runs.used.items() if _began_weak(name, group[0])]
         if weak:
             text += (
                 "\n\n**The networks without BN began with Glorot weights**, which carry hardly any "
@@ -521,3 +626,10 @@ def _origins(sets: dict[str, Runs]) -> list[str]:
             )
         said.append(text)
     return said
+
+
+def _began_weak(name: str, run: Run) -> bool:
+    """Whether a network without BN had Glorot weights, in an experiment not meant to test them."""
+    config = run.config
+    glorot = config["model"].get("init") == "glorot"
+    return glorot and config["norm"] == "none" and name != "inception_glorot"
