@@ -10,7 +10,8 @@ import json
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -45,11 +46,13 @@ def scores(found: Predictions) -> dict[str, Any]:
 
     Ties go to the lower class, and a row that is not finite counts as wrong (`step.label_rank`).
     """
-    p = found.probabilities
     labels = found.labels
-    rank = ranks(found)
+    examples = np.arange(len(labels))
+    of_labels = found.probabilities[examples, labels].astype(np.float64)
     with np.errstate(divide="ignore"):
-        losses = -np.log(p[np.arange(len(p)), labels].astype(np.float64))
+        losses = -np.log(of_labels)
+
+    rank = ranks(found)
     return {
         "top1": float(np.mean(rank < 1)),
         "top5": float(np.mean(rank < 5)),
@@ -60,7 +63,10 @@ def scores(found: Predictions) -> dict[str, Any]:
 
 def ranks(found: Predictions) -> np.ndarray:
     """Returns how many classes are ranked above the true one, int32 [N]; 0 is right."""
-    return np.asarray(step.label_rank(jnp.asarray(found.probabilities), jnp.asarray(found.labels)))
+    probabilities = jnp.asarray(found.probabilities)
+    labels = jnp.asarray(found.labels)
+    rank = step.label_rank(probabilities, labels)
+    return np.asarray(rank)
 
 
 def gain(whole: Predictions, parts: Sequence[Predictions]) -> dict[str, Any]:
@@ -70,11 +76,20 @@ def gain(whole: Predictions, parts: Sequence[Predictions]) -> dict[str, Any]:
     was made: by a bootstrap of the images, paired because all networks see the same images. It
     holds for other images, not for other networks.
     """
-    alone = np.mean([ranks(part) < 1 for part in parts], axis=0)
-    gains = (ranks(whole) < 1) - alone
+    right_alone = np.mean([ranks(part) < 1 for part in parts], axis=0)
+    right_together = ranks(whole) < 1
+    gains = right_together - right_alone
+
     draws = 10_000
-    low, high = paired_bootstrap(gains, draws=draws, seed=0)
-    return {"top1": float(np.mean(gains)), "low": low, "high": high, "draws": draws, "seed": 0}
+    seed = 0
+    low, high = paired_bootstrap(gains, draws=draws, seed=seed)
+    return {
+        "top1": float(np.mean(gains)),
+        "low": low,
+        "high": high,
+        "draws": draws,
+        "seed": seed,
+    }
 
 
 def mean(parts: Sequence[Predictions]) -> Predictions:
@@ -83,44 +98,57 @@ def mean(parts: Sequence[Predictions]) -> Predictions:
     A part that is itself a mean of k networks has the weight k. Raises ConfigError if the
     parts are not predictions for the same examples, or if a network occurs twice.
     """
-    first = parts[0]
-    for other in parts[1:]:
+    first, *others = parts
+    for other in others:
         require_same(first.about, other.about)
         if not np.array_equal(first.labels, other.labels):
             raise ConfigError(
                 f"{who(first.about)} and {who(other.about)} were not evaluated on the same "
                 "examples: their true labels differ"
             )
-    members = [member for part in parts for member in part.about["members"]]
-    if len(parts) == 1:
+    if not others:
         return first
-    keys = [member["checkpoint"] for member in members]
-    twice = [m["workdir"] for m in members if keys.count(m["checkpoint"]) > 1]
+
+    members = [member for part in parts for member in part.about["members"]]
+    _require_different(members)
+
+    total = np.zeros_like(first.probabilities)
+    for part in parts:
+        weight = len(part.about["members"])
+        total += np.float32(weight) * part.probabilities
+    total /= np.float32(len(members))
+
+    about = {**first.about, "members": members}
+    return Predictions(total, first.labels, about)
+
+
+def _require_different(members: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ConfigError if a network occurs twice."""
+    number = Counter(member["checkpoint"] for member in members)
+    twice = [member["workdir"] for member in members if number[member["checkpoint"]] > 1]
     if twice:
         raise ConfigError(
             f"{' and '.join(twice)} are the same network (step and weights): name it once"
         )
-    total = np.zeros_like(first.probabilities)
-    for part in parts:
-        total += np.float32(len(part.about["members"])) * part.probabilities
-    total /= np.float32(len(members))
-    return Predictions(total, first.labels, {**first.about, "members": members})
 
 
 def require_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Raises ConfigError if predictions with these `about` cannot be averaged."""
     for field in SAME:
-        if one[field] != other[field]:
-            a = one[field]
-            b = other[field]
-            if field == "class_names" and len(a) != len(b):
-                field = "classes"
-                a = len(a)
-                b = len(b)
-            raise ConfigError(
-                f"{who(one)} and {who(other)} cannot be averaged: {field} differs "
-                f"({_short(a)}, {_short(b)})"
-            )
+        ours = one[field]
+        theirs = other[field]
+        if ours == theirs:
+            continue
+
+        # Of two data sets their numbers of classes say more than the names.
+        if field == "class_names" and len(ours) != len(theirs):
+            field = "classes"
+            ours = len(ours)
+            theirs = len(theirs)
+        raise ConfigError(
+            f"{who(one)} and {who(other)} cannot be averaged: {field} differs "
+            f"({_short(ours)}, {_short(theirs)})"
+        )
 
 
 def checkpoint_name(member: dict[str, Any]) -> str:
@@ -128,8 +156,10 @@ def checkpoint_name(member: dict[str, Any]) -> str:
 
     Older records do not say whether it was the newest or the best.
     """
-    which = f"{member['which']} checkpoint, " if "which" in member else ""
-    return f"{which}step {member['step']:,}"
+    step = f"step {member['step']:,}"
+    if "which" not in member:
+        return step
+    return f"{member['which']} checkpoint, {step}"
 
 
 def who(about: dict[str, Any]) -> str:
@@ -139,7 +169,9 @@ def who(about: dict[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if len(text) > 60:
+        text = text[:57] + "..."
+    return text
 
 
 def check_path(path: pathlib.Path) -> None:
@@ -152,24 +184,34 @@ def check_path(path: pathlib.Path) -> None:
 
 def save(path: pathlib.Path, found: Predictions) -> None:
     """Writes predictions as .npz or .csv. Raises DiskError."""
-    about = json.dumps(found.about)
-    if path.suffix == ".npz":
-        packed = io.BytesIO()
-        np.savez_compressed(
-            packed,
-            probabilities=found.probabilities,
-            labels=found.labels,
-            about=np.frombuffer(about.encode(), np.uint8),
-        )
-        files.write_atomic(path, packed.getvalue())
-        return
+    data = _as_npz(found) if path.suffix == ".npz" else _as_csv(found)
+    files.write_atomic(path, data)
+
+
+def _as_npz(found: Predictions) -> bytes:
+    about = json.dumps(found.about).encode()
+    packed = io.BytesIO()
+    np.savez_compressed(
+        packed,
+        probabilities=found.probabilities,
+        labels=found.labels,
+        about=np.frombuffer(about, np.uint8),
+    )
+    return packed.getvalue()
+
+
+def _as_csv(found: Predictions) -> bytes:
+    classes = found.probabilities.shape[1]
+    head = [f"p{k}" for k in range(classes)]
+
     text = io.StringIO()
-    text.write(f"# {about}\n")
+    text.write(f"# {json.dumps(found.about)}\n")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["example", "label", *(f"p{k}" for k in range(found.probabilities.shape[1]))])
-    for k, (label, row) in enumerate(zip(found.labels, found.probabilities, strict=True)):
-        writer.writerow([k, label, *row.tolist()])  # as float64, which reads back the same bits
-    files.write_atomic(path, text.getvalue().encode())
+    writer.writerow(["example", "label", *head])
+    for k, label in enumerate(found.labels):
+        row = found.probabilities[k].tolist()  # as float64, which reads back the same bits
+        writer.writerow([k, label, *row])
+    return text.getvalue().encode()
 
 
 def load(path: pathlib.Path) -> Predictions:
@@ -178,21 +220,39 @@ def load(path: pathlib.Path) -> Predictions:
         raise ConfigError(f"{path} is not a file of predictions (.npz or .csv)")
     try:
         found = _from_npz(path) if path.suffix == ".npz" else _from_csv(path)
-        p, labels, about = found
-        whole = p.ndim == 2 and labels.shape == (len(p),) and len(p) > 0
-        if not whole or p.dtype != np.float32 or not about["members"]:
-            raise ValueError("shapes or types are wrong")
-        if not 0 <= labels.min() <= labels.max() < p.shape[1]:
-            raise ValueError("a label is out of range")
-        if {*SAME, "description", "image_size", "examples"} - about.keys():
-            raise ValueError("its origin is incomplete")
-        if len(p) != about["examples"]:
-            raise ValueError(f"{len(p)} rows, but {about['examples']} were written")
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise DataError(f"predictions {path} are damaged ({error}): save them again") from None
-    except (zipfile.BadZipFile, zlib.error) as error:
+        _check(found)
+    except _DAMAGE as error:
         raise DataError(f"predictions {path} are damaged ({error}): save them again") from None
     return found
+
+
+# What reading a damaged file raises.
+_DAMAGE = (
+    OSError,
+    EOFError,
+    KeyError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def _check(found: Predictions) -> None:
+    """Raises ValueError unless the file was read as it was written."""
+    probabilities, labels, about = found
+    if {*SAME, "description", "image_size", "examples"} - about.keys():
+        raise ValueError("its origin is incomplete")
+    if probabilities.ndim != 2 or probabilities.dtype != np.float32 or not about["members"]:
+        raise ValueError("shapes or types are wrong")
+
+    examples, classes = probabilities.shape
+    if examples == 0 or labels.shape != (examples,):
+        raise ValueError("shapes or types are wrong")
+    if examples != about["examples"]:
+        raise ValueError(f"{examples} rows, but {about['examples']} were written")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError("a label is out of range")
 
 
 def _from_npz(path: pathlib.Path) -> Predictions:
@@ -203,12 +263,16 @@ def _from_npz(path: pathlib.Path) -> Predictions:
 
 def _from_csv(path: pathlib.Path) -> Predictions:
     first, _, rest = path.read_text().partition("\n")
-    rows = list(csv.reader(rest.splitlines()))[1:]
-    if [int(row[0]) for row in rows] != list(range(len(rows))):
-        raise ValueError("rows are missing")
-    labels = np.array([row[1] for row in rows]).astype(np.int32)
     about = json.loads(first.removeprefix("#"))
-    return Predictions(np.array([row[2:] for row in rows]).astype(np.float32), labels, about)
+
+    _, *rows = csv.reader(rest.splitlines())
+    numbers = [int(row[0]) for row in rows]
+    if numbers != list(range(len(rows))):
+        raise ValueError("rows are missing")
+
+    labels = np.array([row[1] for row in rows])
+    probabilities = np.array([row[2:] for row in rows])
+    return Predictions(probabilities.astype(np.float32), labels.astype(np.int32), about)
 
 
 # What an evaluation prints: errors with counts and intervals, and the ensemble's gain.
@@ -217,10 +281,12 @@ def _from_csv(path: pathlib.Path) -> Predictions:
 def errors(scores: dict[str, Any]) -> str:
     """Gives errors as in Fig. 4, each with its count and the 95% interval of the count."""
     n = scores["examples"]
-    said = []
-    for name, share in (("top-1", 1 - scores["top1"]), ("top-5", 1 - scores["top5"])):
-        said.append(f"{name} error {counted(share, n)}, {round(share * n):,}")
-    return f"{'; '.join(said)} of {n:,} examples"
+    top1 = 1 - scores["top1"]
+    top5 = 1 - scores["top5"]
+    return (
+        f"top-1 error {counted(top1, n)}, {round(top1 * n):,}; "
+        f"top-5 error {counted(top5, n)}, {round(top5 * n):,} of {n:,} examples"
+    )
 
 
 def show(parts: Sequence[Predictions]) -> dict[str, Any]:
@@ -229,28 +295,37 @@ def show(parts: Sequence[Predictions]) -> dict[str, Any]:
     Raises ConfigError if the parts cannot be averaged.
     """
     whole = mean(parts)
+    about = whole.about
     scored = [scores(part) for part in parts]
     result = scores(whole)
-    seen = f"{whole.about['views']} views" if whole.about["views"] > 1 else "single crop"
-    print(f"{whole.about['split']} split, {seen}, {whole.about['statistics']} statistics")
-    if len(parts) > 1:
-        for part, one in zip(parts, scored, strict=True):
-            names = ", ".join(checkpoint_name(member) for member in part.about["members"])
-            print(f"  {who(part.about)}, {names}: {errors(one)}")
-        gained = gain(whole, parts)
-        on_best = result["top1"] - max(one["top1"] for one in scored)
-        print(f"mean of {len(whole.about['members'])} networks: {errors(result)}")
-        print(
-            f"gain in top-1: {100 * gained['top1']:+.2f} points on the members' mean (95%: "
-            f"{100 * gained['low']:+.2f} to {100 * gained['high']:+.2f}, bootstrap of the images), "
-            f"{100 * on_best:+.2f} on the best of them"
-        )
-    else:
-        names = ", ".join(checkpoint_name(member) for member in whole.about["members"])
-        print(f"{names}: {errors(result)}")
-    print(whole.about["description"])
-    line = {"kind": "evaluation", **result, **whole.about}
+
+    views = about["views"]
+    seen = f"{views} views" if views > 1 else "single crop"
+    print(f"{about['split']} split, {seen}, {about['statistics']} statistics")
+
+    line = {"kind": "evaluation", **result, **about, "member_scores": []}
     del line["class_names"]
-    if len(parts) > 1:
-        return line | {"member_scores": scored, "gain": gained}
-    return line | {"member_scores": []}
+    if len(parts) == 1:
+        print(f"{_checkpoints(whole)}: {errors(result)}")
+    else:
+        for part, score in zip(parts, scored, strict=True):
+            print(f"  {who(part.about)}, {_checkpoints(part)}: {errors(score)}")
+        print(f"mean of {len(about['members'])} networks: {errors(result)}")
+
+        gained = gain(whole, parts)
+        best = max(score["top1"] for score in scored)
+        points = {name: 100 * gained[name] for name in ("top1", "low", "high")}
+        print(
+            f"gain in top-1: {points['top1']:+.2f} points on the members' mean (95%: "
+            f"{points['low']:+.2f} to {points['high']:+.2f}, bootstrap of the images), "
+            f"{100 * (result['top1'] - best):+.2f} on the best of them"
+        )
+        line |= {"member_scores": scored, "gain": gained}
+
+    print(about["description"])
+    return line
+
+
+def _checkpoints(part: Predictions) -> str:
+    names = [checkpoint_name(member) for member in part.about["members"]]
+    return ", ".join(names)

@@ -8,7 +8,7 @@ from matplotlib import ticker
 
 from bn_jax.figures.curves import PARENTS, changes, curve, finals
 from bn_jax.figures.fig3 import Groups, notes, ordered, points_cell
-from bn_jax.figures.origins import apart, made_by
+from bn_jax.figures.origins import differing, made_by
 from bn_jax.figures.plotting import BLUE, GREY, save, subplots
 from bn_jax.tables import csv_table, markdown_table
 from bn_jax.uncertainty import (
@@ -124,10 +124,7 @@ def _remarks(runs: Sequence[Run], parents: Sequence[Run]) -> str:
     if unfinished:
         remarks.append(unfinished)
 
-    differs = apart(
-        [run.origin for run in runs],
-        [run.origin for run in parents],
-    )
+    differs = differing(run.origin for run in (*runs, *parents))
     if differs:
         remarks.append(f"made with different {differs}")
     return "; ".join(remarks) or "-"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from bn_jax import uncertainty
 from bn_jax.figures import fig1, fig4
 from bn_jax.figures.curves import Curve, compare, curve, finals, levels, ratio, reach
-from bn_jax.figures.origins import apart, made_by
+from bn_jax.figures.origins import differing, made_by
 from bn_jax.tables import markdown_table
 from bn_jax.uncertainty import (
     NOT_RUN,
@@ -445,7 +445,7 @@ def _row(question: Question, data: str, runs: Runs) -> Row | None:
         baseline=answer(question.baseline),
         control=answer(question.control) if question.control else None,
         missing=missing,
-        differs=apart(origins, ()),
+        differs=differing(origins),
     )
 
 

@@ -14,13 +14,19 @@ def facts(origin: Mapping[str, Any]) -> dict[str, str]:
     versions = origin.get("versions", {})
     hardware = origin.get("hardware", {})
 
-    commit = source.get("commit")
-    found = {"commit": str(commit)[:10] if commit else UNKNOWN}
+    commit = source.get("commit") or UNKNOWN
+    if commit != UNKNOWN:
+        commit = commit[:10]
     if source.get("dirty"):
-        found["commit"] += " with uncommitted changes"
+        commit += " with uncommitted changes"
+
+    found = {"commit": commit}
     for name in PACKAGES:
         found[name] = str(versions.get(name, UNKNOWN))
-    found["devices"] = f"{hardware.get('devices', '?')} {hardware.get('device_kind', '?')}"
+
+    devices = hardware.get("devices", "?")
+    kind = hardware.get("device_kind", "?")
+    found["devices"] = f"{devices} {kind}"
     if hardware.get("platform", "cpu") == "cpu":
         found["processor"] = str(hardware.get("cpu", UNKNOWN))
         found["CPU threads"] = str(hardware.get("cpu_threads", UNKNOWN))
@@ -30,16 +36,16 @@ def facts(origin: Mapping[str, Any]) -> dict[str, str]:
 def made_by(origins: Iterable[Mapping[str, Any]], what: str = "runs") -> str:
     """Says in a paragraph what all share, with a warning that names each fact that differs."""
     listed = [facts(origin) for origin in origins]
-    names = list(dict.fromkeys(name for found in listed for name in found))
     same = []
     differs = []
-    for name in names:
+    for name in names(listed):
         counts = Counter(found.get(name, "-") for found in listed)
         if len(counts) == 1:
-            same.append(f"{name} {next(iter(counts))}")
+            (value,) = counts
+            same.append(f"{name} {value}")
         else:
-            each = ", ".join(f"{value} ({n})" for value, n in sorted(counts.items()))
-            differs.append(f"{name}: {each}")
+            each = [f"{value} ({n})" for value, n in sorted(counts.items())]
+            differs.append(f"{name}: {', '.join(each)}")
 
     text = f"All {len(listed)} {what} were made by: {', '.join(same)}."
     if len(listed) == 1:
@@ -50,13 +56,20 @@ def made_by(origins: Iterable[Mapping[str, Any]], what: str = "runs") -> str:
     return text
 
 
-def apart(ours: Iterable[Mapping[str, Any]], theirs: Iterable[Mapping[str, Any]]) -> str:
-    """Returns the names of the facts in which two groups of runs differ, or ''."""
-    one = [facts(origin) for origin in ours]
-    two = [facts(origin) for origin in theirs]
-    names = dict.fromkeys(name for found in (*one, *two) for name in found)
-    return ", ".join(
-        name
-        for name in names
-        if len({found.get(name) for found in one} | {found.get(name) for found in two}) > 1
-    )
+def names(listed: Iterable[Mapping[str, str]]) -> list[str]:
+    """Returns the names of all facts, in the order in which they occur first."""
+    found: dict[str, None] = {}
+    for one in listed:
+        found.update(dict.fromkeys(one))
+    return list(found)
+
+
+def differing(origins: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the names of the facts in which runs differ, or ''."""
+    listed = [facts(origin) for origin in origins]
+    differs = []
+    for name in names(listed):
+        values = {found.get(name) for found in listed}
+        if len(values) > 1:
+            differs.append(name)
+    return ", ".join(differs)

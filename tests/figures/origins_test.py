@@ -1,6 +1,6 @@
 """What runs were made with, and the warning where they differ."""
 
-from bn_jax.figures.origins import apart, facts, made_by
+from bn_jax.figures.origins import differing, facts, made_by
 
 
 def origin(commit="a" * 40, threads=2, **source) -> dict:
@@ -34,9 +34,9 @@ def test_each_difference_is_named_with_its_number_of_runs():
 
 
 def test_two_groups_are_alike_only_if_all_their_runs_are():
-    assert apart([origin()], [origin()]) == ""
-    assert apart([origin()], [origin(threads=1)]) == "CPU threads"
-    assert apart([origin(), origin("b" * 40)], []) == "commit"
+    assert differing([origin(), origin()]) == ""
+    assert differing([origin(), origin(threads=1)]) == "CPU threads"
+    assert differing([origin(), origin("b" * 40)]) == "commit"
 
 
 def test_what_was_not_recorded_is_said():
