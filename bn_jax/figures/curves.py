@@ -113,7 +113,9 @@ class Curve(NamedTuple):
     @property
     def last_evaluation(self) -> float | None:
         """The accuracy of the last evaluation; None unless the run is done."""
-        return float(self.top1[-1]) if self.status == "done" and self.top1.size else None
+        if self.status != "done" or not self.top1.size:
+            return None
+        return float(self.top1[-1])
 
     @property
     def final(self) -> float | None:
@@ -128,7 +130,9 @@ class Curve(NamedTuple):
     @property
     def maximum(self) -> float | None:
         """The best accuracy so far; None without an evaluation."""
-        return float(self.top1.max()) if self.top1.size else None
+        if not self.top1.size:
+            return None
+        return float(self.top1.max())
 
     @property
     def at_chance(self) -> bool:
@@ -144,25 +148,40 @@ def curve(run: Run) -> Curve:
     # Runs are paired by the number in the folder's name. It is the seed, except for the members of
     # the ensemble, which have seeds of their own (100, 200, ...).
     number = re.fullmatch(r"seed_(\d+)", run.workdir.name)
-    scale = run.config["batch_size"] / 32
+    seed = int(number[1]) if number else run.config["seed"]
+
     evaluations = run.lines["eval"]
-    recorded = (*run.lines["train"], *evaluations, *run.lines["activation"])
-    steps = [line["step"] for line in recorded]
-    test = run.lines["test"][-1] if run.lines["test"] and run.status == "done" else None
+    evaluated = np.array([line["step"] for line in evaluations], float)
+    top1 = np.array([line["top1"] for line in evaluations], float)
+    recorded = [*run.lines["train"], *evaluations, *run.lines["activation"]]
+    last = max([line["step"] for line in recorded], default=0)
+
+    scale = run.config["batch_size"] / 32
+    stopped_at = None
     where = re.search(r"diverged at step ([\d,]+)", run.error)
+    if where:
+        stopped_at = scale * int(where[1].replace(",", ""))
+
+    test = None
+    test_examples = 0
+    if run.lines["test"] and run.status == "done":
+        score = run.lines["test"][-1]
+        test = score["top1"]
+        test_examples = score["examples"]
+
     return Curve(
-        seed=int(number[1]) if number else run.config["seed"],
-        steps=scale * np.array([line["step"] for line in evaluations], float),
-        top1=np.array([line["top1"] for line in evaluations], float),
+        seed=seed,
+        steps=scale * evaluated,
+        top1=top1,
         status=run.status,
-        last=scale * max(steps, default=0),
+        last=scale * last,
         total=scale * run.config["total_steps"],
         examples=run.data["eval_examples"],
-        stopped_at=scale * int(where[1].replace(",", "")) if where else None,
+        stopped_at=stopped_at,
         classes=run.data.get("classes", CLASSES.get(run.data["name"])),
         split=run.data["split"],
-        test=None if test is None else test["top1"],
-        test_examples=0 if test is None else test["examples"],
+        test=test,
+        test_examples=test_examples,
     )
 
 
@@ -204,10 +223,15 @@ def reach(curve: Curve, level: float) -> Reached | str:
     high = float(curve.steps[first])
     if first == 0:
         return Reached(0.0, high, high)
+
     low = float(curve.steps[first - 1])
     below = float(curve.top1[first - 1])
-    share = (level - below) / (float(curve.top1[first]) - below)
-    return Reached(low, low + min(1.0, share) * (high - low), high)
+    above = float(curve.top1[first])
+    share = min(1.0, (level - below) / (above - below))
+    return Reached(low, low + share * (high - low), high)
+
+
+Ratio = tuple[float, float, float]  # of steps: lowest, estimate, highest
 
 
 class Comparison(NamedTuple):
@@ -215,21 +239,28 @@ class Comparison(NamedTuple):
 
     Attributes:
       steps: by LEVELS, when the experiment reaches the level.
-      ratios: by LEVELS, the reference's steps / the experiment's: (lowest, estimate, highest).
+      ratios: by LEVELS, the reference's steps / the experiment's.
       accuracy: final accuracy minus the reference's, of the seeds that both have finished.
     """
 
     label: str
     curves: Sequence[Curve]
     steps: dict[str, list[Reached | str]]
-    ratios: dict[str, list[tuple[float, float, float] | str]]
+    ratios: dict[str, list[Ratio | str]]
     accuracy: Effect
 
     @property
     def final(self) -> list[float | str]:
         """Final accuracy of each seed (share)."""
-        word = {"diverged": DIVERGED}
-        return [word.get(c.status, NOT_YET) if c.final is None else c.final for c in self.curves]
+        found: list[float | str] = []
+        for run in self.curves:
+            if run.final is not None:
+                found.append(run.final)
+            elif run.status == "diverged":
+                found.append(DIVERGED)
+            else:
+                found.append(NOT_YET)
+        return found
 
     def speed_up(self, level: str) -> Effect:
         """Returns how many times fewer steps than the reference it takes to a level, over seeds."""
@@ -239,28 +270,41 @@ class Comparison(NamedTuple):
 
 def compare(label: str, curves: Sequence[Curve], reference: Sequence[Curve]) -> Comparison:
     """Compares an experiment's seeds with the reference's runs of the same seeds."""
-    by_seed = {c.seed: c for c in reference}
-    steps: dict[str, list[Reached | str]] = {name: [] for name in LEVELS}
-    ratios: dict[str, list[tuple[float, float, float] | str]] = {name: [] for name in LEVELS}
-    for mine in curves:
-        theirs = by_seed.get(mine.seed)
-        wanted = None if theirs is None else levels(theirs)
-        for name in LEVELS:
-            if theirs is None or wanted is None:
-                why = AT_CHANCE if theirs is not None and theirs.at_chance else NO_REFERENCE
-                steps[name].append(why)
-                ratios[name].append(why)
-                continue
-            here = reach(mine, wanted[name])
-            there = reach(theirs, wanted[name])
-            steps[name].append(here)
-            ratios[name].append(ratio(there, here))
+    by_seed = {run.seed: run for run in reference}
+    steps: dict[str, list[Reached | str]] = {}
+    ratios: dict[str, list[Ratio | str]] = {}
+    for level in LEVELS:
+        steps[level] = []
+        ratios[level] = []
+        for mine in curves:
+            here, times = _compare_seed(mine, by_seed.get(mine.seed), level)
+            steps[level].append(here)
+            ratios[level].append(times)
+
     accuracy = difference(finals(curves), finals(reference))
     return Comparison(label, curves, steps, ratios, accuracy)
 
 
-def ratio(there: Reached | str, here: Reached | str) -> tuple[float, float, float] | str:
-    """Returns the reference's steps / ours (lowest, estimate, highest), or why there is none."""
+def _compare_seed(
+    mine: Curve,
+    theirs: Curve | None,
+    level: str,
+) -> tuple[Reached | str, Ratio | str]:
+    """Returns when a run reaches a level of the reference, and the ratio of their steps."""
+    if theirs is None:
+        return NO_REFERENCE, NO_REFERENCE
+    wanted = levels(theirs)
+    if wanted is None:
+        why = AT_CHANCE if theirs.at_chance else NO_REFERENCE
+        return why, why
+
+    here = reach(mine, wanted[level])
+    there = reach(theirs, wanted[level])
+    return here, ratio(there, here)
+
+
+def ratio(there: Reached | str, here: Reached | str) -> Ratio | str:
+    """Returns the reference's steps / ours, or why there is none."""
     if isinstance(here, str):
         return here
     if isinstance(there, str):
@@ -277,18 +321,26 @@ def finals(curves: Sequence[Curve]) -> dict[int, float]:
 
 def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns the steps [T] that all seeds evaluated; mean, lowest, highest accuracy [T] there."""
-    common = sorted(set.intersection(*(set(c.steps.tolist()) for c in curves)))
-    table = np.array(
-        [[c.top1[np.flatnonzero(c.steps == s)[0]] for s in common] for c in curves]
-    ).reshape(len(curves), len(common))
-    return np.array(common), table.mean(0), table.min(0), table.max(0)
+    common = curves[0].steps
+    for run in curves[1:]:
+        common = np.intersect1d(common, run.steps)
+
+    # The places of the common steps in each run; steps increase, so none is twice.
+    top1 = np.stack([run.top1[np.isin(run.steps, common)] for run in curves])
+    return common, top1.mean(0), top1.min(0), top1.max(0)
 
 
 def changes(config: Mapping[str, object], parent: Mapping[str, object]) -> str:
     """Says in which (flat) fields an experiment differs from its parent: 'dropout 0.0 -> 0.4'."""
-    fields = [f for f in config if f not in ("name", *FREE) and config[f] != parent.get(f)]
-    return ", ".join(f"{f} {_short(parent.get(f))} -> {_short(config[f])}" for f in fields)
+    found = []
+    for field, value in config.items():
+        before = parent.get(field)
+        if field not in ("name", *FREE) and value != before:
+            found.append(f"{field} {_short(before)} -> {_short(value)}")
+    return ", ".join(found)
 
 
 def _short(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)

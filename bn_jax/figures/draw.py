@@ -23,7 +23,9 @@ def draw_runs(workdir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     """Draws the runs of a folder: Fig. 1's pair, one run, or all of a sweep."""
     if all(reader.is_run(workdir / name) for name in ("mnist", "mnist_bn")):
         return fig1.draw_fig1(workdir, out)
-    if reader.is_run(workdir) or next(reader.find_runs(workdir), None) is None:
+
+    # In a folder without runs draw_run says what is missing.
+    if reader.is_run(workdir) or not any(reader.find_runs(workdir)):
         return draw_run(workdir, out)
     return draw_sweep(workdir, out)
 
@@ -34,19 +36,25 @@ def draw_sweep(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     Raises ConfigError if there are none, or if they cannot be compared with each other.
     """
     groups = reader.read_groups(folder)
+    paths = []
+    if {"mnist", "mnist_bn"} <= groups.keys():
+        paths += fig1.draw_pair(groups["mnist"], groups["mnist_bn"], out)
+    paths += fig2.draw_fig2(groups, out)
+    paths += ablations.draw_ablations(groups, out)
+
+    table = fig3.fig3(groups)
     texts = {
-        "fig3.md": fig3.fig3(groups),
+        "fig3.md": table,
         "fig3.csv": fig3.fig3_csv(groups),
         "fig2.csv": fig2.curves_csv(groups),
     }
     if ablations.ablations(groups):
         texts["ablations.md"] = ablations.ablations_markdown(groups)
         texts["ablations.csv"] = ablations.ablations_csv(groups)
-    paths = []
-    if {"mnist", "mnist_bn"} <= groups.keys():
-        paths += fig1.draw_pair(groups["mnist"], groups["mnist_bn"], out)
-    paths += fig2.draw_fig2(groups, out) + ablations.draw_ablations(groups, out)
     for name, text in texts.items():
-        files.write_atomic(out / name, text.encode())
-    print(texts["fig3.md"])
-    return [*paths, *(out / name for name in texts)]
+        path = out / name
+        files.write_atomic(path, text.encode())
+        paths.append(path)
+
+    print(table)
+    return paths

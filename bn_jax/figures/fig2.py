@@ -1,7 +1,6 @@
 """Draws Fig. 2 of section 4.2: accuracy against steps."""
 
-import csv
-import io
+import itertools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,6 @@ import numpy as np
 from matplotlib import ticker
 
 from bn_jax.errors import ConfigError
-from bn_jax.figures import fig3
 from bn_jax.figures.curves import BASELINE, Curve, Reached, compare, curve, levels, mean_curve
 from bn_jax.figures.fig3 import Groups, ordered
 from bn_jax.figures.plotting import (
@@ -25,6 +23,7 @@ from bn_jax.figures.plotting import (
     save,
     subplots,
 )
+from bn_jax.tables import csv_table
 from bn_jax.workdir.reader import Run
 
 # The colour and line of each network, which are the same in every picture.
@@ -55,75 +54,136 @@ def draw_fig2(groups: Mapping[str, Sequence[Run]], out: pathlib.Path) -> list[pa
 
     Raises ConfigError if no run has an evaluation.
     """
-    names = [name for name in fig3.ordered(groups) if name in STYLES]
-    curves = {
-        name: [c for run in groups[name] if (c := curve(run)).steps.size]
-        for name in names or fig3.ordered(groups)
-    }
-    curves = {name: found for name, found in curves.items() if found}
+    curves = _curves(groups)
     if not curves:
         raise ConfigError("no run has an evaluation yet: let one run to its first")
-    baseline = curves.get(BASELINE, [])
-    tops = [goals["100%"] for c in baseline if (goals := levels(c)) is not None]
-    level = 100 * float(np.mean(tops)) if tops else None
+    level = _final_level(curves.get(BASELINE, []))
     zoomed = level is not None and level > ZOOM
+
     # A page shows 8 inches at a width of about 700 pixels: text of 10 points is 12 pixels high.
-    figure, panels = subplots(1, 2 if zoomed else 1, figsize=(8, 6), squeeze=False)
+    columns = 2 if zoomed else 1
+    figure, panels = subplots(1, columns, figsize=(8, 6), squeeze=False)
     for axes in panels[0]:
-        if level is not None:
-            text = f"inception's final accuracy, {level:.1f}%"
-            axes.axhline(level, color=BLACK, linewidth=0.8, linestyle=":", zorder=1, label=text)
-        styles = iter(OTHERS * (1 + len(curves) // len(OTHERS)))
-        for name, found in curves.items():
-            style = STYLES[name] if name in STYLES else next(styles)
-            _plot(axes, name, found, style)
-            steps = compare(name, found, baseline).steps["100%"]
-            at = [s.steps for s in steps if isinstance(s, Reached) and s.high < math.inf]
-            if level is not None and 2 * len(at) > len(found):
-                diamond = {"markersize": 8, "markeredgecolor": "white", "zorder": 5}
-                axes.plot([np.exp(np.mean(np.log(at)))], [level], "D", color=style[0], **diamond)
-        _log_steps(axes)
-        axes.grid(which="major", alpha=0.25)
+        _plot_panel(axes, curves, level)
     if level is not None and zoomed:
-        highest = 100 * max(float(c.top1.max()) for found in curves.values() for c in found)
+        highest = 100 * max(run.top1.max() for found in curves.values() for run in found)
         panels[0, 1].set_ylim(level - ZOOM, min(100.5, highest + ZOOM / 4))
-    run = groups[next(iter(curves))][0]
-    panels[0, 0].set_ylabel(f"{run.data['split']} accuracy (%)")
+
+    first_name = next(iter(curves))
+    run = groups[first_name][0]
+    split = run.data["split"]
+    panels[0, 0].set_ylabel(f"{split} accuracy (%)")
     entries = panels[0, 0].get_legend_handles_labels()
     figure.legend(*entries, loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle(
-        f"{run.config['scale']}: {run.data['eval_examples']:,} {run.data['split']} examples, mean "
-        "and range over seeds"
-        + ("" if level is None else "\ndiamond: reaches inception's final accuracy"),
-        fontsize=10,
+
+    title = (
+        f"{run.config['scale']}: {run.data['eval_examples']:,} {split} examples, mean and range "
+        "over seeds"
     )
+    if level is not None:
+        title += "\ndiamond: reaches inception's final accuracy"
+    figure.suptitle(title, fontsize=10)
     return save(figure, out, "fig2")
 
 
+def _curves(groups: Groups) -> dict[str, list[Curve]]:
+    """Returns the curves that are drawn: of the paper's networks or, if none has run, of all."""
+    names = ordered(groups)
+    styled = [name for name in names if name in STYLES]
+
+    found = {}
+    for name in styled or names:
+        curves = [curve(run) for run in groups[name]]
+        evaluated = [one for one in curves if one.steps.size]
+        if evaluated:
+            found[name] = evaluated
+    return found
+
+
+def _final_level(baseline: Sequence[Curve]) -> float | None:
+    """Returns the baseline's final accuracy in percent, the mean over seeds that have levels."""
+    finals = []
+    for run in baseline:
+        goals = levels(run)
+        if goals is not None:
+            finals.append(goals["100%"])
+    if not finals:
+        return None
+    return 100 * float(np.mean(finals))
+
+
+def _plot_panel(axes, curves: Mapping[str, Sequence[Curve]], level: float | None) -> None:
+    """Draws all networks, the level, and a diamond where a network reaches it."""
+    if level is not None:
+        axes.axhline(
+            level,
+            color=BLACK,
+            linewidth=0.8,
+            linestyle=":",
+            zorder=1,
+            label=f"inception's final accuracy, {level:.1f}%",
+        )
+
+    others = itertools.cycle(OTHERS)
+    for name, found in curves.items():
+        style = STYLES[name] if name in STYLES else next(others)
+        _plot(axes, name, found, style)
+
+        comparison = compare(name, found, curves.get(BASELINE, []))
+        reached = []
+        for value in comparison.steps["100%"]:
+            if isinstance(value, Reached) and value.high < math.inf:
+                reached.append(value.steps)
+        if level is not None and 2 * len(reached) > len(found):
+            mean = np.exp(np.mean(np.log(reached)))
+            axes.plot(
+                [mean],
+                [level],
+                "D",
+                color=style[0],
+                markersize=8,
+                markeredgecolor="white",
+                zorder=5,
+            )
+
+    _log_steps(axes)
+    axes.grid(which="major", alpha=0.25)
+
+
 def _plot(axes, name: str, curves: Sequence[Curve], style: tuple[str, str]) -> None:
+    """Draws a network: mean and range of the seeds that are done, a thin line for each other."""
     colour, line = style
-    done = [c for c in curves if c.status == "done"]
+    done = [run for run in curves if run.status == "done"]
+    others = [run for run in curves if run.status != "done"]
     label = f"{name} ({_count(curves)})"
+
     if done:
         steps, mean, low, high = mean_curve(done)
         axes.fill_between(steps, 100 * low, 100 * high, color=colour, alpha=0.18, linewidth=0)
         marker = "." if steps.size < 30 else None
         axes.plot(steps, 100 * mean, line, marker=marker, color=colour, label=label)
-    for c in curves:
-        if c.status != "done":
-            axes.plot(c.steps, 100 * c.top1, line, color=colour, linewidth=0.9, label=label)
-            end = "x" if c.status == "diverged" else ">"
-            axes.plot(c.steps[-1], 100 * c.top1[-1], end, color=colour)
-        label = "_" if done or c.status != "done" else label  # one entry in the legend
+        label = "_"  # one entry in the legend
+
+    for run in others:
+        percent = 100 * run.top1
+        axes.plot(run.steps, percent, line, color=colour, linewidth=0.9, label=label)
+        end = "x" if run.status == "diverged" else ">"
+        axes.plot(run.steps[-1], percent[-1], end, color=colour)
+        label = "_"
 
 
 def _count(curves: Sequence[Curve]) -> str:
     """Says how many seeds there are, such as '3 seeds', and how many diverged or are partial."""
-    text = f"{len(curves)} seed{'s' if len(curves) > 1 else ''}"
-    diverged = sum(c.status == "diverged" for c in curves)
-    partial = sum(c.status not in ("done", "diverged") for c in curves)
-    text += f", {diverged} diverged" if diverged else ""
-    return text + (f", {partial} partial" if partial else "")
+    plural = "s" if len(curves) > 1 else ""
+    parts = [f"{len(curves)} seed{plural}"]
+
+    diverged = sum(run.status == "diverged" for run in curves)
+    if diverged:
+        parts.append(f"{diverged} diverged")
+    partial = sum(run.status not in ("done", "diverged") for run in curves)
+    if partial:
+        parts.append(f"{partial} partial")
+    return ", ".join(parts)
 
 
 def _log_steps(axes) -> None:
@@ -136,10 +196,17 @@ def _log_steps(axes) -> None:
 
 def curves_csv(groups: Groups) -> str:
     """Lists all points of Fig. 2 as CSV: network, seed, step (of 32 examples), top1 (share)."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["network", "seed", "step", "top1"])
+    rows = []
     for name in ordered(groups):
-        for c in map(curve, groups[name]):
-            writer.writerows([name, c.seed, *point] for point in zip(c.steps, c.top1, strict=True))
-    return out.getvalue()
+        for run in groups[name]:
+            found = curve(run)
+            for step, top1 in zip(found.steps, found.top1, strict=True):
+                rows.append(
+                    {
+                        "network": name,
+                        "seed": found.seed,
+                        "step": step,
+                        "top1": top1,
+                    }
+                )
+    return csv_table(rows)
