@@ -14,6 +14,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # CPU seconds of the kernel and of what it starts: the clock on the wall would count other people's
 # work. Three minutes of a quiet machine with two cores are at least as many of CPU.
 LIMIT = 180
+WIDGETS = "application/vnd.jupyter.widget-state+json"
 
 
 def cpu_seconds() -> float:
@@ -42,6 +43,10 @@ def execute(path: pathlib.Path, folder: pathlib.Path, monkeypatch, replace=()) -
     print(f"{path.name}: {used:.0f} CPU seconds, limit {LIMIT}")
     assert 0 < used <= LIMIT
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    # What a widget shows is part of its state.
+    widgets = notebook.metadata.get("widgets", {}).get(WIDGETS, {"state": {}})
+    for widget in widgets["state"].values():
+        outputs += widget["state"].get("outputs", ())
     assert not [o for o in outputs if o.get("name") == "stderr"]
     pictures = sum("image/png" in o.get("data", {}) for o in outputs)
     return "".join(o.get("text", "") for o in outputs) + f"\n{pictures} pictures"
@@ -77,7 +82,8 @@ def test_reading_a_run(tmp_path, monkeypatch):
 def test_activation_distributions(tmp_path, monkeypatch):
     out = execute(ROOT / "notebooks" / "activation_distributions.ipynb", tmp_path, monkeypatch)
     assert "| mnist_bn | dense_2/pre_bn | 0 to 2,000 |" in out and "% beyond 4" in out
-    assert "3 pictures" in out  # bands of the layer both record, the map, histograms
+    # Bands of the layer that both record, the map, and the histograms beside their slider.
+    assert "3 pictures" in out
 
 
 @pytest.mark.slow
