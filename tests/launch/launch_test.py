@@ -446,7 +446,7 @@ def test_the_tpu_jobset_s_environment_joins_the_pods(tmp_path, n):
     by_gke |= {"JAX_COORDINATOR_PORT": str(processes.free_port())}  # 8482, where it is free
     by_gke |= tpu_hosts.environment(tmp_path / "host")
     pods = [environment_of("v6e.yaml", k) | by_gke | {"TPU_WORKER_ID": str(k)} for k in range(n)]
-    with tpu_hosts.metadata_server(0, n) as address:
+    with tpu_hosts.metadata_server({}) as address:
         run_as(tmp_path, [pod | {"GCE_METADATA_IP": address} for pod in pods])
 
 
@@ -461,8 +461,8 @@ def test_a_tpu_host_s_environment_joins_the_hosts(tmp_path, n):
     given |= {"JAX_COORDINATOR_PORT": str(processes.free_port())}
     given |= tpu_hosts.environment(tmp_path / "host")
     with contextlib.ExitStack() as servers:
-        hosts = [tpu_hosts.metadata_server(number, n) for number in range(n)]
-        addresses = [servers.enter_context(host) for host in hosts]
+        attributes = [tpu_hosts.attributes_of(number, n) for number in range(n)]
+        addresses = [servers.enter_context(tpu_hosts.metadata_server(a)) for a in attributes]
         run_as(tmp_path, [given | {"GCE_METADATA_IP": address} for address in addresses])
 
 

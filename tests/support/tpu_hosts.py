@@ -4,7 +4,7 @@ import contextlib
 import http.server
 import pathlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 # Chips of v5e, as the kernel shows them: Google's number of a vendor, and the device's.
 CHIP = {"vendor": "0x1ae0\n", "device": "0x0063\n"}
@@ -35,14 +35,21 @@ def environment(folder: pathlib.Path) -> dict[str, str]:
     return {"PYTHONPATH": str(folder), "TPU_LIBRARY_PATH": str(library)}
 
 
-@contextlib.contextmanager
-def metadata_server(number: int, hosts: int) -> Iterator[str]:
-    """Address of a server that says what Google's says on host `number` of a slice."""
-    attributes = {
+def attributes_of(number: int, hosts: int) -> dict[str, str]:
+    """What Google's server says on TPU VM `number` of a slice."""
+    return {
         "agent-worker-number": str(number),
         "worker-network-endpoints": ",".join(["localhost"] * hosts),
         "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'",
     }
+
+
+@contextlib.contextmanager
+def metadata_server(attributes: Mapping[str, str]) -> Iterator[str]:
+    """Address of a server that knows these attributes of the instance, and answers 404 to others.
+
+    `attributes_of` has those of a TPU VM. On GKE there are none of them.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
