@@ -6,9 +6,10 @@ of rates. If a run's loss is no longer finite, the step is shown.
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from ml_collections import ConfigDict
 
-from bn_jax.figures.plotting import subplots
+from bn_jax.figures.plotting import GREY, subplots
 from bn_jax.studies.frame import Part, Results, Study, Table, divergences, finals, percent
 
 TIMES = (0.2, 1.0, 6.0, 40.0, 200.0)  # the config's rate; for bn_x5 this gives up to 1.5
@@ -64,7 +65,9 @@ def draw(results: Results) -> Figure:
                 values[y, x] = 100 * np.mean(shares)
                 words.insert(0, f"{values[y, x]:.1f}%")
             else:
-                axes.fill_between([x - 0.5, x + 0.5], y - 0.5, y + 0.5, hatch="//", alpha=0.2)
+                corner = (x - 0.5, y - 0.5)
+                square = Rectangle(corner, 1, 1, hatch="//", fill=False, edgecolor=GREY, alpha=0.5)
+                axes.add_patch(square)
             axes.text(x, y, "\n".join(words), ha="center", va="center", fontsize=8, color="black")
     image = axes.imshow(values, vmin=0, vmax=100, cmap="YlGnBu", aspect="auto", alpha=0.6)
     figure.colorbar(image, ax=axes, label="accuracy (%)")
