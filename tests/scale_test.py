@@ -231,3 +231,25 @@ def test_temporary_memory_is_quoted_from_the_pages():
     v5e, v4 = (f"{int(found.temporary):,}" for found in compiled_programs("scale_tpu.md"))
     assert f"{cpu} MB of temporaries by XLA for CPUs" in text
     assert f"{v5e} MB by v5e's compiler, and 106 and {v4} MB by v4's" in text
+
+
+def test_the_mlp_for_tpus_is_quoted_from_its_page():
+    programs = compiled_programs("scale_mlp_tpu.md")
+    one = [found for found in programs if found.across == 1]
+    two = [found for found in programs if found.across == 2]
+
+    def counts(found: list[Compiled], kind: str) -> list[str]:
+        each = [dict(map(reversed, re.findall(r"(\d+) ([a-z-]+)", f.collectives))) for f in found]
+        return [numbers[kind] for numbers in each]
+
+    a, b, c = counts(one, "all-reduce")
+    assert {f"{found.share:.4f}" for found in one} == {"1.0000"}
+    assert f"It has {a}, {b} and {c} all-reduces of 1.0000 of the bytes" in quoted("pods.md")
+
+    a, b, c = counts(two, "all-reduce")
+    assert set(counts(two, "collective-permute")) == {"1"}
+    (share,) = {f"{found.share:.2f}" for found in two}
+    said = (
+        f"it has {a}, {b} and {c} all-reduces and a collective-permute, of {share} times the bytes"
+    )
+    assert said in quoted("pods.md")

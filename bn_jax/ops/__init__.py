@@ -2,6 +2,7 @@
 
     form             plain                              hand-tuned                          runs on
     max_pool         reduce_window, select-and-scatter  keeps maxima's positions as uint8   CPU, GPU
+    stride_1_pool    the same, for a stride of 1        finds the positions backward        TPU
     conv_1x1         convolution                        matrix product (stride 1)           CPU
     kernel_gradient  gradient by YNNPACK                by Eigen (kernel_gradient.py)       CPU
     products         one convolution each               one product (models/inception.py)   CPU, GPU
@@ -9,14 +10,16 @@
     filter_gradient  convolution, float32 result        product, or rounded once (mixed.py) GPU
     vectors          a sum of squares for each array    one for forty arrays (vectors.py)   GPU
 
-`FORMS` (forms.py) is the only place that says which form runs on which backend; on a TPU all are
-plain. On GPUs max pooling is ours because XLA's gradient adds with atomics, in an order that
-changes from run to run, and if it must be deterministic, XLA sorts millions of keys instead. Filter
-gradients are ours because cuDNN has no convolution of bfloat16 operands with a float32 result, so
-that XLA writes both operands to memory in float32. In BN-x30 compiled for an H100 (bfloat16, batch
-256), max pooling moves 30 MB less for each image, and filter gradients and products together
-another 63 MB. These bytes are counted in compiled programs; docs/performance.md says what was
-measured on a GPU.
+`FORMS` (forms.py) is the only place that says which form runs on which backend. On TPUs only a max
+pool of stride 1 is ours, because the compilers of v6e and TPU7x (libtpu 0.0.48.1 and 0.0.50.1) end
+with an error of their own at XLA's gradient of it in bfloat16.
+
+On GPUs max pooling is ours because XLA's gradient adds with atomics, in an order that changes from
+run to run, and if it must be deterministic, XLA sorts millions of keys instead. Filter gradients
+are ours because cuDNN has no convolution of bfloat16 operands with a float32 result, so that XLA
+writes both operands to memory in float32. In BN-x30 compiled for an H100 (bfloat16, batch 256), max
+pooling moves 30 MB less for each image, and filter gradients and products together another 63 MB.
+These bytes are counted in compiled programs; docs/performance.md says what was measured on a GPU.
 
 `python -m benchmarks.step` compares the time of the forms, and of BN, with plain Flax;
 results/bench/ has the figures. Two other forms were tried. The input gradient of a 3x3 convolution
@@ -160,6 +163,12 @@ def max_pool(x: jax.Array, stride: int) -> jax.Array:
     """
     if hand_tuned("max_pool"):
         return _max_pool(x, stride)
+    if stride == 1 and hand_tuned("stride_1_pool"):
+        return _stride_1_pool(x)
+    return _plain_max_pool(x, stride)
+
+
+def _plain_max_pool(x: jax.Array, stride: int) -> jax.Array:
     return nn.max_pool(
         x,
         window_shape=(3, 3),
@@ -259,6 +268,28 @@ def _max_pool_backward(stride: int, residuals, dy: jax.Array):
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+@jax.custom_vjp
+def _stride_1_pool(x: jax.Array) -> jax.Array:
+    """Pools with XLA's own operation; only the gradient is that of `_max_pool`.
+
+    The positions are found in the backward pass, because TPU7x's compiler ends with an error where
+    maxima and positions come out of one loop.
+    """
+    return _plain_max_pool(x, 1)
+
+
+def _stride_1_pool_forward(x: jax.Array):
+    return _plain_max_pool(x, 1), x
+
+
+def _stride_1_pool_backward(x: jax.Array, dy: jax.Array):
+    _, place = _max_and_place(x, 1)
+    return _max_pool_backward(1, (place, x.shape), dy)
+
+
+_stride_1_pool.defvjp(_stride_1_pool_forward, _stride_1_pool_backward)
 
 
 def _max_and_place(x: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:

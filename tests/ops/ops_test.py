@@ -59,6 +59,22 @@ def test_max_pool(stride, size, ties):
     assert y.shape[1:3] == tuple(-(-n // stride) for n in size)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 3), (7, 7), (9, 6)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_tpu_s_max_pool_of_stride_1(size, ties):
+    x = random((2, *size, 3))
+    if ties:
+        x = jnp.maximum(jnp.round(x), 0)
+    with ops.tracing_for("tpu"):
+        (y, (dx,)), (want, (want_dx,)) = (
+            _run(lambda x: ops.max_pool(x, 1), (x,)),
+            _run(lambda x: ops._plain_max_pool(x, 1), (x,)),
+        )
+    np.testing.assert_array_equal(y, want)
+    # Equal terms, added in another order: at most 9 of size 1.
+    np.testing.assert_allclose(dx, want_dx, rtol=0, atol=1e-14)
+
+
 def test_max_pool_keeps_dtype_infinity_and_nan():
     x = jnp.asarray(np.full((1, 4, 4, 1), -np.inf), jnp.bfloat16).at[0, 1, 1, 0].set(jnp.nan)
     y = ops.max_pool(x, 2)
@@ -189,10 +205,10 @@ def test_only_the_1x1_of_stride_1_is_a_product():
         assert "conv_general_dilated" in text(pointwise, (1, 1))
 
 
-def gradient_of_a_pool() -> str:
+def gradient_of_a_pool(stride: int = 2) -> str:
     """The program, as text; a function of its own each time, or jax would remember the first."""
     x = jnp.ones((1, 4, 4, 3))
-    return str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(ops.max_pool(x, 2))))(x))
+    return str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(ops.max_pool(x, stride))))(x))
 
 
 def chosen() -> list[str]:
@@ -201,13 +217,17 @@ def chosen() -> list[str]:
 
 @pytest.mark.parametrize(
     ("backend", "forms"),
-    [("tpu", []), ("gpu", ["max_pool", "products", "filter_gradient", "vectors"])],
+    [
+        ("tpu", ["stride_1_pool"]),
+        ("gpu", ["max_pool", "products", "filter_gradient", "vectors"]),
+    ],
 )
 def test_other_backends_have_other_forms(monkeypatch, backend, forms):
     assert chosen() == CPU_FORMS
     with ops.tracing_for(backend):
         assert chosen() == forms
-        assert ("select_and_scatter_add" in gradient_of_a_pool()) == (forms == [])
+        assert ("select_and_scatter_add" in gradient_of_a_pool()) == ("max_pool" not in forms)
+        assert "select_and_scatter_add" not in gradient_of_a_pool(stride=1)
     with ops.plain(), ops.tracing_for(backend):
         assert chosen() == []
         assert "select_and_scatter_add" in gradient_of_a_pool()
