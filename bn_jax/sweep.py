@@ -35,25 +35,36 @@ def halve(
       workdir: the sweep's folder, in which the table is written, too.
       jobs: as in `run`, which also says what is raised.
     """
-    steps = first[0].config.total_steps, full[0].config.total_steps
+    first_steps = first[0].config.total_steps
+    full_steps = full[0].config.total_steps
+    steps = (first_steps, full_steps)
 
     # In a resumed sweep a kept point may be beyond the first round; it is not begun again.
-    run([m for m in first if tuning.accuracy(m.workdir, steps[0]) is None], jobs, full)
+    todo = [member for member in first if tuning.accuracy(member.workdir, first_steps) is None]
+    run(todo, jobs, full)
+
     kept = tuning.best(_points(first, steps), keep)
-    run([m for m in full if m.name in kept], jobs, full)
+    run([member for member in full if member.name in kept], jobs, full)
 
     points = list(_points(full, steps).values())
-    origin = next(r for m in full if (r := reader.read_record(m.workdir)) is not None)
-    commit = origin["source"].get("commit", "unknown")
-    hardware = origin["hardware"]
-    about = (
-        f"{origin['info']['data']['description']}. Commit {commit}, {hardware['cpu_threads']} CPU "
-        f"threads, {hardware['platform']}."
-    )
-    for path in tuning.write(workdir, points, steps, about):
+    for path in tuning.write(workdir, points, steps, _origin(full)):
         print(path)
     for experiment, point in tuning.winners(points).items():
         print(f"best of {experiment}: {point.values}")
+
+
+def _origin(found: Sequence[SweepMember]) -> str:
+    """Says in a line with which data, commit and hardware the first recorded member was made."""
+    records = [reader.read_record(member.workdir) for member in found]
+    record = next(record for record in records if record is not None)
+
+    data = record["info"]["data"]
+    commit = record["source"].get("commit", "unknown")
+    hardware = record["hardware"]
+    return (
+        f"{data['description']}. Commit {commit}, {hardware['cpu_threads']} CPU threads, "
+        f"{hardware['platform']}."
+    )
 
 
 def _points(found: Sequence[SweepMember], steps: tuple[int, int]) -> dict[str, tuning.Point]:
@@ -75,14 +86,16 @@ def _points(found: Sequence[SweepMember], steps: tuple[int, int]) -> dict[str, t
 def _halving(args: argparse.Namespace, grid: Mapping[str, Sequence[str]]) -> tuple[int, int]:
     """Parses --halving: the steps of the first round, and how many points are kept."""
     text = args.halving
-    steps, comma, keep = text.partition(",")
-    if not (comma and steps.isdecimal() and keep.isdecimal() and int(steps) and int(keep)):
+    numbers = text.split(",")
+    positive = [number for number in numbers if number.isdecimal() and int(number) > 0]
+    if len(numbers) != 2 or len(positive) != 2:
         raise ConfigError(f"--halving={text}: write STEPS,N, two positive numbers such as 1000,3")
     if args.seeds != 1 or not grid:
         raise ConfigError(f"--halving={text} needs --grid and one seed; leave out --seeds")
     if args.done is not None:
         raise ConfigError(f"--halving={text}: all points are trained here; leave out --done")
-    return int(steps), int(keep)
+    steps, keep = map(int, numbers)
+    return steps, keep
 
 
 def _check_halving(text: str, steps: int, found: Sequence[SweepMember]) -> None:
@@ -92,12 +105,13 @@ def _check_halving(text: str, steps: int, found: Sequence[SweepMember]) -> None:
         if steps >= total:
             raise ConfigError(f"--halving={text}: a whole run has {total:,} steps; choose fewer")
         if not member.config.data.holdout:
-            limit = "data.holdout=0, and the test split must play no part in a choice"
-            raise ConfigError(f"--halving={text}: {limit}; add --set=data.holdout=0.1")
+            raise ConfigError(
+                f"--halving={text}: data.holdout=0, and the test split must play no part in a "
+                "choice; add --set=data.holdout=0.1"
+            )
 
 
-def main() -> None:
-    """Reads the command line and runs the sweep."""
+def _parser() -> argparse.ArgumentParser:
     parser = errors.Parser("python -m bn_jax.sweep", description=__doc__)
     add = parser.add_argument
     add("--configs", required=True, help="of bn_jax.main --list, with commas: inception,bn_x5")
@@ -121,24 +135,41 @@ def main() -> None:
         "as done",
     )
     add("--dry_run", action="store_true", help="print the unfinished members' commands, and end")
-    args = parser.parse_args()
-    cluster.require_one_process("bn_jax.sweep")
-    configs = [name for name in args.configs.split(",") if name]
-    for option, text in [("set", t) for t in args.set] + [("grid", t) for t in args.grid]:
-        if "=" not in text.strip("="):
-            raise ConfigError(f"--{option}={text}: write FIELD=VALUE")
-        if text.startswith(("seed=", "name=")):
-            raise ConfigError(f"--{option}={text}: the sweep sets it; --seeds=N, --configs=...")
+    return parser
+
+
+def _check(args: argparse.Namespace, configs: Sequence[str]) -> None:
+    """Raises ConfigError for options that make no sweep."""
+    for option in ("set", "grid"):
+        for text in getattr(args, option):
+            if "=" not in text.strip("="):
+                raise ConfigError(f"--{option}={text}: write FIELD=VALUE")
+            if text.startswith(("seed=", "name=")):
+                raise ConfigError(f"--{option}={text}: the sweep sets it; --seeds=N, --configs=...")
+
     if not configs or len(set(configs)) < len(configs):
         raise ConfigError(f"--configs={args.configs}: must name experiments, each of them once")
     if args.seeds < 1:
         raise ConfigError(f"--seeds={args.seeds} must be at least 1")
     if args.jobs is not None and args.jobs < 1:
         raise ConfigError(f"--jobs={args.jobs} must be at least 1")
-    grid = {text.partition("=")[0]: text.partition("=")[2].split(",") for text in args.grid}
+
+
+def main() -> None:
+    """Reads the command line and runs the sweep."""
+    args = _parser().parse_args()
+    cluster.require_one_process("bn_jax.sweep")
+    configs = [name for name in args.configs.split(",") if name]
+    _check(args, configs)
+
+    grid = {}
+    for text in args.grid:
+        field, _, values = text.partition("=")
+        grid[field] = values.split(",")
     if args.halving is not None:
         steps, keep = _halving(args, grid)
         args.set.append("eval_test=False")  # the test split plays no part in a choice
+
     found = members(configs, args.scale, args.seeds, args.workdir, args.set, grid)
     first = found
     if args.done is not None:

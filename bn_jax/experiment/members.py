@@ -3,7 +3,9 @@
 A member that is done or has diverged is not run again, and one that was stopped is resumed.
 """
 
+import functools
 import itertools
+import math
 import os
 import pathlib
 import signal
@@ -57,27 +59,43 @@ def members(
     Raises:
       ConfigError: an experiment, scale, field or value that main would refuse too.
     """
-    grid = grid or {}
+    points = _points(grid or {})
     found = []
     for seed in range(seeds):
         for config in configs:
-            file = f"configs/{config}.py{':' if scale else ''}{scale}"
+            file = f"configs/{config}.py"
+            if scale:
+                file += f":{scale}"
             own_seed = load(file).seed  # members of an ensemble differ in it
-            for values in itertools.product(*grid.values()):
-                points = [f"{f}={v}" for f, v in zip(grid, values, strict=True)]
-                if any("/" in point for point in points):
-                    raise ConfigError(f"--grid: a value with / cannot name a folder: {points}")
-                name = "/".join([config, *points, f"seed_{seed}"])
-                changes = [*settings, *points, f"seed={own_seed + seed}"]
+            for point in points:
+                name = "/".join([config, *point, f"seed_{seed}"])
+                changes = [*settings, *point, f"seed={own_seed + seed}"]
                 found.append(member(name, file, changes, workdir))
     return found
 
 
+def _points(grid: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Lists the points of a grid, each as its FIELD=VALUE; without a grid, one empty point."""
+    choices = []
+    for field, values in grid.items():
+        choices.append([f"{field}={value}" for value in values])
+
+    points = [list(point) for point in itertools.product(*choices)]
+    for point in points:
+        if any("/" in setting for setting in point):
+            raise ConfigError(f"--grid: a value with / cannot name a folder: {point}")
+    return points
+
+
 def member(name: str, file: str, changes: Sequence[str], workdir: pathlib.Path) -> SweepMember:
     """Makes the run of a config with changed fields (FIELD=VALUE), in `workdir`/`name`."""
-    arguments = [f"--config={file}", *(f"--config.{change}" for change in changes)]
-    arguments.append(f"--workdir={workdir / name}")
-    return SweepMember(name, workdir / name, arguments, read(file, changes))
+    own_workdir = workdir / name
+    arguments = [
+        f"--config={file}",
+        *[f"--config.{change}" for change in changes],
+        f"--workdir={own_workdir}",
+    ]
+    return SweepMember(name, own_workdir, arguments, read(file, changes))
 
 
 def status(member: SweepMember) -> str:
@@ -89,16 +107,20 @@ def status(member: SweepMember) -> str:
     run = reader.read_record(member.workdir)
     if run is None:
         return "new"
+
     config = guard.as_begun(member.config, member.workdir)
-    config = settled(config, run["info"].get("data", {}).get("train_examples", 0))
+    data = run["info"].get("data", {})
+    config = settled(config, data.get("train_examples", 0))
     if config.batch_per_device:
         from bn_jax.experiment import build  # takes seconds; only scale `pod` needs it
 
         config = build.for_devices(config, run["hardware"]["devices"])
     guard.require_same_config(member.workdir, run["config"], config.to_dict())
-    if run["status"] == "done" and run["config"]["total_steps"] < config.total_steps:
+
+    said = run["status"]
+    if said == "done" and run["config"]["total_steps"] < config.total_steps:
         return "preempted"
-    return run["status"]
+    return said
 
 
 def finished_in(folder: pathlib.Path, found: Sequence[SweepMember]) -> list[SweepMember]:
@@ -122,9 +144,12 @@ def _complete(member: SweepMember) -> bool:
     said = status(member)
     if said != "done":
         return said == "diverged"
+
     run = reader.read_run(member.workdir)
-    last = run.lines["eval"][-1:]
-    return bool(last) and last[0]["step"] == run.config["total_steps"]
+    evaluations = run.lines["eval"]
+    if not evaluations:
+        return False
+    return evaluations[-1]["step"] == run.config["total_steps"]
 
 
 def threads(found: Sequence[SweepMember]) -> int | None:
@@ -159,11 +184,14 @@ def threads(found: Sequence[SweepMember]) -> int | None:
 
 def environment(member: SweepMember, slot: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment of a member in a slot; a resumed run keeps its number of threads."""
-    found = {**os.environ, **slot}
-    found["PYTHONUNBUFFERED"] = "1"
+    found = {**os.environ, **slot, "PYTHONUNBUFFERED": "1"}
     run = reader.read_record(member.workdir)
-    if run is not None and "NPROC" not in os.environ and run["hardware"]["platform"] == "cpu":
-        found["NPROC"] = str(run["hardware"]["cpu_threads"])
+    if run is None or "NPROC" in os.environ:
+        return found
+
+    hardware = run["hardware"]
+    if hardware["platform"] == "cpu":
+        found["NPROC"] = str(hardware["cpu_threads"])
     return found
 
 
@@ -176,26 +204,59 @@ def slots(jobs: int | None) -> list[dict[str, str]]:
     gpus = _gpus()
     cores = usable_cpus()
     if jobs is None:
-        tpu = any(pathlib.Path("/dev").glob("accel*")) or pathlib.Path("/dev/vfio/0").exists()
-        jobs = len(gpus) or (1 if tpu else max(1, cores // 2))
+        if gpus:
+            jobs = len(gpus)
+        elif _has_tpu():
+            jobs = 1
+        else:
+            jobs = max(1, cores // 2)
+
     if gpus:
-        memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / -(-jobs // len(gpus)):.2f}"}
-        shared = memory if jobs > len(gpus) else {}
-        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)], **shared} for i in range(jobs)]
+        return _gpu_slots(gpus, jobs)
+
+    slot = {}
     # The number of threads is part of a CPU run's identity, so it is only set if it must be.
-    share = {"NPROC": str(max(1, cores // jobs))} if jobs > 1 and "NPROC" not in os.environ else {}
-    return [dict(share) for _ in range(jobs)]
+    if jobs > 1 and "NPROC" not in os.environ:
+        slot["NPROC"] = str(max(1, cores // jobs))
+    return [dict(slot) for _ in range(jobs)]
+
+
+def _gpu_slots(gpus: Sequence[str], jobs: int) -> list[dict[str, str]]:
+    """Places the jobs on the GPUs in turn; those on the same GPU share 90% of its memory."""
+    found = []
+    for i in range(jobs):
+        found.append({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]})
+
+    if jobs > len(gpus):
+        on_each = math.ceil(jobs / len(gpus))
+        for slot in found:
+            slot["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / on_each:.2f}"
+    return found
 
 
 def _gpus() -> list[str]:
-    if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
+    """Lists the NVIDIA GPUs that members may use, as CUDA_VISIBLE_DEVICES names them."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms.split(",")[0] == "cpu":
         return []
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
-    return [str(i) for i, _ in enumerate(pathlib.Path("/dev").glob("nvidia[0-9]*"))]
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip()]
+    devices = list(pathlib.Path("/dev").glob("nvidia[0-9]*"))
+    return [str(i) for i in range(len(devices))]
 
 
-def run(found: Sequence[SweepMember], jobs: int | None, beside: Sequence[SweepMember] = ()) -> None:
+def _has_tpu() -> bool:
+    devices = pathlib.Path("/dev")
+    return any(devices.glob("accel*")) or (devices / "vfio/0").exists()
+
+
+def run(
+    found: Sequence[SweepMember],
+    jobs: int | None,
+    beside: Sequence[SweepMember] = (),
+) -> None:
     """Runs the members that are not finished, and prints how all of them ended.
 
     beside: further members, which are not run here but must have as many threads.
@@ -204,23 +265,31 @@ def run(found: Sequence[SweepMember], jobs: int | None, beside: Sequence[SweepMe
       Preempted: a signal stopped this process or a member; the same sweep resumes.
       UserError: members failed; the others were run.
     """
-    before = {member.name: status(member) for member in found}
-    todo = [member for member in found if before[member.name] not in FINISHED]
+    todo = [member for member in found if status(member) not in FINISHED]
     print(f"{len(found)} members: {len(found) - len(todo)} finished before, {len(todo)} to run")
-    share = slots(jobs)
+
+    places = slots(jobs)
     count = threads([*found, *beside])
     if count is not None and "NPROC" not in os.environ:
-        share = [{**slot, "NPROC": str(count)} for slot in share]
-    pool = Pool(share, total=len(found))
-    codes = pool.run(
-        [(m.name, m.command(sys.executable), m.workdir / "member.log", _env(m)) for m in todo]
-    )
+        for slot in places:
+            slot["NPROC"] = str(count)
+
+    processes = []
+    for member in todo:
+        command = member.command(sys.executable)
+        log = member.workdir / "member.log"
+        processes.append((member.name, command, log, functools.partial(environment, member)))
+    pool = Pool(places, total=len(found))
+    codes = pool.run(processes)
     print(outcome(found))
-    ended = (None, 128 + signal.SIGTERM, 128 + signal.SIGKILL) if pool.stopped else (None,)
-    failed = {name: code for name, code in codes.items() if code not in (*EXPECTED, *ended)}
-    for member in found:
-        if member.name in failed:
-            print(f"failed with exit code {failed[member.name]}: {member.workdir}/member.log")
+
+    allowed = [*EXPECTED, None]  # None: it was not begun
+    if pool.stopped:
+        allowed += [128 + signal.SIGTERM, 128 + signal.SIGKILL]
+    failed = [member for member in todo if codes[member.name] not in allowed]
+    for member in failed:
+        print(f"failed with exit code {codes[member.name]}: {member.workdir}/member.log")
+
     if pool.stopped:
         raise Preempted(
             "the sweep was stopped; the same command resumes its members from their saved steps"
@@ -231,34 +300,41 @@ def run(found: Sequence[SweepMember], jobs: int | None, beside: Sequence[SweepMe
         raise Preempted("members were stopped one by one; the same command resumes them")
 
 
-def _env(member: SweepMember):
-    return lambda slot: environment(member, slot)
-
-
 def outcome(found: Sequence[SweepMember]) -> str:
     """Describes each member in a line (status, accuracy if it is done), and then the data."""
     lines = []
     data = ""
     for member in found:
-        record: dict[str, Any]
+        said = "not run"
         try:
-            record = dict(reader.read_record(member.workdir) or {"status": "not run"})
+            record = reader.read_record(member.workdir)
         except ConfigError:
-            record = {"status": "unreadable"}
+            record = None
+            said = "unreadable"
 
-        said = record["status"]
-        data = record.get("info", {}).get("data", {}).get("description", data)
-        if said == "done":
-            said += f"  {_accuracy(record['results'])}"
-            if "test" in record["results"]:
-                said += f" held out, {_accuracy(record['results']['test'])} of the test split"
-        elif said in ("diverged", "failed", "preempted"):
-            said += f"  {record['results'].get('error', '').partition(': ')[2][:70]}"
+        if record is not None:
+            said = _ended(record)
+            about = record["info"].get("data", {})
+            data = about.get("description", data)
         lines.append(f"  {member.name:40} {said}")
 
     if data:
         lines.append(f"data: {data}")
     return "\n".join(lines)
+
+
+def _ended(record: Mapping[str, Any]) -> str:
+    """Says how a run ended: its status with its accuracy, or with the error."""
+    said = record["status"]
+    results = record.get("results", {})
+    if said == "done":
+        said += f"  {_accuracy(results)}"
+        if "test" in results:
+            said += f" held out, {_accuracy(results['test'])} of the test split"
+    elif said in ("diverged", "failed", "preempted"):
+        _, _, error = results.get("error", "").partition(": ")
+        said += f"  {error[:70]}"
+    return said
 
 
 def _accuracy(scores: Mapping[str, Any]) -> str:
