@@ -60,14 +60,16 @@ SHOWN = 5  # names in a message; the rest are counted
 def common_prefix(names: Iterable[str]) -> str:
     """Finds a prefix that a program put before all names, such as `module.`; '' without one."""
     names = list(names)
+
+    def before_all(prefix: str) -> bool:
+        return all(name.startswith(prefix) for name in names)
+
     found = ""
     while names:
-        longer = [found + prefix for prefix in PREFIXES]
-        longer = [prefix for prefix in longer if all(name.startswith(prefix) for name in names)]
+        longer = [found + prefix for prefix in PREFIXES if before_all(found + prefix)]
         if not longer:
             break
         found = longer[0]
-
     return found
 
 
@@ -111,15 +113,19 @@ class Source:
             self._wrong.append(f"{name} has dtype {found.dtype}: it is quantized or not a weight")
             return np.zeros(shape, np.float32)
 
-        found = found.reshape(shape).astype(np.promote_types(found.dtype, np.float32))
-        finite = np.isfinite(found).all() and not (name.endswith("var") and found.min() < 0)
-        if not (finite or name.endswith("/count")):
+        dtype = np.promote_types(found.dtype, np.float32)
+        found = found.reshape(shape).astype(dtype)
+        negative = name.endswith("var") and found.min() < 0
+        usable = np.isfinite(found).all() and not negative
+        if not usable and not name.endswith("/count"):
             self._wrong.append(f"{name} has values that are not finite, or variances below 0")
         return found
 
     def optional(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
         """Takes a tensor that a file may lack; returns None if it does."""
-        return self.take(name, shape) if name in self.tensors else None
+        if name not in self.tensors:
+            return None
+        return self.take(name, shape)
 
     def finish(self, ignored: Callable[[str], bool]) -> None:
         """Raises ConfigError if tensors are missing, left over or of the wrong shape.
@@ -133,9 +139,16 @@ class Source:
                 f"{_named(sorted(self.tensors))}. Does it need another --variant?"
             )
 
-        extra = sorted(n for n in self.tensors if n not in self._used and not ignored(n))
-        found = [("missing", self._missing), ("extra", extra), ("wrong", self._wrong)]
-        parts = [f"{len(names)} {kind}: {_named(names)}" for kind, names in found if names]
+        unused = sorted(self.tensors.keys() - self._used)
+        found = {
+            "missing": self._missing,
+            "extra": [name for name in unused if not ignored(name)],
+            "wrong": self._wrong,
+        }
+        parts = []
+        for kind, names in found.items():
+            if names:
+                parts.append(f"{len(names)} {kind}: {_named(names)}")
         if parts:
             raise ConfigError(f"tensors do not fit the network: {'; '.join(parts)}")
 
@@ -148,12 +161,16 @@ def _named(names: Sequence[str]) -> str:
     """Lists the first names, and says how many more there are."""
     shown = ", ".join(names[:SHOWN])
     more = len(names) - SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
+    if more <= 0:
+        return shown
+    return f"{shown} and {more} more"
 
 
 def num_classes(tensors: Mapping[str, np.ndarray], name: str, otherwise: int) -> int:
     """Returns the classes of a file's last layer, whose bias is `name`; `otherwise` without it."""
-    return tensors[name].shape[0] if name in tensors and tensors[name].ndim == 1 else otherwise
+    if name not in tensors or tensors[name].ndim != 1:
+        return otherwise
+    return len(tensors[name])
 
 
 def caffe(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,12 +185,15 @@ def caffe(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[st
     out = _Variables()
     for path, kernel in _convolutions(like):
         name = _caffe_name(path)
-        features = kernel[-1:]
-        weight = source.take(f"{name}.weight", (*kernel[:1:-1], *kernel[:2]))
+        height, width, inputs, outputs = kernel
+        features = (outputs,)
+
+        weight = source.take(f"{name}.weight", (outputs, inputs, height, width))
         weight = weight.transpose(2, 3, 1, 0)
-        out.params[*path, "conv", "kernel"] = (
-            weight[:, :, ::-1] if path == ("conv1_7x7",) else weight
-        )
+        if path == ("conv1_7x7",):
+            weight = weight[:, :, ::-1]
+        out.params[*path, "conv", "kernel"] = weight
+
         bias = source.optional(f"{name}.bias", features)
         if bias is None:  # some ports leave out the bias, which BN's mean cancels
             bias = np.zeros(features, np.float32)
@@ -185,8 +205,10 @@ def caffe(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[st
             mean=mean - bias,
             var=source.take(f"{name}_bn.running_var", features),
         )
+
     inputs, classes = like["params"]["classifier"]["kernel"].shape
-    out.params["classifier", "kernel"] = source.take("last_linear.weight", (classes, inputs)).T
+    weight = source.take("last_linear.weight", (classes, inputs))
+    out.params["classifier", "kernel"] = weight.T
     out.params["classifier", "bias"] = source.take("last_linear.bias", (classes,))
     source.finish(lambda name: name.endswith("_bn.num_batches_tracked"))
     return out.tree()
@@ -194,11 +216,16 @@ def caffe(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[st
 
 def _caffe_name(path: tuple[str, ...]) -> str:
     """Converts a path to Caffe's name: ('inception_3a', 'conv_3x3') to 'inception_3a_3x3'."""
-    return "conv1_7x7_s2" if path == ("conv1_7x7",) else "_".join(path).replace("_conv_", "_")
+    if path == ("conv1_7x7",):
+        return "conv1_7x7_s2"
+    return "_".join(path).replace("_conv_", "_")
 
 
 def slim(
-    tensors: Mapping[str, np.ndarray], like: Mapping[str, Any], *, background: bool
+    tensors: Mapping[str, np.ndarray],
+    like: Mapping[str, Any],
+    *,
+    background: bool,
 ) -> dict[str, Any]:
     """Makes our variables from TF-slim's `inception_v2`, of `like`'s shapes.
 
@@ -208,29 +235,46 @@ def slim(
     """
     source = Source(tensors)
     out = _Variables()
+
     stem = f"{SLIM}/{SLIM_STEM['conv1_7x7']}"
-    depthwise = like["params"]["conv1_7x7_depthwise"]["kernel"].shape  # [7, 7, 1, 3 * 8]
-    weight = source.take(f"{stem}/depthwise_weights", (*depthwise[:2], 3, depthwise[3] // 3))
+    depthwise = like["params"]["conv1_7x7_depthwise"]["kernel"].shape
+    height, width, _, outputs = depthwise  # [7, 7, 1, 3 * 8]
+    weight = source.take(f"{stem}/depthwise_weights", (height, width, 3, outputs // 3))
     out.params["conv1_7x7_depthwise", "kernel"] = weight.reshape(depthwise)
+
     for path, kernel in _convolutions(like):
         name = f"{SLIM}/{_slim_name(path)}"
         features = kernel[-1:]
-        weights = "pointwise_weights" if path == ("conv1_7x7",) else "weights"
-        out.params[*path, "conv", "kernel"] = source.take(f"{name}/{weights}", kernel)
-        bias = source.optional(f"{name}/biases", features) if path == ("conv1_7x7",) else None
-        if bias is not None:
-            one = np.ones(features, np.float64)
-            zero = np.zeros(features)
-            out.bn(path, scale=one * np.sqrt(1 + EPSILON["slim"]), bias=bias, mean=zero, var=one)
+        if path == ("conv1_7x7",):
+            weight = source.take(f"{name}/pointwise_weights", kernel)
+            bias = source.optional(f"{name}/biases", features)
+        else:
+            weight = source.take(f"{name}/weights", kernel)
+            bias = None
+        out.params[*path, "conv", "kernel"] = weight
+
+        if bias is not None:  # there is no BN: ours multiplies by 1 and adds the bias
+            var = np.ones(features)
+            out.bn(
+                path,
+                scale=np.sqrt(var + EPSILON["slim"]),
+                bias=bias,
+                mean=np.zeros(features),
+                var=var,
+            )
             continue
+
         scale = source.optional(f"{name}/BatchNorm/gamma", features)
+        if scale is None:
+            scale = np.ones(features)
         out.bn(
             path,
-            scale=np.ones(features) if scale is None else scale,
+            scale=scale,
             bias=source.take(f"{name}/BatchNorm/beta", features),
             mean=source.take(f"{name}/BatchNorm/moving_mean", features),
             var=source.take(f"{name}/BatchNorm/moving_variance", features),
         )
+
     inputs, classes = like["params"]["classifier"]["kernel"].shape
     first = 0 if background else 1
     weight = source.take(f"{SLIM_LOGITS}/weights", (1, 1, inputs, classes + first))
@@ -242,10 +286,15 @@ def slim(
 
 
 def _slim_name(path: tuple[str, ...]) -> str:
+    """Converts a path to TF-slim's name, such as 'Mixed_3b/Branch_0/Conv2d_0a_1x1'."""
     if len(path) == 1:
-        return SLIM_STEM[path[0]]
-    row = next(row for row in TABLE if f"inception_{row.name}" == path[0])
-    return f"Mixed_{SLIM_BLOCKS[row.name]}/{SLIM_BRANCHES[row.stride][path[1]]}"
+        (name,) = path
+        return SLIM_STEM[name]
+
+    block, name = path
+    (row,) = [row for row in TABLE if f"inception_{row.name}" == block]
+    branch = SLIM_BRANCHES[row.stride][name]
+    return f"Mixed_{SLIM_BLOCKS[row.name]}/{branch}"
 
 
 def flax(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,10 +304,10 @@ def flax(tensors: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str
     """
     source = Source(tensors)
     filled: dict[str, np.ndarray] = {}
-    for path, leaf in traverse_util.flatten_dict(dict(like), sep="/").items():
-        if path.endswith("/count"):
-            found = source.optional(path, ())
-            filled[path] = np.full((), CONVERGED, np.float32) if found is None else found
+    wanted = traverse_util.flatten_dict(dict(like), sep="/")
+    for path, leaf in wanted.items():
+        if path.endswith("/count") and path not in source.tensors:
+            filled[path] = np.full((), CONVERGED, np.float32)
         else:
             filled[path] = source.take(path, tuple(leaf.shape))
     source.finish(lambda name: False)
@@ -289,6 +338,9 @@ class _Variables:
 def _convolutions(like: Mapping[str, Any]) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
     """Lists the paths of ConvBN modules, with the shapes [h, w, in, out] of their kernels."""
     flat = traverse_util.flatten_dict(dict(like["params"]))
-    return [
-        (path[:-2], leaf.shape) for path, leaf in flat.items() if path[-2:] == ("conv", "kernel")
-    ]
+    found = []
+    for path, leaf in flat.items():
+        *module, layer, name = path
+        if (layer, name) == ("conv", "kernel"):
+            found.append((tuple(module), leaf.shape))
+    return found
