@@ -38,10 +38,14 @@ def wilson(count: int, examples: int) -> Interval:
     Unlike p +- sqrt(p (1 - p) / n), it is wider than 0 at a count of 0, too.
     """
     z = float(special.ndtri(1 - TAIL))
-    share = count / examples
-    scale = 1 + z**2 / examples
-    middle = (share + z**2 / (2 * examples)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / examples + z**2 / (4 * examples**2))
+    n = examples
+    share = count / n
+
+    scale = 1 + z**2 / n
+    middle = (share + z**2 / (2 * n)) / scale
+    variance = share * (1 - share) / n
+    half = z / scale * math.sqrt(variance + z**2 / (4 * n**2))
+
     # At 0 of n and n of n one end is exact, up to rounding.
     low = 0.0 if count == 0 else middle - half
     high = 1.0 if count == examples else middle + half
@@ -60,12 +64,13 @@ def counted_difference(ours: float, theirs: float, examples: int) -> Interval:
     This is Newcombe's method 10 (Statistics in Medicine 17, 1998), from the Wilson intervals of
     both. It does not account for other seeds.
     """
-    a = wilson(round(ours * examples), examples)
-    b = wilson(round(theirs * examples), examples)
+    own = wilson(round(ours * examples), examples)
+    other = wilson(round(theirs * examples), examples)
+
+    below = math.hypot(ours - own.low, other.high - theirs)
+    above = math.hypot(own.high - ours, theirs - other.low)
     value = ours - theirs
-    low = value - math.hypot(ours - a.low, b.high - theirs)
-    high = value + math.hypot(a.high - ours, theirs - b.low)
-    return Interval(low, high)
+    return Interval(value - below, value + above)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -96,8 +101,12 @@ class Effect(NamedTuple):
     @property
     def value(self) -> float:
         """The mean over seeds; if some seeds only give a bound (see `bound`), the mean bound."""
-        ends = {"at least": self.lows, "at most": self.highs}
-        return _mean(ends.get(self.bound, self.values), self.ratio)
+        values = self.values
+        if self.bound == "at least":
+            values = self.lows
+        elif self.bound == "at most":
+            values = self.highs
+        return _mean(values, self.ratio)
 
     @property
     def bound(self) -> str:
@@ -109,7 +118,11 @@ class Effect(NamedTuple):
         above = self.ratio and any(low == 0 for low in self.lows)
         if below and above:
             return "unknown"
-        return "at least" if below else "at most" if above else ""
+        if below:
+            return "at least"
+        if above:
+            return "at most"
+        return ""
 
     @property
     def interval(self) -> Interval | None:
@@ -143,37 +156,50 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Effect
 
 def quotient(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Effect:
     """Divides ours by theirs, both {seed: value}; leaves out pairs with 0 or infinite values."""
-    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-    values = tuple(a / b for a, b in pairs if 0 < a < math.inf and 0 < b < math.inf)
+    found = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        above = ours[seed]
+        below = theirs[seed]
+        if 0 < above < math.inf and 0 < below < math.inf:
+            found.append(above / below)
+    values = tuple(found)
     return Effect(values, values, values, ratio=True)
 
 
 def bounded(found: Sequence[tuple[float, float, float]]) -> Effect:
     """Makes an Effect of ratios or steps, known as (lowest, estimate, highest) for each seed."""
-    lows, values, highs = zip(*found, strict=True) if found else ((), (), ())
+    lows = tuple(low for low, _, _ in found)
+    values = tuple(value for _, value, _ in found)
+    highs = tuple(high for _, _, high in found)
     return Effect(lows, values, highs, ratio=True)
 
 
 def single(values: Sequence[float]) -> Effect:
     """Makes an Effect of a single quantity, such as the accuracy of each seed."""
-    return Effect(tuple(values), tuple(values), tuple(values))
+    each = tuple(values)
+    return Effect(each, each, each)
 
 
 def _mean(values: Sequence[float], ratio: bool) -> float:
     if not ratio:
         return float(np.mean(values))
-    return math.exp(float(np.mean([math.log(v) for v in values])))
+    logarithms = [math.log(value) for value in values]
+    return math.exp(float(np.mean(logarithms)))
 
 
 def _moments(values: Sequence[float], ratio: bool) -> tuple[float, float]:
     """Returns the mean and its standard error, on the scale on which values are averaged."""
     scaled = np.log(values) if ratio else np.asarray(values, float)
-    return float(np.mean(scaled)), float(np.std(scaled, ddof=1)) / math.sqrt(len(scaled))
+    mean = float(np.mean(scaled))
+    deviation = float(np.std(scaled, ddof=1))
+    return mean, deviation / math.sqrt(len(scaled))
 
 
 def _known(values: Sequence[float], ratio: bool) -> bool:
     """Whether this end is known for every seed; 0 and infinity stand for an unknown end."""
-    return all(v < math.inf and not (ratio and v == 0) for v in values)
+    if not all(value < math.inf for value in values):
+        return False
+    return not (ratio and 0 in values)
 
 
 def _limit(values: Sequence[float], side: int, ratio: bool) -> float:
@@ -188,7 +214,8 @@ def _tail(values: Sequence[float], threshold: float, side: int, ratio: bool) -> 
     if not _known(values, ratio):
         return 1.0
     mean, error = _moments(values, ratio)
-    distance = side * (mean - (math.log(threshold) if ratio else threshold))
+    limit = math.log(threshold) if ratio else threshold
+    distance = side * (mean - limit)
     if error == 0:
         return 0.0 if distance > 0 else 1.0
     return float(special.stdtr(len(values) - 1, -distance / error))
@@ -200,7 +227,12 @@ def _quantile(n: int) -> float:
 
 
 def written(
-    effect: Effect, form: str, *, factor: float = 1, unit: str = "", sign: bool = False
+    effect: Effect,
+    form: str,
+    *,
+    factor: float = 1,
+    unit: str = "",
+    sign: bool = False,
 ) -> str:
     """Writes an effect for a table: '+0.4 (-0.7 to 1.4)', 'at least 5.3x (3.1 or more)'.
 
@@ -208,18 +240,23 @@ def written(
     """
     if not effect.n:
         return "not run"
-    if effect.bound == "unknown":
+    bound = effect.bound
+    if bound == "unknown":
         return "unknown: bounds on both sides"
+
     plus = "+" if sign else ""
     text = f"{factor * effect.value:{plus}{form}}{unit}"
-    if effect.bound:
-        text = f"{effect.bound} {text}"
-    if effect.interval is None:
+    if bound:
+        text = f"{bound} {text}"
+
+    interval = effect.interval
+    if interval is None:
         return f"{text} (one seed)"
-    low, high = (f"{factor * end:{form}}" for end in effect.interval)
-    if effect.bound == "at least":
+    low = f"{factor * interval.low:{form}}"
+    high = f"{factor * interval.high:{form}}"
+    if bound == "at least":
         return f"{text} ({low} or more)"
-    if effect.bound == "at most":
+    if bound == "at most":
         return f"{text} ({high} or less)"
     return f"{text} ({low} to {high})"
 
@@ -234,12 +271,13 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
     A comparison with an adjusted value below 0.05 holds even though several were made.
     """
-    places = sorted((p, k) for k, p in enumerate(p_values) if p is not None)
+    known = [(p, place) for place, p in enumerate(p_values) if p is not None]
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
-    for rank, (p, k) in enumerate(places):
-        largest = max(largest, min(1.0, (len(places) - rank) * p))
-        adjusted[k] = largest
+    for rank, (p, place) in enumerate(sorted(known)):
+        remaining = len(known) - rank
+        largest = max(largest, min(1.0, remaining * p))
+        adjusted[place] = largest
     return adjusted
 
 
@@ -254,10 +292,11 @@ def paired_bootstrap(gains: np.ndarray, *, draws: int = 10_000, seed: int = 0) -
     Both networks see the same images, so the difference of each image is drawn again, not each
     network's accuracy. Images of equal gain are interchangeable, so only their numbers are drawn.
     """
+    images = len(gains)
     values, counts = np.unique(np.asarray(gains, float), return_counts=True)
     generator = np.random.Generator(np.random.PCG64(seed))
-    drawn = generator.multinomial(len(gains), counts / len(gains), size=draws)
-    means = drawn @ values / len(gains)
+    drawn = generator.multinomial(images, counts / images, size=draws)
+    means = drawn @ values / images
     low, high = np.quantile(means, [TAIL, 1 - TAIL])
     return Interval(float(low), float(high))
 
@@ -281,8 +320,17 @@ def margin(ratio: bool) -> Interval:
     return Interval(-MARGIN_POINTS, MARGIN_POINTS)
 
 
+def _within_margin(interval: Interval, ratio: bool) -> bool:
+    none = margin(ratio)
+    return none.low <= interval.low and interval.high <= none.high
+
+
 def verdict(
-    effect: Effect, threshold: float, adjusted_p: float | None, *, harmless: bool = False
+    effect: Effect,
+    threshold: float,
+    adjusted_p: float | None,
+    *,
+    harmless: bool = False,
 ) -> str:
     """Judges the claim that an effect is above `threshold`.
 
@@ -301,13 +349,16 @@ def verdict(
     interval = effect.interval
     if interval is None or adjusted_p is None:
         return f"{UNDECIDED} (one seed has no interval)"
-    none = margin(effect.ratio)
-    if not harmless and none.low <= interval.low and interval.high <= none.high:
+    if not harmless and _within_margin(interval, effect.ratio):
         return NO_EFFECT
-    if interval.low > threshold or interval.high < threshold:
+
+    above = interval.low > threshold
+    below = interval.high < threshold
+    if above or below:
         if adjusted_p >= 2 * TAIL:
             return f"{UNDECIDED} (not after the correction for several comparisons)"
-        return SUPPORTED if interval.low > threshold else CONTRADICTED
+        return SUPPORTED if above else CONTRADICTED
+
     if effect.bound:
         return f"{UNDECIDED} (some seeds give only a bound)"
     enough = seeds_to_decide(effect, threshold, harmless=harmless)
@@ -324,12 +375,13 @@ def seeds_to_decide(effect: Effect, threshold: float, *, harmless: bool = False)
     """
     if effect.n < 2 or effect.bound:
         return None
-    none = margin(effect.ratio)
+
     for n in range(2, MOST_SEEDS + 1):
         low = _end(effect.lows, n, -1, effect.ratio)
         high = _end(effect.highs, n, +1, effect.ratio)
-        within = not harmless and none.low <= low and high <= none.high
-        if low > threshold or high < threshold or within:
+        if low > threshold or high < threshold:
+            return n
+        if not harmless and _within_margin(Interval(low, high), effect.ratio):
             return n
     return None
 
@@ -337,5 +389,6 @@ def seeds_to_decide(effect: Effect, threshold: float, *, harmless: bool = False)
 def _end(values: Sequence[float], n: int, side: int, ratio: bool) -> float:
     """Returns an end of the interval that n seeds of the same mean and spread would have."""
     mean, error = _moments(values, ratio)
-    place = mean + side * _quantile(n) * error * math.sqrt(len(values) / n)
-    return math.exp(place) if ratio else place
+    half = _quantile(n) * error * math.sqrt(len(values) / n)
+    end = mean + side * half
+    return math.exp(end) if ratio else end
