@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from flax import traverse_util
 
 from bn_jax.data import views
 from bn_jax.distributed import mesh
@@ -31,7 +30,8 @@ from bn_jax.workdir.timing import ImageProgress
 
 def probabilities(params: Any, batch_stats: Any, images: jax.Array, *, model: nn.Module):
     """Computes the inference network's softmax, float32 [N, K]. images: [N, H, W, C] in 0..255."""
-    logits: Any = model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
+    variables = {"params": params, "batch_stats": batch_stats}
+    logits: Any = model.apply(variables, images, train=False)
     return jax.nn.softmax(logits.astype(np.float32), axis=-1)
 
 
@@ -46,7 +46,8 @@ class Networks:
             require_same_input(members[0], other)
         self.members = members
         self.mesh = members[0].exp.mesh
-        self.size = math.ceil(size / self.mesh.size) * self.mesh.size
+        devices = self.mesh.size
+        self.size = math.ceil(size / devices) * devices
         self._programs = [self._compiled(member) for member in members]
 
     def _compiled(self, member: Member) -> Any:
@@ -55,7 +56,8 @@ class Networks:
             out_shardings=mesh.replicated(self.mesh),
         )
         batch = build.abstract_batch(member.exp, self.size, train=False)
-        return forward.lower(member.params, member.batch_stats, batch["image"]).compile()
+        lowered = forward.lower(member.params, member.batch_stats, batch["image"])
+        return lowered.compile()
 
     def average(
         self,
@@ -74,24 +76,29 @@ class Networks:
         sums = [np.zeros((examples, classes), np.float32) for _ in self.members]
         labels = np.full(examples, -1, np.int32)
         seen = np.zeros(examples, np.float32)
+
+        # Outputs are fetched while the device works on the next batch.
         waiting: tuple[views.Rows, list[jax.Array]] | None = None
         for batch in rows:
             image = mesh.put_batch(self.mesh, batch.image, self.size)
-            outputs = [
-                program(member.params, member.batch_stats, image)
-                for program, member in zip(self._programs, self.members, strict=True)
-            ]
-            if waiting is not None:  # fetched while the device works on the next batch
+            outputs = []
+            for program, member in zip(self._programs, self.members, strict=True):
+                outputs.append(program(member.params, member.batch_stats, image))
+            if waiting is not None:
                 _collect(*waiting, sums, seen)
+            waiting = (batch, outputs)
+
             valid = batch.example >= 0
-            progress(int(np.sum(labels[np.unique(batch.example[valid])] < 0)))
-            labels[batch.example[valid]] = batch.label[valid]
-            waiting = batch, outputs
+            places = batch.example[valid]
+            begun = labels[np.unique(places)] < 0
+            progress(int(np.sum(begun)))
+            labels[places] = batch.label[valid]
         if waiting is not None:
             _collect(*waiting, sums, seen)
+
         sums, labels, seen = _of_all_processes(sums, labels, seen)
-        if not np.array_equal(seen, np.full(examples, weight, np.float32)):
-            wrong = int(np.sum(seen != weight))
+        wrong = int(np.sum(seen != weight))
+        if wrong:
             raise DataError(
                 f"{wrong} of {examples} examples were not evaluated under exactly {weight} views"
             )
@@ -101,7 +108,9 @@ class Networks:
 
 
 def _of_all_processes(
-    sums: list[np.ndarray], labels: np.ndarray, seen: np.ndarray
+    sums: list[np.ndarray],
+    labels: np.ndarray,
+    seen: np.ndarray,
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Gathers `sums`, `labels` and `seen` of all examples from the processes that have them."""
     if jax.process_count() == 1:
@@ -114,20 +123,26 @@ def _of_all_processes(
         everything = np.zeros_like(mine)
         everything[place] = mesh.gather(mine[own])
         whole.append(everything)
+    *all_sums, all_labels = whole
+
     weights = np.zeros_like(seen)
     np.add.at(weights, place, mesh.gather(seen[own]))  # an example of two processes counts twice
-    return whole[:-1], whole[-1], weights
+    return all_sums, all_labels, weights
 
 
 def _collect(
-    batch: views.Rows, outputs: Sequence[jax.Array], sums: list[np.ndarray], seen: np.ndarray
+    batch: views.Rows,
+    outputs: Sequence[jax.Array],
+    sums: list[np.ndarray],
+    seen: np.ndarray,
 ) -> None:
     """Adds a batch's weighted probabilities to its examples, whose views lie side by side."""
     count = int(np.sum(batch.example >= 0))  # padding is at the end
     example = batch.example[:count]
     weight = batch.weight[:count]
-    starts = np.flatnonzero(np.diff(example, prepend=-1))
     np.add.at(seen, example, weight)
+
+    starts = np.flatnonzero(np.diff(example, prepend=-1))  # of each example's views
     for total, output in zip(sums, outputs, strict=True):
         weighted = np.asarray(output)[:count] * weight[:, None]
         total[example[starts]] += np.add.reduceat(weighted, starts, axis=0)
@@ -136,26 +151,28 @@ def _collect(
 def require_same_input(one: Member, other: Member) -> None:
     """Raises ConfigError unless both networks can be fed the same batches."""
     predictions.require_same(describe(one, 1), describe(other, 1))
-    fields = [traverse_util.flatten_dict(m.exp.config.to_dict(), sep=".") for m in (one, other)]
+    ours = reader.flat(one.exp.config.to_dict())
+    theirs = reader.flat(other.exp.config.to_dict())
     for field in ("image_size", "data.mirror", "data.dir"):
-        a = fields[0][field]
-        b = fields[1][field]
-        if a != b:
+        if ours[field] != theirs[field]:
             raise ConfigError(
                 f"{one.about['workdir']} and {other.about['workdir']} cannot be averaged: {field} "
-                f"differs ({a}, {b}); evaluate each with --predictions=FILE, then use --combine"
+                f"differs ({ours[field]}, {theirs[field]}); evaluate each with --predictions=FILE, "
+                "then use --combine"
             )
 
 
 def predict(
-    networks: Networks, crops: int, progress: Callable[[int], None] = lambda done: None
+    networks: Networks,
+    crops: int,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[Predictions]:
     """Computes each member's predictions for the evaluation split, every example counted once.
 
     Several processes divide the examples. Raises DataError for an example that cannot be read.
     """
-    data = networks.members[0].exp.data
-    config = networks.members[0].exp.config
+    exp = networks.members[0].exp
+    data = exp.data
     rows = views.batches(
         data,
         crops,
@@ -166,13 +183,15 @@ def predict(
     found, labels = networks.average(
         rows,
         data.num_eval,
-        views.total_weight(crops, config.data.mirror),
+        views.total_weight(crops, exp.config.data.mirror),
         progress,
     )
-    return [
-        Predictions(p, labels, describe(member, crops))
-        for p, member in zip(found, networks.members, strict=True)
-    ]
+
+    predicted = []
+    for probabilities, member in zip(found, networks.members, strict=True):
+        about = describe(member, crops)
+        predicted.append(Predictions(probabilities, labels, about))
+    return predicted
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions]] | None:
@@ -181,16 +200,21 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions
     Of several processes the first one prints and records, and the others return None.
     """
     first = jax.process_index() == 0
-    runs = workdirs(args.workdir)
+    say = print if first else _silent
+
     # All runs are opened, and refused if need be, before anything is compiled.
+    runs = workdirs(args.workdir)
     experiments = [build.from_workdir(run, args.data_dir) for run in runs]
-    members = [
-        load_member(run, args.step, args.statistics, exp, say=print if first else _silent)
-        for run, exp in zip(runs, experiments, strict=True)
-    ]
-    networks = Networks(members, args.batch_size or members[0].exp.config.eval_batch_size)
+    members = []
+    for run, exp in zip(runs, experiments, strict=True):
+        members.append(load_member(run, args.step, args.statistics, exp, say=say))
+
+    size = args.batch_size or experiments[0].config.eval_batch_size
+    networks = Networks(members, size)
+    progress = _progress(networks, args.crops) if first else _silent
+
     began = time.monotonic()
-    parts = predict(networks, args.crops, _progress(networks, args.crops) if first else _silent)
+    parts = predict(networks, args.crops, progress)
     seconds = time.monotonic() - began
     if not first:
         return None
@@ -198,15 +222,21 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Predictions
     line = predictions.show(parts)
     line["images_per_second"] = line["examples"] / seconds
     line |= provenance.origin()
-    for folder in runs if args.out is None else [args.out]:
+    folders = runs if args.out is None else [args.out]
+    for folder in folders:
         reader.append_evaluation(folder, line)
     return line, parts
 
 
 def _progress(networks: Networks, crops: int) -> Callable[[int], None]:
     """Makes the function that shows how many of this process's examples are begun."""
-    count = networks.members[0].exp.data.num_eval
-    share = views.share(count, crops, networks.size, jax.process_index(), jax.process_count())
+    share = views.share(
+        networks.members[0].exp.data.num_eval,
+        crops,
+        networks.size,
+        jax.process_index(),
+        jax.process_count(),
+    )
     return ImageProgress(len(share)).add
 
 
