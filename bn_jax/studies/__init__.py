@@ -3,5 +3,13 @@
 from bn_jax.studies import group_size, init, landscape, noise, population, rates, shift
 from bn_jax.studies.frame import Study
 
-_MODULES = (population, group_size, landscape, shift, rates, init, noise)
-STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in _MODULES}
+_ALL = (
+    population.STUDY,
+    group_size.STUDY,
+    landscape.STUDY,
+    shift.STUDY,
+    rates.STUDY,
+    init.STUDY,
+    noise.STUDY,
+)
+STUDIES: dict[str, Study] = {study.name: study for study in _ALL}

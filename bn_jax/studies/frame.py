@@ -6,14 +6,18 @@ study that is started again skips finished runs and measurements. Table and pict
 from these records.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from bn_jax import step
 from bn_jax.activations import measure
 from bn_jax.errors import ConfigError
 from bn_jax.experiment import build, members
@@ -265,8 +269,45 @@ def kept_evenly(total: int, every: int) -> tuple[str, ...]:
 
 def states(exp: Experiment, workdir: pathlib.Path) -> Iterator[tuple[int, TrainState]]:
     """Yields (step, state) of the initial network and of every kept checkpoint."""
-    for step in measure.kept_steps(workdir):
-        yield step, build.state_at(exp, workdir, step)
+    for number in measure.kept_steps(workdir):
+        yield number, build.state_at(exp, workdir, number)
+
+
+class KeptLoss(NamedTuple):
+    """The loss at a kept step of a training.
+
+    step, state: after so many steps. batch: of the step that follows. value_and_grad: maps
+    parameters to the loss on that batch, without L2, and its gradient.
+    """
+
+    step: int
+    state: TrainState
+    batch: dict[str, Any]
+    value_and_grad: Callable[[Any], tuple[Any, Any]]
+
+
+def losses(exp: Experiment, workdir: pathlib.Path) -> Iterator[KeptLoss]:
+    """Yields the loss of the initial network and of every kept checkpoint."""
+    seed = exp.config.seed
+    size = exp.config.batch_size
+    gradients = jax.jit(functools.partial(step.gradients, model=exp.model))
+
+    for number, state in states(exp, workdir):
+        batch = exp.data.train_batch(number, size, slice(0, size), seed)
+        dropout = step.dropout_key(seed, number)
+
+        def value_and_grad(params, stats=state.batch_stats, batch=batch, dropout=dropout):
+            grads, means, _ = gradients(params, stats, batch, dropout)
+            return means["loss"], grads
+
+        yield KeptLoss(number, state, batch, value_and_grad)
+
+
+def mean_cell(values: Mapping[int, float]) -> str:
+    """Writes the mean of {seed: value} for a table; without a value, all seeds diverged."""
+    if not values:
+        return "diverged"
+    return f"{np.mean(list(values.values())):.3g}"
 
 
 def percent(shares: Mapping[int, float]) -> str:

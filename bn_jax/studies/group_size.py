@@ -5,6 +5,7 @@ smaller the groups, the more the two differ. Their noise regularizes, but it cos
 population's statistics replace them.
 """
 
+import math
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -33,12 +34,12 @@ CURVES = {
 
 def parts(config: ConfigDict) -> list[Part]:
     """Makes a part for groups of 2, 4, 8, ... examples, up to the whole batch."""
-    sizes = [2**k for k in range(1, config.batch_size.bit_length())]
-    return [Part(f"group_size={n}", _settings(config, n)) for n in sizes if _fits(config, n)]
-
-
-def _fits(config: ConfigDict, size: int) -> bool:
-    return config.batch_size % size == 0
+    found = []
+    size = 2
+    while config.batch_size % size == 0:
+        found.append(Part(f"group_size={size}", _settings(config, size)))
+        size *= 2
+    return found
 
 
 def _settings(config: ConfigDict, size: int) -> tuple[str, ...]:
@@ -52,7 +53,9 @@ def _settings(config: ConfigDict, size: int) -> tuple[str, ...]:
 
 
 def accuracy_in_groups(
-    exp: Experiment, state: TrainState, batches: Iterable[dict[str, Any]]
+    exp: Experiment,
+    state: TrainState,
+    batches: Iterable[dict[str, Any]],
 ) -> float:
     """Computes top-1 (a share) in training mode, where every group has its own statistics.
 
@@ -78,9 +81,10 @@ def accuracy_in_groups(
     right = 0
     seen = 0
     for batch in batches:
-        counts = count(variables, {"mask": np.ones(len(batch["label"]), bool), **batch})
-        right += int(counts[0])
-        seen += int(counts[1])
+        all_valid = np.ones(len(batch["label"]), bool)
+        own_right, own_seen = count(variables, {"mask": all_valid, **batch})
+        right += int(own_right)
+        seen += int(own_seen)
     return right / seen
 
 
@@ -91,10 +95,15 @@ def evaluated(exp: Experiment) -> Iterator[dict[str, Any]]:
     """
     held = exp.data.held
     size = exp.config.batch_size
-    places = np.random.Generator(np.random.PCG64(0)).permutation(len(held))
-    places = np.append(places, np.arange(len(held), len(held) + -len(held) % size))
-    for first in range(0, len(places), size):
-        yield held.rows(places[first : first + size], exp.data.augmentation)
+    generator = np.random.Generator(np.random.PCG64(0))
+    shuffled = generator.permutation(len(held))
+
+    # Places beyond the end are masked rows.
+    batches = math.ceil(len(held) / size)
+    beyond = np.arange(len(held), batches * size)
+    places = np.append(shuffled, beyond)
+    for rows in places.reshape(batches, size):
+        yield held.rows(rows, exp.data.augmentation)
 
 
 def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
@@ -106,23 +115,25 @@ def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     size = exp.config.batch_size
     number = max(1, EXAMPLES // size)
     trained = exp.data.statistics(number, size, slice(0, size), exp.config.seed)
-    found = (
-        accuracy_in_groups(exp, state, trained),
-        accuracy_in_groups(exp, state, evaluated(exp)),
-        evaluator.scores(state.params, population)["top1"],
-    )
-    return dict(zip(CURVES, found, strict=True))
+    return {
+        "training, own group": accuracy_in_groups(exp, state, trained),
+        "evaluation, own group": accuracy_in_groups(exp, state, evaluated(exp)),
+        "evaluation, population": evaluator.scores(state.params, population)["top1"],
+    }
 
 
 def table(results: Results) -> Table:
     """Makes a table of accuracies by size of group."""
     rows = []
     for part, seeds in results.items():
+        measured = measurements(seeds)
         cells = [part.removeprefix("group_size=")]
         for name in CURVES:
-            cells.append(percent({s: m[name] for s, m in measurements(seeds).items()}))
+            shares = {seed: own[name] for seed, own in measured.items()}
+            cells.append(percent(shares))
         cells.append(", ".join(divergences(seeds)) or "-")
         rows.append(cells)
+
     legend = (
         f"Accuracy. Own group: the network in training mode, on {EXAMPLES:,} training examples and "
         "on the evaluated examples, shuffled. Population: with the statistics of Algorithm 2 from "
@@ -138,12 +149,14 @@ def draw(results: Results) -> Figure:
         sizes = []
         means = []
         for part, seeds in results.items():
-            shares = [100 * m[name] for m in measurements(seeds).values()]
             size = int(part.removeprefix("group_size="))
-            axes.plot([size] * len(shares), shares, style[0], color=colour, alpha=0.4, markersize=4)
-            if shares:
+            percents = [100 * own[name] for own in measurements(seeds).values()]
+            marker = style[0]
+            x = [size] * len(percents)
+            axes.plot(x, percents, marker, color=colour, alpha=0.4, markersize=4)
+            if percents:
                 sizes.append(size)
-                means.append(np.mean(shares))
+                means.append(np.mean(percents))
         axes.plot(sizes, means, style, color=colour, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("examples that are normalized together")
@@ -160,12 +173,18 @@ STUDY = Study(
     config="mnist_bn:digits",
     sizes={
         "mlp": (
-            *("batch_size=256", "bn.group_size=None", "learning_rate=0.4"),
-            *("total_steps=500", "steps_per_dispatch=50"),
+            "batch_size=256",
+            "bn.group_size=None",
+            "learning_rate=0.4",
+            "total_steps=500",
+            "steps_per_dispatch=50",
         ),
         "inception": (
-            *("batch_size=64", "bn.group_size=None"),
-            *("total_steps=300", "eval_every=300", "eval_early=0"),
+            "batch_size=64",
+            "bn.group_size=None",
+            "total_steps=300",
+            "eval_every=300",
+            "eval_early=0",
         ),
     },
     parts=parts,

@@ -29,8 +29,12 @@ def parts(config: ConfigDict) -> list[Part]:
     for arm in arms(config):
         for gain in GAINS:
             settings = (*arm.settings, f"{field}={own * gain}")
-            found.append(Part(f"{arm.name}/gain={gain:g}", settings))
+            found.append(Part(_part(arm.name, f"{gain:g}"), settings))
     return found
+
+
+def _part(arm: str, gain: str) -> str:
+    return f"{arm}/gain={gain}"
 
 
 def steps_to(results: Iterable[Result], level: float) -> list[Reached]:
@@ -40,19 +44,30 @@ def steps_to(results: Iterable[Result], level: float) -> list[Reached]:
         scale = result.run.config["batch_size"] / 32  # `curve` counts steps of 32 examples
         reached = reach(curve(result.run), level)
         assert isinstance(reached, Reached)  # the run is done or has diverged
-        found.append(Reached(*(value / scale for value in reached)))
+        found.append(
+            Reached(
+                low=reached.low / scale,
+                steps=reached.steps / scale,
+                high=reached.high / scale,
+            )
+        )
     return found
 
 
 def speed_up(results: Results, gain: str) -> Effect:
     """Divides the steps of the plain network by those with BN, paired by seed."""
-    bn = results[f"bn/gain={gain}"]
-    plain = results[f"plain/gain={gain}"]
+    bn = results[_part("bn", gain)]
+    plain = results[_part("plain", gain)]
     seeds = sorted(bn.keys() & plain.keys())
-    ours = steps_to([bn[s] for s in seeds], LEVEL)
-    theirs = steps_to([plain[s] for s in seeds], LEVEL)
-    found = [ratio(*pair) for pair in zip(theirs, ours, strict=True)]
-    return bounded([each for each in found if not isinstance(each, str)])
+    ours = steps_to([bn[seed] for seed in seeds], LEVEL)
+    theirs = steps_to([plain[seed] for seed in seeds], LEVEL)
+
+    known = []
+    for here, there in zip(ours, theirs, strict=True):
+        times = ratio(there, here)
+        if not isinstance(times, str):
+            known.append(times)
+    return bounded(known)
 
 
 def gains(results: Results) -> list[str]:
@@ -66,11 +81,14 @@ def table(results: Results) -> Table:
     for gain in gains(results):
         cells = [gain]
         for arm in ("bn", "plain"):
-            seeds = results[f"{arm}/gain={gain}"]
+            seeds = results[_part(arm, gain)]
+            reached = bounded(steps_to(seeds.values(), LEVEL))
             done = finals(seeds)
-            cells.append(written(bounded(steps_to(seeds.values(), LEVEL)), ",.0f"))
+            cells.append(written(reached, ",.0f"))
             cells.append(percent(done) if done else "diverged")
-        rows.append([*cells, written(speed_up(results, gain), ".2f", unit="x")])
+        cells.append(written(speed_up(results, gain), ".2f", unit="x"))
+        rows.append(cells)
+
     head = ["gain", "BN: steps", "BN: accuracy", "plain: steps", "plain: accuracy", "speed-up"]
     legend = (
         f"Steps to an accuracy of {100 * LEVEL:.0f}%, between the last evaluation below it and the "
@@ -83,18 +101,20 @@ def table(results: Results) -> Table:
 def draw(results: Results) -> Figure:
     """Draws steps to the level against the gain; open triangles have not reached it."""
     figure, axes = subplots(figsize=(6.4, 4.2))
-    for arm, colour, style in (("bn", BLUE, "o-"), ("plain", GREY, "s--")):
-        middle = []
+    for arm, colour, marker, line in (("bn", BLUE, "o", "-"), ("plain", GREY, "s", "--")):
+        means = []
         for gain in gains(results):
-            reached = steps_to(results[f"{arm}/gain={gain}"].values(), LEVEL)
-            middle.append(bounded(reached).value)
+            reached = steps_to(results[_part(arm, gain)].values(), LEVEL)
+            means.append(bounded(reached).value)
             for one in reached:
-                never = one.high == math.inf
-                axes.plot(
-                    float(gain), one.steps, "^" if never else style[0], color=colour,
-                    fillstyle="none" if never else "full", markersize=9 if never else 5,
-                )  # fmt: skip
-        axes.plot(np.array(gains(results), float), middle, style[1:], color=colour, label=arm)
+                if one.high == math.inf:
+                    never = {"fillstyle": "none", "markersize": 9}
+                    axes.plot(float(gain), one.steps, "^", color=colour, **never)
+                else:
+                    axes.plot(float(gain), one.steps, marker, color=colour, markersize=5)
+
+        x = np.array(gains(results), float)
+        axes.plot(x, means, line, color=colour, label=arm)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("initial weights, times the config's")

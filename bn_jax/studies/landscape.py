@@ -4,7 +4,6 @@ At kept steps of a training, the loss and its gradient are computed at points al
 distances like those of a training step.
 """
 
-import functools
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -15,10 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from bn_jax import step
 from bn_jax.experiment.build import Experiment
 from bn_jax.figures.plotting import BLUE, GREY, subplots
-from bn_jax.studies.frame import Results, Study, Table, arms, kept_evenly, measurements, states
+from bn_jax.studies.frame import (
+    Results,
+    Study,
+    Table,
+    arms,
+    kept_evenly,
+    losses,
+    mean_cell,
+    measurements,
+)
 from bn_jax.uncertainty import quotient, written
 
 TIMES = tuple(0.5 * 2 ** (k / 2) for k in range(7))  # 0.5 to 4: the range of Santurkar et al.
@@ -32,7 +39,9 @@ KINDS = {
 
 
 def along_gradient(
-    value_and_grad: Callable[[Any], tuple[Any, Any]], params: Any, rates: Sequence[float]
+    value_and_grad: Callable[[Any], tuple[Any, Any]],
+    params: Any,
+    rates: Sequence[float],
 ) -> dict[str, Any]:
     """Computes loss and gradient at params - rate * gradient, for each of the rates.
 
@@ -46,61 +55,65 @@ def along_gradient(
     """
     loss, gradient = value_and_grad(params)
     norm = _norm(gradient)
-    losses = []
+
+    values = []
     changes = []
+    smoothness = 0.0
     for rate in rates:
         moved = jax.tree.map(lambda p, g, rate=rate: p - rate * g, params, gradient)
         value, there = value_and_grad(moved)
+        values.append(float(value))
+
         difference = jax.tree.map(jnp.subtract, there, gradient)
-        losses.append(float(value))
-        changes.append(_norm(difference))
-    steepest = [c / (rate * norm) for c, rate in zip(changes, rates, strict=True)] if norm else [0]
+        change = _norm(difference)
+        changes.append(change)
+        if norm:
+            distance = rate * norm
+            smoothness = np.maximum(smoothness, change / distance)
+
     return {
         "loss": float(loss),
         "norm": norm,
-        "losses": losses,
+        "losses": values,
         "changes": changes,
-        "smoothness": max(steepest),
+        "smoothness": float(smoothness),
     }
 
 
 def _norm(tree: Any) -> float:
-    return math.sqrt(sum(float(jnp.vdot(leaf, leaf)) for leaf in jax.tree.leaves(tree)))
+    squares = [float(jnp.vdot(leaf, leaf)) for leaf in jax.tree.leaves(tree)]
+    return math.sqrt(sum(squares))
 
 
 def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     """Measures `along_gradient` at the kept steps, for the loss without L2 on the next batch."""
-    config = exp.config
-    size = config.batch_size
-    gradients = jax.jit(functools.partial(step.gradients, model=exp.model))
-    rates = [config.learning_rate * times for times in TIMES]
-
+    rates = [exp.config.learning_rate * times for times in TIMES]
     found = []
-    for number, state in states(exp, workdir):
-        batch = exp.data.train_batch(number, size, slice(0, size), config.seed)
-        dropout = step.dropout_key(config.seed, number)
-
-        def value_and_grad(params, state=state, batch=batch, dropout=dropout):
-            grads, means, _ = gradients(params, state.batch_stats, batch, dropout)
-            return means["loss"], grads
-
-        found.append({"step": number, **along_gradient(value_and_grad, state.params, rates)})
+    for kept in losses(exp, workdir):
+        measured = along_gradient(kept.value_and_grad, kept.state.params, rates)
+        found.append({"step": kept.step, **measured})
     return {"rates": rates, "steps": found}
 
 
 def series(measured: dict[str, Any], kind: str) -> np.ndarray:
     """Returns one of KINDS for each kept step, [steps]."""
+    steps = measured["steps"]
     if kind == "smoothness":
-        return np.array([one["smoothness"] for one in measured["steps"]], float)
+        return np.array([one["smoothness"] for one in steps], float)
     if kind == "change":
-        return np.array([max(map(float, one["changes"])) for one in measured["steps"]])
-    return np.array([np.ptp(np.array(one["losses"], float)) for one in measured["steps"]])
+        changes = np.array([one["changes"] for one in steps], float)
+        return changes.max(axis=1)
+    values = np.array([one["losses"] for one in steps], float)
+    return np.ptp(values, axis=1)
 
 
 def typical(results: Results, arm: str, kind: str) -> dict[int, float]:
     """Returns {seed: median over the kept steps}, without the initial network."""
-    found = measurements(results[arm])
-    return {seed: float(np.median(series(m, kind)[1:])) for seed, m in found.items()}
+    found = {}
+    for seed, measured in measurements(results[arm]).items():
+        trained = series(measured, kind)[1:]
+        found[seed] = float(np.median(trained))
+    return found
 
 
 def table(results: Results) -> Table:
@@ -109,8 +122,9 @@ def table(results: Results) -> Table:
     for kind, words in KINDS.items():
         bn = typical(results, "bn", kind)
         plain = typical(results, "plain", kind)
-        means = [f"{np.mean(list(f.values())):.3g}" if f else "diverged" for f in (bn, plain)]
-        rows.append([words, *means, written(quotient(plain, bn), ".3g", unit="x")])
+        times = written(quotient(plain, bn), ".3g", unit="x")
+        rows.append([words, mean_cell(bn), mean_cell(plain), times])
+
     legend = (
         f"Along the gradient at {TIMES[0]:g} to {TIMES[-1]:g} times the learning rate, the same "
         "for both networks; median over the kept steps after the first. Effective smoothness: "
@@ -126,15 +140,18 @@ def draw(results: Results) -> Figure:
         for seed, measured in measurements(results.get(arm, {})).items():
             steps = [one["step"] for one in measured["steps"]]
             label = None if seed else arm
-            for axes, name in zip(panels, ("losses", "changes"), strict=False):
+
+            for axes, name in ((panels[0], "losses"), (panels[1], "changes")):
                 values = np.array([one[name] for one in measured["steps"]], float)
                 values = np.where(np.isfinite(values), values, np.nan)
-                axes.fill_between(
-                    steps, values.min(1), values.max(1), color=colour, alpha=0.3, label=label
-                )
-                axes.plot(steps, values.max(1), style, color=colour, markersize=3)
+                low = values.min(axis=1)
+                high = values.max(axis=1)
+                axes.fill_between(steps, low, high, color=colour, alpha=0.3, label=label)
+                axes.plot(steps, high, style, color=colour, markersize=3)
+
             smoothness = series(measured, "smoothness")
             panels[2].plot(steps, smoothness, style, color=colour, label=label, markersize=3)
+
     titles = ("loss along the gradient, nats", "change of the gradient, L2", "effective smoothness")
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, fontsize=9)

@@ -22,6 +22,7 @@ from bn_jax.studies.frame import (
     Results,
     Study,
     Table,
+    arms,
     divergences,
     finals,
     measurements,
@@ -39,12 +40,11 @@ STYLES = ("o-", "s--", "^-.", "v:", "D-")
 def parts(config: ConfigDict) -> list[Part]:
     """Makes parts for BN, the plain network, BN with two strengths of noise, and frozen BN."""
     after = round((1 - FROZEN) * config.total_steps)
-    return [
-        Part("bn", ("norm=batch_norm",)),
-        Part("plain", ("norm=none",)),
-        *(Part(f"noise={n:g}", ("norm=batch_norm", f"bn.noise={n}")) for n in NOISES),
-        Part("frozen", ("norm=batch_norm", f"bn.freeze_after={after}")),
-    ]
+    found = arms(config)
+    for noise in NOISES:
+        found.append(Part(f"noise={noise:g}", ("norm=batch_norm", f"bn.noise={noise}")))
+    found.append(Part("frozen", ("norm=batch_norm", f"bn.freeze_after={after}")))
+    return found
 
 
 def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
@@ -57,10 +57,11 @@ def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 def trained(seeds: Mapping[int, Result]) -> dict[int, float]:
     """Returns {seed: mean training cross-entropy of the last tenth of the recorded steps}."""
     found = {}
-    for seed, result in seeds.items():
-        if result.run.status == "done":
-            losses = [float(line["cross_entropy"]) for line in result.run.lines["train"]]
-            found[seed] = float(np.mean(losses[-max(1, len(losses) // 10) :]))
+    for seed, (run, _) in seeds.items():
+        if run.status == "done":
+            losses = [float(line["cross_entropy"]) for line in run.lines["train"]]
+            tenth = max(1, len(losses) // 10)
+            found[seed] = float(np.mean(losses[-tenth:]))
     return found
 
 
@@ -71,14 +72,18 @@ def table(results: Results) -> Table:
     for part, seeds in results.items():
         shares = finals(seeds)
         if not shares:
-            rows.append([part, "; ".join(divergences(seeds)), *"---"])
+            rows.append([part, "; ".join(divergences(seeds)), "-", "-", "-"])
             continue
-        running = {s: m["running"] for s, m in measurements(seeds).items()}
+
         against = "-"
         if part != "bn":
-            against = written(difference(shares, plain_bn), ".2f", factor=100, sign=True)
-        loss = f"{np.mean(list(trained(seeds).values())):.3f}"
-        rows.append([part, percent(shares), against, percent(running), loss])
+            effect = difference(shares, plain_bn)
+            against = written(effect, ".2f", factor=100, sign=True)
+        measured = measurements(seeds)
+        running = {seed: own["running"] for seed, own in measured.items()}
+        loss = np.mean(list(trained(seeds).values()))
+        rows.append([part, percent(shares), against, percent(running), f"{loss:.3f}"])
+
     head = ["network", "accuracy", "less BN's, points", "with running statistics", "training loss"]
     legend = (
         "Accuracy of the last evaluation, with population statistics (noise is for training "
@@ -93,9 +98,10 @@ def draw(results: Results) -> Figure:
     """Draws accuracy against steps: the mean over seeds, with their range."""
     figure, axes = subplots(figsize=(6.8, 4.4))
     for (part, seeds), colour, style in zip(results.items(), COLOURS, STYLES, strict=True):
-        done = [r.run for r in seeds.values() if r.run.status == "done"]
+        done = [run for run, _ in seeds.values() if run.status == "done"]
         if not done:
             continue
+
         steps, mean, low, high = mean_curve([curve(run) for run in done])
         steps = steps * 32 / done[0].config["batch_size"]  # of the run's own batch
         axes.plot(steps, 100 * mean, style, color=colour, label=part, markersize=3)
@@ -114,9 +120,7 @@ STUDY = Study(
     config="mnist_bn:digits",
     sizes={
         "mlp": ("total_steps=1500", "steps_per_dispatch=50", "eval_every=100", "log_every=50"),
-        "inception": (
-            *("total_steps=400", "eval_every=50", "eval_early=0", "checkpoint_every=400"),
-        ),
+        "inception": ("total_steps=400", "eval_every=50", "eval_early=0", "checkpoint_every=400"),
     },
     parts=parts,
     table=table,

@@ -43,7 +43,8 @@ def from_examples(exp: Experiment, state: TrainState, number: int) -> Any:
     """Computes population statistics (Algorithm 2) from the first `number` mini-batches."""
     config = exp.config.copy_and_resolve_references()
     config.statistics_batches = number
-    return Evaluator(exp._replace(config=config)).population(state.params, state.batch_stats)
+    evaluator = Evaluator(exp._replace(config=config))
+    return evaluator.population(state.params, state.batch_stats)
 
 
 def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
@@ -53,34 +54,41 @@ def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     for number, state in states(exp, workdir):
         if not number:
             continue  # there is no moving average yet
-        population = evaluator.population(state.params, state.batch_stats)
+        moving = state.batch_stats
+        population = evaluator.population(state.params, moving)
         kept.append(
             {
                 "step": number,
-                "moving": evaluator.scores(state.params, state.batch_stats)["top1"],
+                "moving": evaluator.scores(state.params, moving)["top1"],
                 "population": evaluator.scores(state.params, population)["top1"],
-                "gap": running_gap(state.batch_stats, population, exp.config.bn.epsilon),
+                "gap": running_gap(moving, population, exp.config.bn.epsilon),
             }
         )
 
+    size = mini_batch(exp.config)
     sizes = []
     for examples in EXAMPLES:
-        count = mini_batches(examples, mini_batch(exp.config))
-        scores = evaluator.scores(state.params, from_examples(exp, state, count))
-        sizes.append({"examples": count * mini_batch(exp.config), "top1": scores["top1"]})
+        count = mini_batches(examples, size)
+        population = from_examples(exp, state, count)
+        scores = evaluator.scores(state.params, population)
+        sizes.append({"examples": count * size, "top1": scores["top1"]})
     return {"steps": kept, "sizes": sizes}
 
 
 def _at(results: Results, key: str, place: int, name: str) -> dict[int, float]:
     """Returns {seed: value} of one measured number."""
-    found = measurements(results["bn"])
-    return {seed: float(m[key][place][name]) for seed, m in found.items()}
+    found = {}
+    for seed, measured in measurements(results["bn"]).items():
+        found[seed] = float(measured[key][place][name])
+    return found
 
 
 def _numbers(results: Results, key: str, name: str) -> list[int]:
     """Lists the steps, or the numbers of examples, that were measured."""
-    first = next(iter(measurements(results["bn"]).values()), {key: ()})
-    return [one[name] for one in first[key]]
+    measured = list(measurements(results["bn"]).values())
+    if not measured:
+        return []
+    return [one[name] for one in measured[0][key]]
 
 
 def table(results: Results) -> Table:
@@ -91,9 +99,16 @@ def table(results: Results) -> Table:
         population = _at(results, "steps", k, "population")
         gain = difference(population, moving)
         gap = single(list(_at(results, "steps", k, "gap").values()))
-        cells = [percent(moving), percent(population)]
-        cells += [written(gain, ".2f", factor=100, sign=True), written(gap, ".2f")]
-        rows.append([f"step {number:,}", *cells])
+        rows.append(
+            [
+                f"step {number:,}",
+                percent(moving),
+                percent(population),
+                written(gain, ".2f", factor=100, sign=True),
+                written(gap, ".2f"),
+            ]
+        )
+
     for k, examples in enumerate(_numbers(results, "sizes", "examples")):
         shares = _at(results, "sizes", k, "top1")
         rows.append([f"the end, from {examples:,} examples", "-", percent(shares), "-", "-"])
@@ -111,15 +126,17 @@ def draw(results: Results) -> Figure:
     for seed, measured in measurements(results["bn"]).items():
         kept = measured["steps"]
         numbers = [one["step"] for one in kept]
-        for name, colour, style in (("moving", ORANGE, "s--"), ("population", BLUE, "o-")):
-            shares = [100 * one[name] for one in kept]
-            label = {"moving": "moving average", "population": "population"}[name]
-            left.plot(numbers, shares, style, color=colour, label=None if seed else label)
-        sizes = measured["sizes"]
-        errors = [100 * (1 - one["top1"]) for one in sizes]
-        right.plot([one["examples"] for one in sizes], errors, "o-", color=BLUE)
-        moving = 100 * (1 - kept[-1]["moving"])
-        right.axhline(moving, color=ORANGE, linestyle="--")
+        moving = [100 * one["moving"] for one in kept]
+        population = [100 * one["population"] for one in kept]
+        labels = (None, None) if seed else ("moving average", "population")
+        left.plot(numbers, moving, "s--", color=ORANGE, label=labels[0])
+        left.plot(numbers, population, "o-", color=BLUE, label=labels[1])
+
+        examples = [one["examples"] for one in measured["sizes"]]
+        errors = [100 * (1 - one["top1"]) for one in measured["sizes"]]
+        right.plot(examples, errors, "o-", color=BLUE)
+        right.axhline(100 - moving[-1], color=ORANGE, linestyle="--")
+
     left.set_xlabel("step")
     left.set_ylabel("accuracy (%)")
     left.legend(fontsize=8)

@@ -4,13 +4,15 @@ The network with BN and the plain one, from several kinds of initial weights, ar
 of rates. If a run's loss is no longer finite, the step is shown.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from ml_collections import ConfigDict
 
 from bn_jax.figures.plotting import GREY, subplots
-from bn_jax.studies.frame import Part, Results, Study, Table, divergences, finals, percent
+from bn_jax.studies.frame import Part, Result, Results, Study, Table, divergences, finals, percent
 
 TIMES = (0.2, 1.0, 6.0, 40.0, 200.0)  # the config's rate; for bn_x5 this gives up to 1.5
 
@@ -21,32 +23,46 @@ def parts(config: ConfigDict) -> list[Part]:
     if "init" in config.model:
         networks["plain_he"] = ("norm=none", "model.init=he")
         networks["plain_glorot"] = ("norm=none", "model.init=glorot")
-    rates = [float(f"{config.learning_rate * times:.3g}") for times in TIMES]
-    return [
-        Part(f"{network}/learning_rate={rate:g}", (*settings, f"learning_rate={rate}"))
-        for network, settings in networks.items()
-        for rate in rates
-    ]
+    found = []
+    for network, settings in networks.items():
+        for times in TIMES:
+            rate = float(f"{config.learning_rate * times:.3g}")
+            own = (*settings, f"learning_rate={rate}")
+            found.append(Part(_part(network, f"{rate:g}"), own))
+    return found
+
+
+def _part(network: str, rate: str) -> str:
+    return f"{network}/learning_rate={rate}"
 
 
 def by_network(results: Results) -> tuple[list[str], list[str]]:
     """Lists the networks and rates of a study, as they are written in the names of its parts."""
-    pairs = [part.split("/learning_rate=") for part in results]
-    return list(dict.fromkeys(p[0] for p in pairs)), list(dict.fromkeys(p[1] for p in pairs))
+    networks = {}  # dicts, which keep the order and hold each name once
+    rates = {}
+    for part in results:
+        network, _, rate = part.partition("/learning_rate=")
+        networks[network] = True
+        rates[rate] = True
+    return list(networks), list(rates)
 
 
-def cell(results: Results, part: str) -> str:
+def cell(seeds: Mapping[int, Result]) -> str:
     """Gives the accuracy of the seeds that were trained to the end, and where others diverged."""
-    shares = finals(results[part])
-    said = [percent(shares)] if shares else []
-    said += divergences(results[part])
+    shares = finals(seeds)
+    said = divergences(seeds)
+    if shares:
+        said.insert(0, percent(shares))
     return "; ".join(said)
 
 
 def table(results: Results) -> Table:
     """Makes a table with a row for each network and a column for each rate."""
     networks, rates = by_network(results)
-    rows = [[n, *(cell(results, f"{n}/learning_rate={r}") for r in rates)] for n in networks]
+    rows = []
+    for network in networks:
+        cells = [cell(results[_part(network, rate)]) for rate in rates]
+        rows.append([network, *cells])
     legend = "Accuracy of the last evaluation, with population statistics, by learning rate."
     return Table(["network", *rates], rows, legend)
 
@@ -54,21 +70,29 @@ def table(results: Results) -> Table:
 def draw(results: Results) -> Figure:
     """Draws a map of accuracies with numbers; hatched cells have only diverged runs."""
     networks, rates = by_network(results)
-    figure, axes = subplots(figsize=(1.6 * len(rates) + 2, 0.8 * len(networks) + 1.6))
+    width = 1.6 * len(rates) + 2
+    height = 0.8 * len(networks) + 1.6
+    figure, axes = subplots(figsize=(width, height))
+
     values = np.full((len(networks), len(rates)), np.nan)
     for y, network in enumerate(networks):
         for x, rate in enumerate(rates):
-            part = f"{network}/learning_rate={rate}"
-            words = [said.replace(" at ", "\n") for said in divergences(results[part])[:1]]
-            shares = list(finals(results[part]).values())
+            seeds = results[_part(network, rate)]
+            shares = list(finals(seeds).values())
+            words = []
             if shares:
                 values[y, x] = 100 * np.mean(shares)
-                words.insert(0, f"{values[y, x]:.1f}%")
+                words.append(f"{values[y, x]:.1f}%")
             else:
                 corner = (x - 0.5, y - 0.5)
                 square = Rectangle(corner, 1, 1, hatch="//", fill=False, edgecolor=GREY, alpha=0.5)
                 axes.add_patch(square)
+
+            where = divergences(seeds)
+            if where:  # there is room for the first
+                words.append(where[0].replace(" at ", "\n"))
             axes.text(x, y, "\n".join(words), ha="center", va="center", fontsize=8, color="black")
+
     image = axes.imshow(values, vmin=0, vmax=100, cmap="YlGnBu", aspect="auto", alpha=0.6)
     figure.colorbar(image, ax=axes, label="accuracy (%)")
     axes.set_xticks(range(len(rates)), rates)

@@ -21,7 +21,16 @@ from bn_jax.activations.measure import Observer
 from bn_jax.experiment.build import Experiment
 from bn_jax.figures.activations import Shown, moved, spread
 from bn_jax.figures.plotting import subplots
-from bn_jax.studies.frame import Results, Study, Table, arms, kept_evenly, measurements, states
+from bn_jax.studies.frame import (
+    Results,
+    Study,
+    Table,
+    arms,
+    kept_evenly,
+    losses,
+    mean_cell,
+    measurements,
+)
 from bn_jax.train import forward_order
 from bn_jax.uncertainty import quotient, written
 
@@ -65,75 +74,102 @@ def shifts(
     for layer, paths in layers.items():
         if found:
             there = gradient(current)
-        one = np.concatenate([np.ravel(start[path]) for path in paths]).astype(np.float64)
-        two = np.concatenate([np.ravel(there[path]) for path in paths]).astype(np.float64)
-        norms = np.linalg.norm(one) * np.linalg.norm(two)
-        cosine = float(one @ two / norms) if norms else 1.0
-        found[layer] = Shift(float(np.linalg.norm(two - one)), cosine, float(np.linalg.norm(one)))
+        found[layer] = _shift(_vector(start, paths), _vector(there, paths))
         current |= {path: after[path] for path in paths}
     return found
+
+
+def _vector(gradient: Flat, paths: Sequence[str]) -> np.ndarray:
+    """Joins the gradients of a layer's parameters in one vector, in float64."""
+    leaves = [np.ravel(gradient[path]) for path in paths]
+    return np.concatenate(leaves).astype(np.float64)
+
+
+def _shift(own: np.ndarray, there: np.ndarray) -> Shift:
+    """Compares G with G', both vectors."""
+    norm = float(np.linalg.norm(own))
+    norms = norm * float(np.linalg.norm(there))
+    cosine = 1.0
+    if norms:
+        cosine = float(own @ there / norms)
+    distance = float(np.linalg.norm(there - own))
+    return Shift(distance, cosine, norm)
 
 
 def measure(exp: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     """Measures the shifts of each step after a kept one, and spread and movement of activations."""
     config = exp.config
-    size = config.batch_size
     layers = layers_in_order(forward_order(exp))
-    gradients = jax.jit(functools.partial(step.gradients, model=exp.model))
     train_step = jax.jit(functools.partial(step.train_step, model=exp.model))
 
-    by_step: list[dict[str, Any]] = []
-    for number, state in states(exp, workdir):
-        batch = exp.data.train_batch(number, size, slice(0, size), config.seed)
-        dropout = step.dropout_key(config.seed, number)
+    steps: list[dict[str, Any]] = []
+    for kept in losses(exp, workdir):
 
-        def gradient(flat, state=state, batch=batch, dropout=dropout):
+        def gradient(flat, kept=kept):
             params = traverse_util.unflatten_dict(flat, sep="/")
-            grads, _, _ = gradients(params, state.batch_stats, batch, dropout)
+            _, grads = kept.value_and_grad(params)
             return traverse_util.flatten_dict(jax.device_get(grads), sep="/")
 
-        updated, _ = train_step(state, batch, exp.hyper, config.seed)
-        before, after = (traverse_util.flatten_dict(s.params, sep="/") for s in (state, updated))
+        updated, _ = train_step(kept.state, kept.batch, exp.hyper, config.seed)
+        before = traverse_util.flatten_dict(kept.state.params, sep="/")
+        after = traverse_util.flatten_dict(updated.params, sep="/")
         found = shifts(gradient, before, after, layers)
-        by_step.append({"step": number, "layers": {k: v._asdict() for k, v in found.items()}})
 
-    numbers = [one["step"] for one in by_step]
+        by_layer = {layer: shift._asdict() for layer, shift in found.items()}
+        steps.append({"step": kept.step, "layers": by_layer})
+
     examples = config.record.activation_examples
     paths = known_paths(exp, examples)
     observer = Observer(exp, workdir, paths, examples=examples)
-    shown = Shown(config.name, workdir, {k: observer.at(k)[0] for k in numbers})
-    activations = {p: {"spread": spread(shown, p), "moved": moved(shown, p)} for p in paths}
-    return {"steps": by_step, "activations": activations}
+    observed = {}
+    for one in steps:
+        number = one["step"]
+        observed[number], _ = observer.at(number)
+
+    shown = Shown(config.name, workdir, observed)
+    activations = {}
+    for path in paths:
+        activations[path] = {"spread": spread(shown, path), "moved": moved(shown, path)}
+    return {"steps": steps, "activations": activations}
 
 
 def maps(measured: Mapping[str, Any]) -> dict[str, tuple[list[str], np.ndarray]]:
     """Returns the maps that are drawn of a run: title -> (names of rows, values [rows, steps])."""
-    names = list(measured["steps"][0]["layers"])
-    cells = [[one["layers"][name] for one in measured["steps"]] for name in names]
-    relative = [[float(c["distance"]) / max(float(c["norm"]), 1e-30) for c in row] for row in cells]
-    angles = [[float(c["cosine"]) for c in row] for row in cells]
-    inputs = [path for path in measured["activations"] if path.endswith("/input")]
-    gone = [measured["activations"][path]["moved"] for path in inputs]
+    layers = list(measured["steps"][0]["layers"])
+    distance = _map(measured, "distance")
+    norm = np.maximum(_map(measured, "norm"), 1e-30)
+
+    activations = measured["activations"]
+    inputs = [path for path in activations if path.endswith("/input")]
+    distances_moved = [activations[path]["moved"] for path in inputs]
     return {
-        "L2 of G' - G, by that of G": (names, np.array(relative)),
-        "cosine of G and G'": (names, np.array(angles)),
-        "distance that the median moved": (inputs, np.array(gone, float)),
+        "L2 of G' - G, by that of G": (layers, distance / norm),
+        "cosine of G and G'": (layers, _map(measured, "cosine")),
+        "distance that the median moved": (inputs, np.array(distances_moved, float)),
     }
+
+
+def _map(measured: Mapping[str, Any], field: str) -> np.ndarray:
+    """Returns a field of every Shift, [layers, steps]."""
+    columns = []
+    for one in measured["steps"]:
+        columns.append([shift[field] for shift in one["layers"].values()])
+    return np.array(columns, float).T
 
 
 def typical(results: Results, arm: str) -> dict[str, dict[int, float]]:
     """Returns {what: {seed: median over layers and kept steps}}; the first layer has no shift."""
     found: dict[str, dict[int, float]] = {}
     for seed, measured in measurements(results[arm]).items():
-        distances = [
-            float(c["distance"])
-            for one in measured["steps"]
-            for c in list(one["layers"].values())[1:]
-        ]
-        found.setdefault("L2 of G' - G", {})[seed] = float(np.median(distances))
+        shown = {"L2 of G' - G": _map(measured, "distance")}
         for name, (_, values) in maps(measured).items():
-            own = values if name.startswith("distance") else values[1:]
-            found.setdefault(name, {})[seed] = float(np.median(own))
+            shown[name] = values
+
+        for name, values in shown.items():
+            of_inputs = name.startswith("distance")
+            own = values if of_inputs else values[1:]
+            by_seed = found.setdefault(name, {})
+            by_seed[seed] = float(np.median(own))
     return found
 
 
@@ -143,14 +179,13 @@ def table(results: Results) -> Table:
     plain = typical(results, "plain")
     rows = []
     for name in bn or plain:
-        means = [
-            f"{np.mean(list(found[name].values())):.3g}" if name in found else "diverged"
-            for found in (bn, plain)
-        ]
+        of_bn = bn.get(name, {})
+        of_plain = plain.get(name, {})
         times = "-"
         if not name.startswith("cosine"):
-            times = written(quotient(plain.get(name, {}), bn.get(name, {})), ".3g", unit="x")
-        rows.append([name, *means, times])
+            times = written(quotient(of_plain, of_bn), ".3g", unit="x")
+        rows.append([name, mean_cell(of_bn), mean_cell(of_plain), times])
+
     legend = (
         "Median over layers and kept steps. G: a layer's gradient; G': the same after all layers "
         "before it have taken the step that they take together. Distance that the median moved: "
@@ -164,27 +199,37 @@ def draw(results: Results) -> Figure:
     """Draws maps of layers x steps of the first seed, BN above; each column has one scale."""
     shown = {arm: seeds[0].measured for arm, seeds in results.items() if seeds[0].measured}
     drawn = {arm: maps(measured) for arm, measured in shown.items()}
+
     rows = max(1, len(shown))
     figure, panels = subplots(rows, 3, figsize=(13, 3.6 * rows), squeeze=False)
     for row, arm in zip(panels, shown, strict=False):
-        steps = [one["step"] for one in shown[arm]["steps"]]
-        for axes, (title, (names, values)) in zip(row, drawn[arm].items(), strict=True):
-            every = np.concatenate([found[title][1].ravel() for found in drawn.values()])
+        steps = [f"{one['step']:,}" for one in shown[arm]["steps"]]
+        for axes, title in zip(row, drawn[arm], strict=True):
+            names, values = drawn[arm][title]
+            both = [found[title][1].ravel() for found in drawn.values()]
+            scale = np.concatenate(both)
             image = axes.imshow(
                 values,
                 aspect="auto",
                 interpolation="nearest",
-                vmin=np.nanmin(every),
-                vmax=np.nanmax(every),
+                vmin=np.nanmin(scale),
+                vmax=np.nanmax(scale),
             )
             figure.colorbar(image, ax=axes)
-            few = np.unique(np.linspace(0, len(names) - 1, 12).round().astype(int))
-            axes.set_yticks(few, [names[k] for k in few], fontsize=6)
-            few = np.unique(np.linspace(0, len(steps) - 1, 5).round().astype(int))
-            axes.set_xticks(few, [f"{steps[k]:,}" for k in few], fontsize=7)
+
+            places = _spread_evenly(12, len(names))
+            axes.set_yticks(places, [names[k] for k in places], fontsize=6)
+            places = _spread_evenly(5, len(steps))
+            axes.set_xticks(places, [steps[k] for k in places], fontsize=7)
             axes.set_title(f"{arm}: {title}", fontsize=9)
             axes.set_xlabel("step")
     return figure
+
+
+def _spread_evenly(number: int, places: int) -> np.ndarray:
+    """Returns up to `number` of the integers 0 to places - 1, with both ends."""
+    even = np.linspace(0, places - 1, number)
+    return np.unique(even.round().astype(int))
 
 
 STUDY = Study(
