@@ -38,7 +38,7 @@ def made_by(origins: Iterable[Mapping[str, Any]], what: str = "runs") -> str:
     listed = [facts(origin) for origin in origins]
     same = []
     differs = []
-    for name in names(listed):
+    for name in fact_names(listed):
         counts = Counter(found.get(name, "-") for found in listed)
         if len(counts) == 1:
             (value,) = counts
@@ -56,7 +56,7 @@ def made_by(origins: Iterable[Mapping[str, Any]], what: str = "runs") -> str:
     return text
 
 
-def names(listed: Iterable[Mapping[str, str]]) -> list[str]:
+def fact_names(listed: Iterable[Mapping[str, str]]) -> list[str]:
     """Returns the names of all facts, in the order in which they occur first."""
     found: dict[str, None] = {}
     for one in listed:
@@ -68,7 +68,7 @@ def differing(origins: Iterable[Mapping[str, Any]]) -> str:
     """Returns the names of the facts in which runs differ, or ''."""
     listed = [facts(origin) for origin in origins]
     differs = []
-    for name in names(listed):
+    for name in fact_names(listed):
         values = {found.get(name) for found in listed}
         if len(values) > 1:
             differs.append(name)

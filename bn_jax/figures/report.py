@@ -6,9 +6,10 @@ has made of them.
 """
 
 import html
+import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from bn_jax.figures import claims
 from bn_jax.figures.curves import changes
 from bn_jax.figures.fig1 import Percentiles, percentiles, typical_unit
-from bn_jax.figures.origins import facts, made_by
+from bn_jax.figures.origins import fact_names, facts, made_by
 from bn_jax.figures.plotting import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 from bn_jax.uncertainty import counted
 from bn_jax.workdir import files, reader
@@ -53,39 +54,52 @@ def write(workdir: pathlib.Path, out: pathlib.Path, drawn: Sequence[pathlib.Path
     """
     groups = grouped(workdir)
     runs = [run for group in groups.values() for run in group]
+    charts = _charts(groups)
+    scripts, places = _embedded(charts)
+
+    heading = title(groups)
+    body = [f"<h1>{html.escape(heading)}</h1>", _overview(runs)]
+    verdicts = _verdicts(workdir)
+    if verdicts:
+        body += ["<h2>The paper's claims</h2>", verdicts]
+
+    for name in charts:
+        note = NOTES[name]
+        if len(runs) > FEW:
+            note += " At first, only the runs with the first seed are shown."
+        body.append(f"<h2>{HEADINGS[name]}</h2><p>{note}</p>")
+        body.append(f'<div class="chart">{places[name]}</div>')
+
+    tables = [path for path in drawn if path.suffix == ".md"]
+    if tables:
+        body.append("<h2>Tables</h2>")
+    for path in tables:
+        body.append(markdown(path.read_text(encoding="utf-8"), below=2))
+    body += ["<h2>What the networks change</h2>", _differences(groups)]
+    body += ["<h2>How the runs were made</h2>", _provenance(runs)]
+
+    page = _page(heading, "\n".join(body), scripts)
+    path = out / NAME
+    files.write_atomic(path, page.encode())
+    return path
+
+
+def _charts(groups: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+    """Returns the charts of what was recorded, in the order of the page."""
     charts = {}
     rows = accuracies(groups)
     if rows:
         charts["accuracy"] = curve_chart(rows, "accuracy (%)")
+
     rows = losses(groups)
     if rows:
         axis = "training cross-entropy (nats)"
         charts["loss"] = curve_chart(rows, axis, logarithmic=True)
+
     rows = activations(groups)
     if rows:
         charts["activations"] = activation_chart(rows)
-    scripts, places = _embedded(charts)
-
-    body = [f"<h1>{html.escape(title(groups))}</h1>", _overview(runs)]
-    verdicts = _verdicts(workdir)
-    if verdicts:
-        body += ["<h2>The paper's claims</h2>", verdicts]
-    for name, heading in HEADINGS.items():
-        if name in charts:
-            note = NOTES[name]
-            if len(runs) > FEW:
-                note += " At first, only the runs with the first seed are shown."
-            body.append(f"<h2>{heading}</h2><p>{note}</p>")
-            body.append(f'<div class="chart">{places[name]}</div>')
-    tables = [path for path in drawn if path.suffix == ".md"]
-    body += ["<h2>Tables</h2>"] if tables else []
-    body += [markdown(path.read_text(encoding="utf-8"), below=2) for path in tables]
-    body += ["<h2>What the networks change</h2>", _differences(groups)]
-    body += ["<h2>How the runs were made</h2>", _provenance(runs)]
-
-    page = _page(title(groups), "\n".join(body), scripts)
-    files.write_atomic(out / NAME, page.encode())
-    return out / NAME
+    return charts
 
 
 HEADINGS = {
@@ -129,8 +143,13 @@ def title(groups: Mapping[str, Sequence[Run]]) -> str:
     names = list(groups)
     if not names:
         return "Evaluations"
-    data = groups[names[0]][0].data["name"]
-    return f"{', '.join(names[:4])}{' and others' if len(names) > 4 else ''} on {data}"
+
+    first = groups[names[0]]
+    data = first[0].data["name"]
+    listed = ", ".join(names[:4])
+    if len(names) > 4:
+        listed += " and others"
+    return f"{listed} on {data}"
 
 
 # The numbers of the charts. Each point of a chart is one row.
@@ -138,18 +157,26 @@ def title(groups: Mapping[str, Sequence[Run]]) -> str:
 
 def accuracies(groups: Mapping[str, Sequence[Run]]) -> list[Row]:
     """Returns a row for every recorded evaluation: `value` is the accuracy in percent."""
-    return [
-        {
-            "network": name,
-            "seed": _seed(run),
-            "step": line["step"],
-            "value": round(100 * line["top1"], 4),
-            "text": counted(line["top1"], line["examples"]),
-        }
-        for name, group in groups.items()
-        for run in group
-        for line in run.lines["eval"]
-    ]
+    rows = []
+    for name, run in _runs(groups):
+        for line in run.lines["eval"]:
+            rows.append(
+                {
+                    "network": name,
+                    "seed": _seed(run),
+                    "step": line["step"],
+                    "value": round(100 * line["top1"], 4),
+                    "text": counted(line["top1"], line["examples"]),
+                }
+            )
+    return rows
+
+
+def _runs(groups: Mapping[str, Sequence[Run]]) -> Iterator[tuple[str, Run]]:
+    """Yields every run with the name of its experiment."""
+    for name, group in groups.items():
+        for run in group:
+            yield name, run
 
 
 def losses(groups: Mapping[str, Sequence[Run]]) -> list[Row]:
@@ -158,46 +185,68 @@ def losses(groups: Mapping[str, Sequence[Run]]) -> list[Row]:
     Batches whose cross-entropy is not finite are left out.
     """
     rows = []
-    for name, group in groups.items():
-        for run in group:
-            lines = [x for x in run.lines["train"] if isinstance(x["cross_entropy"], float)]
-            size = max(1, -(-len(lines) // POINTS))
-            for first in range(0, len(lines), size):
-                part = lines[first : first + size]
-                value = float(f"{np.mean([line['cross_entropy'] for line in part]):.5g}")
-                row = {"network": name, "seed": _seed(run), "step": part[-1]["step"]}
-                rows.append(row | {"value": value, "text": f"{value:g}"})
+    for name, run in _runs(groups):
+        # What is not finite was recorded as a word.
+        lines = [line for line in run.lines["train"] if isinstance(line["cross_entropy"], float)]
+        size = max(1, math.ceil(len(lines) / POINTS))
+        for first in range(0, len(lines), size):
+            part = lines[first : first + size]
+            mean = np.mean([line["cross_entropy"] for line in part])
+            value = _short(mean)
+            rows.append(
+                {
+                    "network": name,
+                    "seed": _seed(run),
+                    "step": part[-1]["step"],
+                    "value": value,
+                    "text": f"{value:g}",
+                }
+            )
     return rows
 
 
 def activations(groups: Mapping[str, Sequence[Run]]) -> list[Row]:
     """Returns the typical unit's percentiles, a row for each step of each layer that has some."""
     rows = []
-    for name, group in groups.items():
-        for run in group:
-            for curves in _layers(run):
-                unit = typical_unit(curves)
-                for step, values in zip(curves.steps, curves.values[:, :, unit], strict=True):
-                    place = {"network": name, "seed": _seed(run), "layer": curves.layer}
-                    numbers = [float(f"{value:.5g}") for value in values]
-                    rows.append(
-                        place
-                        | {"step": int(step), "unit": unit}
-                        | dict(zip(("p15", "p50", "p85"), numbers, strict=True))
-                    )
+    for name, run in _runs(groups):
+        for curves in _layers(run):
+            unit = typical_unit(curves)
+            of_unit = curves.values[:, :, unit]
+            for step, (low, middle, high) in zip(curves.steps, of_unit, strict=True):
+                rows.append(
+                    {
+                        "network": name,
+                        "seed": _seed(run),
+                        "layer": curves.layer,
+                        "step": int(step),
+                        "unit": unit,
+                        "p15": _short(low),
+                        "p50": _short(middle),
+                        "p85": _short(high),
+                    }
+                )
     return rows
+
+
+def _short(value: float) -> float:
+    """Rounds to five digits, which keeps the page small."""
+    return float(f"{value:.5g}")
 
 
 def _layers(run: Run) -> list[Percentiles]:
     """Returns what bn_jax.activations measured and, for other layers, what training recorded."""
     found = {}
-    for layer in dict.fromkeys(line["layer"] for line in run.lines["activation"]):
-        found[layer] = percentiles(run, layer)
-    if (run.workdir / "activations").is_dir():
+    for line in run.lines["activation"]:
+        layer = line["layer"]
+        if layer not in found:
+            found[layer] = percentiles(run, layer)
+
+    folder = run.workdir / "activations"
+    if folder.is_dir():
         from bn_jax.activations import measure  # imports jax, which takes a second
         from bn_jax.figures.activations import Shown, series
 
-        shown = Shown(run.config["name"], run.workdir, measure.read(run.workdir / "activations"))
+        shown = Shown(run.config["name"], run.workdir, measure.read(folder))
         if shown.steps:
             found |= {path: series(shown, path) for path in shown.paths()}
     return list(found.values())
@@ -220,7 +269,8 @@ def _by_run(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     """Returns the rows of each network and seed."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        found.setdefault((row["network"], row["seed"]), []).append(row)
+        run = (row["network"], row["seed"])
+        found.setdefault(run, []).append(row)
     return found
 
 
@@ -233,9 +283,18 @@ def _looks(networks: Iterable[str]) -> dict[str, tuple[dict[str, Any], dict[str,
     looks = {}
     for k, name in enumerate(dict.fromkeys(networks)):
         colour = _COLOURS[k % len(_COLOURS)]
-        line = {"line_color": colour, "line_dash": _DASHES[k % len(_DASHES)], "line_width": 2}
-        marker = {"marker": _MARKERS[k % len(_MARKERS)], "size": 7}
-        looks[name] = (line, marker | {"line_color": colour, "fill_color": colour})
+        line = {
+            "line_color": colour,
+            "line_dash": _DASHES[k % len(_DASHES)],
+            "line_width": 2,
+        }
+        marker = {
+            "marker": _MARKERS[k % len(_MARKERS)],
+            "size": 7,
+            "line_color": colour,
+            "fill_color": colour,
+        }
+        looks[name] = (line, marker)
     return looks
 
 
@@ -265,7 +324,9 @@ def _add_hover(chart: Any, markers: Sequence[Any], fields: Mapping[str, str]) ->
     """Shows `fields` (the label and the column of each) of the marker that is pointed at."""
     from bokeh.models import HoverTool
 
-    tooltips = [("run", "$name"), *((label, f"@{column}") for label, column in fields.items())]
+    tooltips = [("run", "$name")]
+    for label, column in fields.items():
+        tooltips.append((label, f"@{column}"))
     hover = HoverTool(
         renderers=list(markers),
         tooltips=tooltips,
@@ -302,7 +363,8 @@ def _add_legends(chart: Any, drawn: Mapping[tuple[str, str], Sequence[Any]]) -> 
         legends.append(_legend(named, ncols=4, glyph_width=0, click_policy="mute"))
     for legend in legends:
         chart.add_layout(legend, "below")
-        chart.height += 26 * -(-len(legend.items) // legend.ncols)
+        lines = math.ceil(len(legend.items) / legend.ncols)
+        chart.height += 26 * lines
 
 
 def _legend(parts: Mapping[str, Sequence[Any]], **options: Any) -> Any:
@@ -329,21 +391,28 @@ def curve_chart(rows: Sequence[Row], axis: str, *, logarithmic: bool = False) ->
     chart = _chart(axis, y_axis_type="log" if logarithmic else "linear")
     place: dict[str, Any] = {"x": "step", "y": "value"}
     runs = _by_run(rows)
+
     # Runs share what they can: Bokeh takes about a millisecond for each of its objects.
-    glyphs = {
-        network: (Line(**place, **line), Scatter(**place, **marker))
-        for network, (line, marker) in _looks(network for network, _ in runs).items()
-    }
-    hidden = (Line(**place, line_alpha=0), Scatter(**place, line_alpha=0, fill_alpha=0))
+    glyphs = {}
+    for network, (line, marker) in _looks(network for network, _ in runs).items():
+        glyphs[network] = (Line(**place, **line), Scatter(**place, **marker))
+    hidden = (
+        Line(**place, line_alpha=0),
+        Scatter(**place, line_alpha=0, fill_alpha=0),
+    )
+
     drawn = {}
     for (network, seed), own in runs.items():
         source = ColumnDataSource(_columns(own, ("step", "value", "text")))
-        options: dict[str, Any] = {"view": CDSView(), "name": f"{network}, seed {seed}"}
+        view = CDSView()
+        name = f"{network}, seed {seed}"
         drawn[network, seed] = [
-            chart.add_glyph(source, glyph, muted_glyph=muted, **options)
+            chart.add_glyph(source, glyph, muted_glyph=muted, view=view, name=name)
             for glyph, muted in zip(glyphs[network], hidden, strict=True)
         ]
-    _add_hover(chart, [parts[-1] for parts in drawn.values()], {"step": "step", axis: "text"})
+
+    markers = [parts[-1] for parts in drawn.values()]
+    _add_hover(chart, markers, {"step": "step", axis: "text"})
     _add_legends(chart, drawn)
     return chart
 
@@ -367,6 +436,7 @@ def activation_chart(rows: Sequence[Row]) -> Any:
     line_at: dict[str, Any] = {"xs": "steps", "ys": "middle"}
     marker_at: dict[str, Any] = {"x": "step", "y": "p50"}
     runs = _by_run(rows)
+
     glyphs = {}
     for network, (line, marker) in _looks(network for network, _ in runs).items():
         band: dict[str, Any] = {
@@ -384,20 +454,24 @@ def activation_chart(rows: Sequence[Row]) -> Any:
         MultiLine(**line_at, line_alpha=0),
         Scatter(**marker_at, line_alpha=0, fill_alpha=0),
     )
+
+    columns = ("layer", "unit", "step", "p15", "p50", "p85")
     drawn = {}
     for (network, seed), own in runs.items():
         # A line of many layers has to be several lines, or it could not be filtered.
         curves = ColumnDataSource(_curves(own))
-        points = ColumnDataSource(_columns(own, ("layer", "step", "unit", "p15", "p50", "p85")))
+        points = ColumnDataSource(_columns(own, columns))
         of_curves = CDSView(filter=shown)
-        sources = [(curves, of_curves), (curves, of_curves), (points, CDSView(filter=shown))]
+        of_points = CDSView(filter=shown)
+        sources = [(curves, of_curves), (curves, of_curves), (points, of_points)]
         name = f"{network}, seed {seed}"
         drawn[network, seed] = [
             chart.add_glyph(source, glyph, muted_glyph=muted, view=view, name=name)
             for (source, view), glyph, muted in zip(sources, glyphs[network], hidden, strict=True)
         ]
-    fields = {name: name for name in ("layer", "unit", "step", "p15", "p50", "p85")}
-    _add_hover(chart, [parts[-1] for parts in drawn.values()], fields)
+
+    markers = [parts[-1] for parts in drawn.values()]
+    _add_hover(chart, markers, {name: name for name in columns})
     _add_legends(chart, drawn)
     return column(select, chart, sizing_mode="stretch_width")
 
@@ -445,11 +519,19 @@ def _overview(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         evaluations = run.lines["eval"]
-        steps = f"{evaluations[-1]['step']:,}" if evaluations else "-"
-        scores = [_score(evaluations), _score(run.lines["test"])]
-        rows.append([str(run.workdir), run.status, _seed(run), steps, *scores])
+        rows.append(
+            [
+                str(run.workdir),
+                run.status,
+                _seed(run),
+                f"{evaluations[-1]['step']:,}" if evaluations else "-",
+                _score(evaluations),
+                _score(run.lines["test"]),
+            ]
+        )
     if not rows:
         return ""
+
     data = html.escape(runs[0].data["description"])
     table = f"{_table(head, rows)}<p>Parentheses hold the 95% interval of the count.</p>"
     if len(rows) > FEW:
@@ -458,7 +540,10 @@ def _overview(runs: Sequence[Run]) -> str:
 
 
 def _score(lines: Sequence[Any]) -> str:
-    return counted(lines[-1]["top1"], lines[-1]["examples"]) if lines else "-"
+    if not lines:
+        return "-"
+    last = lines[-1]
+    return counted(last["top1"], last["examples"])
 
 
 def _verdicts(workdir: pathlib.Path) -> str:
@@ -471,10 +556,16 @@ def _verdicts(workdir: pathlib.Path) -> str:
     for row, verdict in zip(found, said, strict=True):
         question = row.question
         decides = row.decides
-        value = "-" if decides is None else decides.text
-        against = question.control or question.baseline or "-"
-        claim = f"{question.claim}. {claims.CLAIMS[question.claim]}"
-        rows.append([claim, verdict, question.ours, against, question.what, value])
+        rows.append(
+            [
+                f"{question.claim}. {claims.CLAIMS[question.claim]}",
+                verdict,
+                question.ours,
+                question.control or question.baseline or "-",
+                question.what,
+                "-" if decides is None else decides.text,
+            ]
+        )
     if not rows:
         return ""
     head = ["claim", "verdict", "network", "against", "quantity", "found, with its 95% interval"]
@@ -487,8 +578,13 @@ def _differences(groups: Mapping[str, Sequence[Run]]) -> str:
         return ""
     first, *others = groups
     config = flat(groups[first][0].config)
-    rows = [[name, changes(flat(groups[name][0].config), config) or "nothing"] for name in others]
-    whole = _table(["field", "value"], [[key, str(value)] for key, value in config.items()])
+    rows = []
+    for name in others:
+        other = flat(groups[name][0].config)
+        rows.append([name, changes(other, config) or "nothing"])
+
+    fields = [[name, str(value)] for name, value in config.items()]
+    whole = _table(["field", "value"], fields)
     text = f"<details><summary>All fields of {html.escape(first)}</summary>{whole}</details>"
     if rows:
         text = _table(["network", f"fields that differ from {first}"], rows) + text
@@ -500,24 +596,27 @@ def _provenance(runs: Sequence[Run]) -> str:
         return ""
     said = markdown(made_by(run.origin for run in runs))
     known = [facts(run.origin) for run in runs]
-    names = list(dict.fromkeys(name for found in known for name in found))
-    rows = [
-        [str(run.workdir), *(found.get(name, "-") for name in names)]
-        for run, found in zip(runs, known, strict=True)
-    ]
-    each = _table(["run", *names], rows)
+    columns = fact_names(known)
+    rows = []
+    for run, found in zip(runs, known, strict=True):
+        cells = [found.get(name, "-") for name in columns]
+        rows.append([str(run.workdir), *cells])
+    each = _table(["run", *columns], rows)
     return f"{said}<details><summary>Of each run</summary>{each}</details>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns an HTML table; its cells may contain `code`, **bold** and links in Markdown."""
-    lines = ["<div class=wide><table>", _row("th", head), *(_row("td", row) for row in rows)]
-    return "\n".join([*lines, "</table></div>"])
+    lines = ["<div class=wide><table>", _row("th", head)]
+    for row in rows:
+        lines.append(_row("td", row))
+    lines.append("</table></div>")
+    return "\n".join(lines)
 
 
 def _row(tag: str, cells: Sequence[str]) -> str:
-    inner = "".join(f"<{tag}>{_inline(cell)}</{tag}>" for cell in cells)
-    return f"<tr>{inner}</tr>"
+    inner = [f"<{tag}>{_inline(cell)}</{tag}>" for cell in cells]
+    return f"<tr>{''.join(inner)}</tr>"
 
 
 def _inline(text: str) -> str:
@@ -539,13 +638,20 @@ def markdown(text: str, *, below: int = 0) -> str:
             level = len(heading[1]) + below
             parts.append(f"<h{level}>{_inline(heading[2])}</h{level}>")
             lines = lines[1:]
-        table = [line for line in lines if line.startswith("|")]
+
+        table = []
+        words = []
+        for line in lines:
+            if line.startswith("|"):
+                cells = line.strip("|").split("|")
+                table.append([cell.strip() for cell in cells])
+            else:
+                words.append(line)
         if table:
-            cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-            parts.append(_table(cells[0], cells[2:]))
-        words = " ".join(line for line in lines if not line.startswith("|"))
+            head, _, *rows = table
+            parts.append(_table(head, rows))
         if words:
-            parts.append(f"<p>{_inline(words)}</p>")
+            parts.append(f"<p>{_inline(' '.join(words))}</p>")
     return "\n".join(parts)
 
 
