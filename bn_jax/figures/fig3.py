@@ -351,9 +351,8 @@ def _csv_row(row: Comparison, i: int, rate: float, reference: str) -> dict[str, 
 
 def _csv_bounds(column: str, value: tuple[float, float, float] | str) -> dict[str, Any]:
     """Returns the columns of a value and its bounds, or a word for each of them."""
-    if isinstance(value, str):
-        value = (value, value, value)
-    low, estimate, high = value
+    bounds: tuple[Any, Any, Any] = (value,) * 3 if isinstance(value, str) else value
+    low, estimate, high = bounds
     return {
         f"{column}_low": low,
         column: estimate,

@@ -101,10 +101,8 @@ def series(measured: dict[str, Any], kind: str) -> np.ndarray:
     if kind == "smoothness":
         return np.array([one["smoothness"] for one in steps], float)
     if kind == "change":
-        changes = np.array([one["changes"] for one in steps], float)
-        return changes.max(axis=1)
-    values = np.array([one["losses"] for one in steps], float)
-    return np.ptp(values, axis=1)
+        return np.array([np.max(np.array(one["changes"], float)) for one in steps])
+    return np.array([np.ptp(np.array(one["losses"], float)) for one in steps])
 
 
 def typical(results: Results, arm: str, kind: str) -> dict[int, float]:
