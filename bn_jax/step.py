@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -178,19 +179,33 @@ def train_steps(
     seed: jax.typing.ArrayLike,
     *,
     model: nn.Module,
+    image_shape: tuple[int, int, int],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes K steps in one dispatch, on a data set that stays on the device.
 
-    images: [examples, H, W, C]. labels: [examples]. indices: int32 [K, N], the examples of K
-    batches. The metrics of `train_step` get a leading axis of K. On CPU this is for dense networks
-    only, because XLA runs convolutions in a loop 3.5 times slower there.
+    images: of `as_words`. labels: [examples]. indices: int32 [K, N], the examples of K batches.
+    image_shape: (height, width, channels). The metrics of `train_step` get a leading axis of K. On
+    CPU this is for dense networks only, because XLA runs convolutions in a loop 3.5 times slower
+    there.
     """
 
     def body(state, index):
-        batch = {"image": images[index], "label": labels[index]}
+        pixels = jax.lax.bitcast_convert_type(images[index], jnp.uint8)
+        image = pixels.reshape(-1, *image_shape)
+        batch = {"image": image, "label": labels[index]}
         return train_step(state, batch, hyper, seed, model=model)
 
     return jax.lax.scan(body, state, indices)
+
+
+def as_words(images: np.ndarray) -> np.ndarray:
+    """Views images uint8 [N, H, W, C] as uint32 [N, H*W*C/4], or as uint8 [N, H*W*C].
+
+    The latter if an image cannot be divided into words of 4 bytes. XLA for CPUs copies a batch of
+    words faster than one of bytes: a step of Fig. 1 takes 0.94 of the time.
+    """
+    rows = images.reshape(len(images), -1)
+    return rows.view(np.uint32) if rows.shape[1] % 4 == 0 else rows
 
 
 def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ from bn_jax.errors import ConfigError, DivergedError, Preempted
 from bn_jax.experiment import build, evaluator, programs, reproducible
 from bn_jax.experiment.build import Experiment, abstract_state
 from bn_jax.experiment.evaluator import running_gap
-from bn_jax.step import TrainState, train_step, train_steps
+from bn_jax.step import TrainState, as_words, train_step, train_steps
 from bn_jax.workdir import guard, recorder
 from bn_jax.workdir.checkpoint import Checkpoints
 from bn_jax.workdir.reader import read_record
@@ -426,7 +426,16 @@ def training_step(exp: Experiment, dispatch: int) -> tuple[Callable, Callable]:
         return state, jax.tree.map(lambda m: m[None], metrics)
 
     def many(state, images, labels, indices, hyper, seed):
-        return train_steps(state, images, labels, indices, hyper, seed, model=exp.model)
+        return train_steps(
+            state,
+            images,
+            labels,
+            indices,
+            hyper,
+            seed,
+            model=exp.model,
+            image_shape=exp.data.image_shape,
+        )
 
     fed = (batch,) if dispatch == 1 else (everywhere, everywhere, along_batch(exp.mesh, axis=1))
     jit = functools.partial(
@@ -443,7 +452,14 @@ def compile_step(exp: Experiment, dispatch: int, *arguments: Any) -> Callable:
     if exp.config.reproducible:
         return reproducible.Step(exp).lower(*arguments).compile()
     function, jit = training_step(exp, dispatch)
-    return programs.compiled("train", function, arguments, exp.config.to_dict(), jit=jit)
+    return programs.compiled(
+        "train",
+        function,
+        arguments,
+        exp.config.to_dict(),
+        jit=jit,
+        made_from=exp.data.image_shape,
+    )
 
 
 class Prepared:
@@ -494,7 +510,8 @@ def feed(exp: Experiment, start: int, dispatch: int) -> Iterator[tuple]:
             yield (put_batch(mesh, batch, size),)
         return
 
-    images, labels = put_replicated(mesh, data.resident())
+    images, labels = data.resident()
+    images, labels = put_replicated(mesh, (as_words(images), labels))
     for first in range(start, total, dispatch):
         order = [data.train_indices(k, size, seed=seed) for k in range(first, first + dispatch)]
         yield images, labels, put(along_batch(mesh, axis=1), np.stack(order))

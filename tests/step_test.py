@@ -13,7 +13,7 @@ from bn_jax.layers import BatchNorm
 from bn_jax.models.mlp import Mlp
 
 train_step = jax.jit(step.train_step, static_argnames="model")  # compiled: 60 s faster
-train_steps = jax.jit(step.train_steps, static_argnames="model")
+train_steps = jax.jit(step.train_steps, static_argnames=("model", "image_shape"))
 eval_step = jax.jit(step.eval_step, static_argnames="model")
 HYPER = optim.Hyper(*map(np.float32, (0.1, 0.96, 1000, 0.01, 0.9)))
 SEED = 3
@@ -171,8 +171,16 @@ def test_several_steps_in_one_dispatch_are_the_same_steps():
     net, data = model(), batch(n=20)
     indices = np.array([[0, 1, 2, 3], [4, 5, 6, 7], [19, 0, 8, 2]], np.int32)
     state = one = step.init_state(net, 0, (4, 4, 1))
+    images = jnp.asarray(step.as_words(data["image"]))
     many, metrics = train_steps(
-        state, *map(jnp.asarray, (data["image"], data["label"], indices)), HYPER, SEED, model=net
+        state,
+        images,
+        jnp.asarray(data["label"]),
+        jnp.asarray(indices),
+        HYPER,
+        SEED,
+        model=net,
+        image_shape=(4, 4, 1),
     )
     for k, index in enumerate(indices):
         rows = {
@@ -184,6 +192,17 @@ def test_several_steps_in_one_dispatch_are_the_same_steps():
         np.testing.assert_allclose(metrics["loss"][k], alone["loss"], rtol=1e-5)
     # three steps in another program: rounding of float32
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), many.params, one.params)
+
+
+def test_images_are_kept_as_words_or_as_bytes():
+    even = np.arange(2 * 4 * 5 * 1, dtype=np.uint8).reshape(2, 4, 5, 1)
+    odd = np.arange(2 * 5 * 5 * 1, dtype=np.uint8).reshape(2, 5, 5, 1)
+    assert step.as_words(even).dtype == np.uint32
+    assert step.as_words(odd).dtype == np.uint8
+    for images in (even, odd):
+        rows = step.as_words(images)
+        assert len(rows) == 2
+        assert rows.tobytes() == images.tobytes()
 
 
 def test_rank_of_the_label_breaks_ties_and_refuses_nan():
