@@ -40,7 +40,10 @@ def use_threads(count: int) -> None:
 
 
 def interleave(
-    sides: Mapping[str, Callable[[], Any]], n: int, warmup: int = 1
+    sides: Mapping[str, Callable[[], Any]],
+    n: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of `n` calls of every side, in rounds; `warmup` rounds before them are not counted.
 
@@ -52,10 +55,10 @@ def interleave(
     shuffle = random.Random(0).shuffle
     for i in range(n + warmup):
         for name in order:
-            start = time.perf_counter()
+            start = clock()
             sides[name]()
             if i >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
         shuffle(order)
     return seconds
 

@@ -200,6 +200,27 @@ def gemm_ceiling(n: int, repeats: int) -> float:
     return 2 * n**3 / min(seconds) / 1e9
 
 
+def make_batch(size: int, images: int) -> dict[str, np.ndarray]:
+    """A batch of random images of size x size pixels, none of which is missing."""
+    random = np.random.default_rng(0)
+    return {
+        "image": random.integers(0, 256, (images, size, size, 3), dtype=np.uint8),
+        "label": (np.arange(images) % 1000).astype(np.int32),
+        "mask": np.ones(images, bool),
+    }
+
+
+def initial_variables(size: int, width: float) -> dict[str, Any]:
+    """This repository's initial weights and statistics."""
+    import jax
+
+    from bn_jax.step import init_state
+
+    model = network(width, plain=False)
+    state = jax.jit(lambda: init_state(model, 0, (size, size, 3)))()
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
 def make_sides(batch: dict[str, np.ndarray], size: int, width: float) -> dict[str, Any]:
     """All sides that can be had here, on one set of weights; PyTorch's network has one width."""
     import jax
@@ -216,8 +237,7 @@ def make_sides(batch: dict[str, np.ndarray], size: int, width: float) -> dict[st
     except ImportError:
         net = None
     if net is None:
-        state = jax.jit(lambda: init_state(model, 0, (size, size, 3)))()
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        variables = initial_variables(size, width)
         names = {"bn_jax": False, "plain Flax": True}
         return {name: Ours(variables, batch, width, plain) for name, plain in names.items()}
     torch.set_num_threads(fair.cores())
@@ -240,12 +260,7 @@ def main() -> None:
     args = parser.parse_args()
     fair.warm_allocator("benchmarks.step")
     size, width, images = (32, 1 / 16, 8) if args.smoke else (224, 1.0, 32)
-    random = np.random.default_rng(0)
-    batch = {
-        "image": random.integers(0, 256, (images, size, size, 3), dtype=np.uint8),
-        "label": (np.arange(images) % 1000).astype(np.int32),
-        "mask": np.ones(images, bool),
-    }
+    batch = make_batch(size, images)
     sides = make_sides(batch, size, width)
     losses = {name: [side.step(), side.step()] for name, side in sides.items()}
     for name, values in losses.items():

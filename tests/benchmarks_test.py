@@ -32,7 +32,9 @@ def test_smoke_run(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["startup", "reproducible", "memory", "scale", "peers_bn"])
+@pytest.mark.parametrize(
+    "name", ["startup", "reproducible", "memory", "scale", "peers_bn", "forms"]
+)
 def test_longer_smoke_run(name, tmp_path):
     assert smoke(name, tmp_path)
 
