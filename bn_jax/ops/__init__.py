@@ -3,6 +3,7 @@
     form             plain                              hand-tuned                          runs on
     max_pool         reduce_window, select-and-scatter  keeps maxima's positions as uint8   CPU, GPU
     stride_1_pool    the same, for a stride of 1        finds the positions backward        TPU
+    max_places       computed again from x              kept, behind a barrier              CPU
     conv_1x1         convolution                        matrix product (stride 1)           CPU
     kernel_gradient  gradient by YNNPACK                by Eigen (kernel_gradient.py)       CPU
     products         one convolution each               one product (models/inception.py)   CPU, GPU
@@ -206,6 +207,10 @@ def _max_pool(x: jax.Array, stride: int) -> jax.Array:
 
 def _max_pool_forward(x: jax.Array, stride: int):
     y, place = _max_and_place(x, stride)
+    if hand_tuned("max_places"):
+        # Without the barrier XLA for CPUs keeps the padded x, four bytes a value, in place of the
+        # positions, and computes the positions again for every class of the backward pass.
+        y, place = lax.optimization_barrier((y, place))
     return y, (place, x.shape)
 
 

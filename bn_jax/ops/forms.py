@@ -12,6 +12,7 @@ import jax
 FORMS = {
     "max_pool": ("cpu", "gpu"),
     "stride_1_pool": ("tpu",),
+    "max_places": ("cpu",),
     "conv_1x1": ("cpu",),
     "kernel_gradient": ("cpu",),
     "products": ("cpu", "gpu"),

@@ -13,7 +13,7 @@ from bn_jax.layers import BatchNorm, ConvBN
 from bn_jax.models.inception import Block, Fig5Row, Inception
 from bn_jax.models.initializers import Gaussian
 
-CPU_FORMS = ["max_pool", "conv_1x1", "kernel_gradient", "products"]
+CPU_FORMS = ["max_pool", "max_places", "conv_1x1", "kernel_gradient", "products"]
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +89,24 @@ def test_max_pool_residual_is_a_byte_a_value():
     kept = jax.eval_shape(lambda x: jax.vjp(lambda x: ops.max_pool(x, 1), x)[1], x)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)]
     assert sum(sizes) == x.size
+
+
+def temporary_bytes_of_two_pools() -> int:
+    """Compiles a function of its own each time, or jax would remember the first."""
+    x = jnp.ones((4, 28, 28, 16), jnp.float32)
+
+    def loss(x):
+        first = ops.max_pool(jnp.tanh(x), 2)
+        return jnp.sum(ops.max_pool(jnp.tanh(first), 2) ** 2)
+
+    program = jax.jit(jax.grad(loss)).lower(x).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def test_xla_keeps_the_places_and_not_the_input(monkeypatch):
+    kept = temporary_bytes_of_two_pools()
+    monkeypatch.setitem(ops.FORMS, "max_places", ())
+    assert kept < 0.75 * temporary_bytes_of_two_pools()
 
 
 @pytest.mark.parametrize(
