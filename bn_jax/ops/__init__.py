@@ -209,7 +209,8 @@ def _max_pool_forward(x: jax.Array, stride: int):
     y, place = _max_and_place(x, stride)
     if hand_tuned("max_places"):
         # Without the barrier XLA for CPUs keeps the padded x, four bytes a value, in place of the
-        # positions, and computes the positions again for every class of the backward pass.
+        # positions, and computes the positions again for every class of the backward pass. (So
+        # does jaxlib 0.10.2 in any case: it drops the barrier before it fuses operations.)
         y, place = lax.optimization_barrier((y, place))
     return y, (place, x.shape)
 

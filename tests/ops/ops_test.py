@@ -103,6 +103,7 @@ def temporary_bytes_of_two_pools() -> int:
     return program.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jaxlib 0.10.2 drops the barrier")
 def test_xla_keeps_the_places_and_not_the_input(monkeypatch):
     kept = temporary_bytes_of_two_pools()
     monkeypatch.setitem(ops.FORMS, "max_places", ())
