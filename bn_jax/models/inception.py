@@ -123,8 +123,11 @@ class Block(nn.Module):
         double_3x3_reduce = layer("double_3x3_reduce", row.double_reduce, 1)
         pool_proj = layer("pool_proj", row.project, 1) if row.project else None
         averaged = pool_proj if row.pool == "avg" else None
-        readers = [conv_1x1, conv_3x3_reduce, double_3x3_reduce, averaged]
-        parallel = Parallel1x1(x, [r for r in readers if r is not None], train=train, mask=mask)
+        readers = []
+        for reader in (conv_1x1, conv_3x3_reduce, double_3x3_reduce, averaged):
+            if reader is not None:
+                readers.append(reader)
+        parallel = Parallel1x1(x, readers, train=train, mask=mask)
 
         branches = []
         if conv_1x1 is not None:
@@ -143,7 +146,9 @@ class Block(nn.Module):
             branches.append(parallel(averaged, pool=self._average))
         else:
             y = ops.max_pool(x, row.stride)
-            branches.append(y if pool_proj is None else run(pool_proj, y))
+            if pool_proj is not None:
+                y = run(pool_proj, y)
+            branches.append(y)
 
         return jnp.concatenate(branches, axis=-1)
 
@@ -170,12 +175,15 @@ class Parallel1x1:
             self._products = dict(zip(names, products, strict=True))
 
     def __call__(
-        self, layer: ConvBN, pool: Callable[[jax.Array], jax.Array] = lambda x: x
+        self,
+        layer: ConvBN,
+        pool: Callable[[jax.Array], jax.Array] = lambda x: x,
     ) -> jax.Array:
         """Computes a layer of pool(x), g(BN(W pool(x))). pool: linear, and keeps the shape."""
         if layer.name in self._products:
             # Both are linear, so pool(W x) is W pool(x), and pools fewer channels.
-            return layer.from_product(pool(self._products[layer.name]), **self._call)
+            product = pool(self._products[layer.name])
+            return layer.from_product(product, **self._call)
         return layer(pool(self._x), **self._call)
 
 
@@ -197,21 +205,25 @@ class AuxiliaryHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [N, H, W, C] to logits float32 [N, num_classes]; it is only used in training."""
-        window = (min(5, x.shape[1]), min(5, x.shape[2]))  # small images have smaller maps
+        examples, height, width, _ = x.shape
+        window = (min(5, height), min(5, width))  # small images have smaller maps
         x = nn.avg_pool(x, window, (3, 3), "VALID")
-        x = self.conv(scaled(128, self.width), (1, 1), norm=None, name="conv_1x1")(x, train=True)
+        conv_1x1 = self.conv(scaled(128, self.width), (1, 1), norm=None, name="conv_1x1")
+        x = conv_1x1(x, train=True)
 
-        x = mixed.Dense(
+        dense = mixed.Dense(
             scaled(1024, self.width),
             kernel_init=self.kernel_init,
             dtype=self.dtype,
             precision=self.precision,
             name="dense",
-        )(x.reshape(x.shape[0], -1))
+        )
+        x = dense(x.reshape(examples, -1))
         x = self.activation(x.astype(self.dtype))
         x = nn.Dropout(0.7, deterministic=False)(x)
 
-        return classifier(self.num_classes, self.dtype, self.precision)(x).astype(jnp.float32)
+        logits = classifier(self.num_classes, self.dtype, self.precision)(x)
+        return logits.astype(jnp.float32)
 
 
 class Inception(PooledInit):
@@ -292,14 +304,19 @@ class Inception(PooledInit):
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         logits = classifier(self.num_classes, self.dtype, self.precision)(x)
         logits = logits.astype(jnp.promote_types(jnp.float32, self.dtype))
-        return (logits, tuple(aux)) if aux else logits
+        if aux:
+            return logits, tuple(aux)
+        return logits
 
     def _pixels(self, images: jax.Array) -> jax.Array:
         """Preprocesses images in 0..255: subtracts the mean and divides by the scale."""
         variant = VARIANTS[self.variant]
         wide = jnp.promote_types(jnp.float32, self.dtype)
-        mean = jnp.array(variant.mean if images.shape[-1] == 3 else sum(variant.mean) / 3, wide)
-        return ((images.astype(wide) - mean) / variant.scale).astype(self.dtype)
+        mean: Any = variant.mean
+        if images.shape[-1] != 3:  # grey images have the mean of the three colours
+            mean = sum(variant.mean) / 3
+        centered = images.astype(wide) - jnp.array(mean, wide)
+        return (centered / variant.scale).astype(self.dtype)
 
     def _stem(self, x, conv, *, train, mask):
         """Maps [N, H, W, C] to [N, H/8, W/8, 192], or H/4 and W/4 below 64 px."""
@@ -307,29 +324,34 @@ class Inception(PooledInit):
         keep_pool2 = min(x.shape[1:3]) >= SMALLEST_FOR_POOL2
 
         def run(features: int, kernel: int, name: str, x: jax.Array, **options: Any) -> jax.Array:
-            layer = conv(scaled(features, self.width), (kernel, kernel), name=name, **options)
+            filters = scaled(features, self.width)
+            layer = conv(filters, (kernel, kernel), name=name, **options)
             return layer(x, train=train, mask=mask)
 
         def pool(x: jax.Array) -> jax.Array:
-            return ops.max_pool_unpadded(x) if variant.symmetric else ops.max_pool(x, 2)
+            if variant.symmetric:
+                return ops.max_pool_unpadded(x)
+            return ops.max_pool(x, 2)
 
         stride_2: dict[str, Any] = {
             "strides": (2, 2),
-            "padding": [(3, 3)] * 2 if variant.symmetric else "SAME",
+            "padding": [(3, 3), (3, 3)] if variant.symmetric else "SAME",
         }
         if variant.separable_stem:
-            x = mixed.Conv(
-                8 * x.shape[-1],
+            channels = x.shape[-1]
+            depthwise = mixed.Conv(
+                8 * channels,
                 (7, 7),
                 **stride_2,
-                feature_group_count=x.shape[-1],
+                feature_group_count=channels,
                 use_bias=False,
                 kernel_init=self.kernel_init,
                 dtype=self.dtype,
                 precision=self.precision,
                 conv_general_dilated=ops.conv,
                 name="conv1_7x7_depthwise",
-            )(x)
+            )
+            x = depthwise(x)
             x = run(64, 1, "conv1_7x7", x)
         else:
             x = run(64, 7, "conv1_7x7", x, **stride_2)
@@ -341,7 +363,9 @@ class Inception(PooledInit):
         x = run(192, 3, "conv2_3x3", x)
         if self.lrn:
             x = LocalResponseNorm()(x)
-        return pool(x) if keep_pool2 else x
+        if keep_pool2:
+            x = pool(x)
+        return x
 
 
 def scaled(features: int, width: float) -> int:
@@ -351,7 +375,10 @@ def scaled(features: int, width: float) -> int:
 
 def strided_3x3(stride: int, symmetric: bool) -> dict[str, Any]:
     """Returns strides and padding of a 3x3 convolution; the paddings differ only at stride 2."""
-    return {"strides": (stride, stride), "padding": [(1, 1)] * 2 if symmetric else "SAME"}
+    return {
+        "strides": (stride, stride),
+        "padding": [(1, 1), (1, 1)] if symmetric else "SAME",
+    }
 
 
 def classifier(num_classes: int, dtype: Any, precision: Any) -> nn.Module:
