@@ -62,16 +62,28 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x, use_running_average: bool | None = None, *, mask=None, relu: bool = False
+        self,
+        x,
+        use_running_average: bool | None = None,
+        *,
+        mask=None,
+        relu: bool = False,
     ):
         """Normalizes `x`; see `batch_norm.normalize` for mask, relu and the errors raised."""
         batch_norm.refuse_index_groups(self.axis_index_groups)
         frozen = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
+            "use_running_average",
+            self.use_running_average,
+            use_running_average,
         )
+        train = not frozen and not self.is_initializing()
+
         axes = (self.axis,) if isinstance(self.axis, int) else tuple(self.axis)
-        shape = tuple(x.shape[a] for a in sorted({a % x.ndim for a in axes}))
-        scale = bias = None
+        features = sorted({axis % x.ndim for axis in axes})
+        shape = tuple(x.shape[axis] for axis in features)
+
+        scale = None
+        bias = None
         if self.use_scale:
             scale = self.param("scale", self.scale_init, shape, self.param_dtype)
         if self.use_bias:
@@ -83,15 +95,18 @@ class BatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         count = None
+        stats = batch_norm.Stats(mean.value, var.value, None)
         if counted:
             count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.float32)
-        stats = batch_norm.Stats(mean.value, var.value, None if count is None else count.value)
+            stats = stats._replace(count=count.value)
 
-        params = [p for p in (scale, bias) if p is not None]
-        dtype = jnp.result_type(x, *params) if self.dtype is None else self.dtype
+        dtype = self.dtype
+        if dtype is None:
+            params = [param for param in (scale, bias) if param is not None]
+            dtype = jnp.result_type(x, *params)
         if jnp.issubdtype(x.dtype, jnp.floating):
             x = x.astype(jnp.promote_types(x.dtype, dtype))
-        train = not frozen and not self.is_initializing()
+
         y, stats = batch_norm.normalize(
             x,
             scale,
@@ -231,22 +246,37 @@ class LocalResponseNorm(nn.Module):
 
     def __call__(self, x):
         """Normalizes x [..., channels]; windows at the first and last channels are smaller."""
-        window = (1,) * (x.ndim - 1) + (self.size,)
-        square = jnp.square(x.astype(jnp.promote_types(jnp.float32, x.dtype)))
-        total = lax.reduce_window(square, 0.0, lax.add, window, (1,) * x.ndim, "SAME")
-        return (x * lax.pow(self.k + self.alpha / self.size * total, -self.beta)).astype(x.dtype)
+        wide = jnp.promote_types(jnp.float32, x.dtype)
+        square = jnp.square(x.astype(wide))
+
+        ones = (1,) * (x.ndim - 1)
+        window = (*ones, self.size)
+        strides = (*ones, 1)
+        total = lax.reduce_window(square, 0.0, lax.add, window, strides, "SAME")
+
+        base = self.k + self.alpha / self.size * total
+        y = x * lax.pow(base, -self.beta)
+        return y.astype(x.dtype)
 
 
 def fresh_stats(batch_stats):
     """Returns a tree before any update; one training-mode pass turns it into a batch's moments."""
-    return _map_layers(lambda s: batch_norm.init_stats(s.mean.shape, s.mean.dtype), batch_stats)
+
+    def fresh(stats):
+        return batch_norm.init_stats(stats.mean.shape, stats.mean.dtype)
+
+    return _map_layers(fresh, batch_stats)
 
 
 def counted(batch_stats, times: int):
     """Multiplies the counts of a tree by `times`, for a batch that stands for so many batches."""
     if times == 1:
         return batch_stats
-    return _map_layers(lambda s: s._replace(count=s.count * times), batch_stats)
+
+    def multiply(stats):
+        return stats._replace(count=stats.count * times)
+
+    return _map_layers(multiply, batch_stats)
 
 
 def merge_stats(total, batch):
@@ -264,7 +294,11 @@ def merge_stats(total, batch):
 
 
 def population_stats(
-    apply: Callable, variables, batches: Iterable, *, examples: Callable | None = None
+    apply: Callable,
+    variables,
+    batches: Iterable,
+    *,
+    examples: Callable | None = None,
 ):
     """Computes Algorithm 2 (lines 9 to 11), "precise BN", for a network of ours or of Flax.
 
@@ -302,8 +336,9 @@ def population_stats(
     stats = variables["batch_stats"]
 
     def update(batch, value):
-        start = _map_leaves(lambda s: _filled(s, value), stats)
-        return apply({**variables, "batch_stats": start}, batch)[1]["batch_stats"]
+        start = _map_leaves(lambda leaves: _filled(leaves, value), stats)
+        _, updates = apply({**variables, "batch_stats": start}, batch)
+        return updates["batch_stats"]
 
     return _population(update, stats, batches, examples or _examples)
 
@@ -320,7 +355,8 @@ def _population_of_nnx(apply, model, batches, examples):
         return new
 
     def update(batch, value):
-        nnx.update(model, filled(_map_leaves(lambda s: _filled(s, value), kept)))
+        start = _map_leaves(lambda leaves: _filled(leaves, value), kept)
+        nnx.update(model, filled(start))
         apply(model, batch)
         return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
@@ -335,7 +371,10 @@ def _population_of_nnx(apply, model, batches, examples):
 
 def _filled(leaves, value):
     """Fills statistics with one value, and sets their count to 0."""
-    return {k: jnp.full_like(v, 0 if k == "count" else value) for k, v in leaves.items()}
+    found = {name: jnp.full_like(leaf, value) for name, leaf in leaves.items()}
+    if "count" in leaves:
+        found["count"] = jnp.zeros_like(leaves["count"])
+    return found
 
 
 def _population(update: Callable, stats, batches: Iterable, examples: Callable):
@@ -343,6 +382,7 @@ def _population(update: Callable, stats, batches: Iterable, examples: Callable):
     layers = jax.tree.leaves(stats, is_leaf=_is_layer)
     structure: Any = jax.tree.structure(stats, is_leaf=_is_layer)
     two_passes = any("count" not in leaves for leaves in layers)
+
     # For each layer, the sums of: examples, means, variances, batches.
     sums: list[list[Any]] = [[0.0, 0.0, 0.0, 0.0] for _ in layers]
     for batch in batches:
@@ -356,35 +396,48 @@ def _population(update: Callable, stats, batches: Iterable, examples: Callable):
             total[1] = total[1] + weight * mean
             total[2] = total[2] + weight * var
             total[3] += usable
+
     if jax.process_count() > 1:
-        sums = [[np.sum(part, 0) for part in total] for total in _gather_processes(sums, layers)]
+        of_processes = _gather_processes(sums, layers)
+        sums = jax.tree.map(lambda part: np.sum(part, 0), of_processes)
 
     found = []
     for leaves, (weight, mean, var, number) in zip(layers, sums, strict=True):
         if weight == 0:
             raise ValueError("population_stats: no batch with two valid values; give at least one")
-        new = {"mean": mean / weight, "var": var / weight, "count": number}
-        found.append({k: jnp.asarray(new[k], leaves[k].dtype) for k in leaves})
+        new = {
+            "mean": mean / weight,
+            "var": var / weight,
+            "count": number,
+        }
+        found.append({name: jnp.asarray(new[name], leaf.dtype) for name, leaf in leaves.items()})
     return jax.tree.unflatten(structure, found)
 
 
 def _moments_of_update(low, high):
     """Computes a batch's mean, variance, usability (0 or 1) from updates of statistics 0 and 1."""
     if "count" in low:
-        return low["mean"], low["var"], float(low["count"] > 0)
+        usable = float(low["count"] > 0)
+        return low["mean"], low["var"], usable
+
     momentum = np.median(high["mean"] - low["mean"])
     if not momentum < 1 - 1e-6:
         raise ValueError(
             f"population_stats: a layer without count has momentum {momentum:g}, so its updates do "
             "not depend on the batch; build it with a momentum below 1"
         )
-    return low["mean"] / (1 - momentum), low["var"] / (1 - momentum), 1.0
+    share = 1 - momentum  # of the batch's moments in the update
+    return low["mean"] / share, low["var"] / share, 1.0
 
 
 def _host(leaves):
     """Copies statistics to the host as float64. They are replicated, so one device's are enough."""
-    local = {k: x.addressable_data(0) if isinstance(x, jax.Array) else x for k, x in leaves.items()}
-    return {k: np.asarray(x, np.float64) for k, x in local.items()}
+    found = {}
+    for name, leaf in leaves.items():
+        if isinstance(leaf, jax.Array):
+            leaf = leaf.addressable_data(0)
+        found[name] = np.asarray(leaf, np.float64)
+    return found
 
 
 def _gather_processes(sums, layers):
@@ -392,17 +445,24 @@ def _gather_processes(sums, layers):
     from jax.experimental import multihost_utils
 
     parts = []
-    for total, leaves in zip(sums, layers, strict=True):
+    for (weight, mean, var, number), leaves in zip(sums, layers, strict=True):
+        # Without a batch, mean and var are still the number 0.
         shape = leaves["mean"].shape
-        parts.append([total[0], *(np.broadcast_to(t, shape) for t in total[1:3]), total[3]])
+        mean = np.broadcast_to(mean, shape)
+        var = np.broadcast_to(var, shape)
+        parts.append([weight, mean, var, number])
+
     # They are sent as bytes, because jax would convert float64 to float32.
-    raw = jax.tree.map(lambda p: np.array(p, np.float64).reshape(-1).view(np.uint8), parts)
+    def as_bytes(part):
+        return np.array(part, np.float64).reshape(-1).view(np.uint8)
+
+    def as_numbers(gathered, part):
+        numbers = np.asarray(gathered).view(np.float64)
+        return numbers.reshape(-1, *np.shape(part))
+
+    raw = jax.tree.map(as_bytes, parts)
     gathered = multihost_utils.process_allgather(raw)
-
-    def numbers(found, part):
-        return np.asarray(found).view(np.float64).reshape(-1, *np.shape(part))
-
-    return jax.tree.map(numbers, gathered, parts)
+    return jax.tree.map(as_numbers, gathered, parts)
 
 
 def _examples(batch) -> int:
@@ -427,12 +487,21 @@ def adopt_stats(batch_stats, count: float = batch_norm.CONVERGED):
 
 def flax_stats(batch_stats):
     """Turns a tree of our `batch_stats` into Flax's: `mean` and `var`, and no `count`."""
-    return _map_leaves(lambda leaves: {k: leaves[k] for k in ("mean", "var")}, batch_stats)
+
+    def without_count(leaves):
+        return {"mean": leaves["mean"], "var": leaves["var"]}
+
+    return _map_leaves(without_count, batch_stats)
 
 
 def _map_layers(f, *trees):
     """Applies f to the Stats of every layer in trees of `batch_stats`."""
-    return _map_leaves(lambda *leaves: f(*map(_stats, leaves))._asdict(), *trees)
+
+    def of_layer(*layers):
+        stats = [_stats(leaves) for leaves in layers]
+        return f(*stats)._asdict()
+
+    return _map_leaves(of_layer, *trees)
 
 
 def _map_leaves(f, *trees):
@@ -465,23 +534,35 @@ def fold_variables(variables, *, epsilon: float):
     stats = traverse_util.flatten_dict(variables["batch_stats"])
     folded = {path: leaf for path, leaf in params.items() if "bn" not in path[:-1]}
 
-    for layer in sorted({path[:-2] for path in stats if path[-2:-1] == ("bn",)}):
+    with_bn = set()
+    for path in stats:
+        *layer, module, _ = path
+        if module == "bn":
+            with_bn.add(tuple(layer))
+
+    for layer in sorted(with_bn):
         linear = [name for name in ("conv", "dense") if (*layer, name, "kernel") in params]
         if len(linear) != 1:
             raise ValueError(
                 f"fold_variables: /{'/'.join(layer)} has a bn beside {len(linear)} layers named "
                 "conv or dense; it needs exactly 1"
             )
-        bn = {path[-1]: leaf for path, leaf in stats.items() if path[:-1] == (*layer, "bn")}
+
+        product = (*layer, linear[0])
+        bn = (*layer, "bn")
         kernel, bias = batch_norm.fold(
-            params[*layer, linear[0], "kernel"],
-            params.get((*layer, linear[0], "bias")),
-            params.get((*layer, "bn", "scale")),
-            params.get((*layer, "bn", "bias")),
-            _stats(bn),
+            params[*product, "kernel"],
+            params.get((*product, "bias")),
+            params.get((*bn, "scale")),
+            params.get((*bn, "bias")),
+            batch_norm.Stats(
+                stats[*bn, "mean"],
+                stats[*bn, "var"],
+                stats.get((*bn, "count")),
+            ),
             epsilon=epsilon,
         )
-        folded[*layer, linear[0], "kernel"] = kernel
-        folded[*layer, linear[0], "bias"] = bias
+        folded[*product, "kernel"] = kernel
+        folded[*product, "bias"] = bias
 
     return {"params": traverse_util.unflatten_dict(folded)}
