@@ -65,9 +65,8 @@ class Evaluator:
 
         score = functools.partial(step.eval_step, model=model)
         batch = build.abstract_batch(exp, self._eval_size(), train=False)
-        self._eval_batch = programs.compiled(
-            "evaluate", score, (*variables, batch), config, jit=jit
-        )
+        arguments: tuple[Any, ...] = (*variables, batch)
+        self._eval_batch = programs.compiled("evaluate", score, arguments, config, jit=jit)
         if not state.batch_stats or self._cancelled:
             return
 
@@ -76,10 +75,17 @@ class Evaluator:
         size = together * mini_batch(exp.config)
         batch = build.abstract_batch(exp, size, train=True)
         if size % exp.mesh.size:
-            batch = jax.tree.map(lambda a: a.update(sharding=replicated(exp.mesh)), batch)
-        arguments = (*variables, state.batch_stats, batch, self._seed())
+            everywhere = replicated(exp.mesh)
+            batch = jax.tree.map(lambda leaf: leaf.update(sharding=everywhere), batch)
+        total = state.batch_stats
+        arguments = (*variables, total, batch, self._seed())
         self._merge_batch = programs.compiled(
-            "population", merge, arguments, config, jit=jit, made_from=[together]
+            "population",
+            merge,
+            arguments,
+            config,
+            jit=jit,
+            made_from=[together],
         )
 
     def _seed(self) -> Any:
@@ -88,8 +94,9 @@ class Evaluator:
 
     def _eval_size(self) -> int:
         """Returns the examples in an evaluation batch, a multiple of the number of devices."""
+        size = self.exp.config.eval_batch_size
         devices = self.exp.mesh.size
-        return math.ceil(self.exp.config.eval_batch_size / devices) * devices
+        return math.ceil(size / devices) * devices
 
     def _together(self) -> int:
         """Returns how many mini-batches are run at once, so that each device has its own."""
@@ -118,10 +125,15 @@ class Evaluator:
         cut = size % mesh.size == 0  # otherwise each device has the whole batch
         own = rows(mesh, size) if cut else slice(0, size)
         batches = self.exp.data.statistics(
-            config.statistics_batches, mini_batch(config), own, config.seed, together
+            config.statistics_batches,
+            mini_batch(config),
+            own,
+            config.seed,
+            together,
         )
 
-        total = put_replicated(mesh, jax.device_get(layers.fresh_stats(batch_stats)))
+        fresh = layers.fresh_stats(batch_stats)
+        total = put_replicated(mesh, jax.device_get(fresh))
         seed = self._seed()
         for batch in batches:
             fed = put_batch(mesh, batch, size) if cut else put_replicated(mesh, batch)
@@ -145,13 +157,17 @@ class Evaluator:
         size = self._eval_size()
         sums = []
         for batch in data.evaluation(size, rows(mesh, size)):
-            sums.append(self._eval_batch(params, batch_stats, put_batch(mesh, batch, size)))
+            fed = put_batch(mesh, batch, size)
+            sums.append(self._eval_batch(params, batch_stats, fed))
 
-        total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
+        total = {name: sum(float(batch[name]) for batch in sums) for name in sums[0]}
         examples = int(total.pop("examples"))
         if examples != data.num_eval:
             raise DataError(f"evaluated {examples} examples, but the split holds {data.num_eval}")
-        return {name: value / examples for name, value in total.items()} | {"examples": examples}
+
+        found: dict[str, Any] = {name: value / examples for name, value in total.items()}
+        found["examples"] = examples
+        return found
 
 
 def mini_batches_at_once(config: Mapping[str, Any] | ConfigDict, devices: int) -> int:
@@ -164,7 +180,9 @@ def mini_batches_at_once(config: Mapping[str, Any] | ConfigDict, devices: int) -
 def mini_batch(config: Mapping[str, Any] | ConfigDict) -> int:
     """Returns the number of examples that BN normalizes together: a group, or the whole batch."""
     group = config["bn"]["group_size"]
-    return config["batch_size"] if group is None else group
+    if group is None:
+        return config["batch_size"]
+    return group
 
 
 def sentence(split: str, scores: dict[str, Any]) -> str:
@@ -183,12 +201,14 @@ def running_gap(running: Any, exact: Any, epsilon: float) -> float:
     Its unit is the deviation that BN divides by, sqrt(var + epsilon) of the population. It says how
     far the moving average lags behind. running, exact: trees of batch_stats. It is NaN without BN.
     """
-    running, exact = (traverse_util.flatten_dict(jax.device_get(t)) for t in (running, exact))
+    running = traverse_util.flatten_dict(jax.device_get(running))
+    exact = traverse_util.flatten_dict(jax.device_get(exact))
     gaps = []
     for *layer, name in exact:
-        if name == "mean":
-            mean = exact[*layer, "mean"]
-            var = exact[*layer, "var"]
-            distance = np.abs(running[*layer, "mean"] - mean)
-            gaps.append(float(np.max(distance / np.sqrt(var + epsilon))))
+        if name != "mean":
+            continue
+        mean = exact[*layer, "mean"]
+        deviation = np.sqrt(exact[*layer, "var"] + epsilon)
+        distance = np.abs(running[*layer, "mean"] - mean)
+        gaps.append(float(np.max(distance / deviation)))
     return max(gaps, default=math.nan)
