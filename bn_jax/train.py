@@ -193,7 +193,8 @@ class Loop:
         """Starts compiling what the dispatch after `step` needs, in other threads."""
         exp = self.exp
         data = self.exp.data
-        size = sum(leaf.size for leaf in jax.tree.leaves(build.abstract_state(exp).params))
+        leaves = jax.tree.leaves(build.abstract_state(exp).params)
+        size = sum(leaf.size for leaf in leaves)
         self.records.say(
             f"{exp.config.name}: {size:,} parameters, {data.num_train:,} training examples; "
             "compiling ..."
@@ -207,10 +208,12 @@ class Loop:
             self.train(step, state, signals)
         with self.records.timed("save"):
             self.checkpoints.wait()
+
         data = self.exp.data
         accuracy = evaluator.sentence(data.split, self.scores)
         if "test" in self.scores:
-            accuracy = f"{evaluator.sentence(data.test_split, self.scores['test'])}; {accuracy}"
+            tested = evaluator.sentence(data.test_split, self.scores["test"])
+            accuracy = f"{tested}; {accuracy}"
         self.records.say(f"done: {accuracy}; {data.description}")
         return self.scores
 
@@ -264,8 +267,11 @@ class Loop:
     def due(self, step: int) -> list[Callable[[int, TrainState], None]]:
         """Returns the events that follow `step`, in order; after the last step they are all."""
         last = step == self.exp.config.total_steps
-        early = [self.evaluate] if step in self.early else []
-        due = [e for every, e in self.events if last or step % every == 0 or e in early]
+        due = []
+        for every, event in self.events:
+            early = event == self.evaluate and step in self.early
+            if last or early or step % every == 0:
+                due.append(event)
         if self.stopping and self.save not in due:
             due.append(self.save)
         return due
@@ -274,14 +280,16 @@ class Loop:
         """Writes the metrics of a finished dispatch. Raises DivergedError if one is not finite."""
         if pending is None:
             return
-        last = pending[0]
-        metrics = jax.device_get(pending[1])
-        self.dispatches.finished(self.records.at()[1])
         config = self.exp.config
+        last, on_device = pending
+        metrics = jax.device_get(on_device)
+        _, seconds = self.records.at()
+        self.dispatches.finished(seconds)
 
         squares = metrics.pop("gradient_square")
         metrics["gradient_norm"] = np.sqrt(np.sum(squares, axis=-1))
-        for i, step in enumerate(range(last - self.dispatch + 1, last + 1)):
+        first = last - self.dispatch + 1
+        for i, step in enumerate(range(first, last + 1)):
             line = {name: float(values[i]) for name, values in metrics.items()}
             if not (np.isfinite(line["loss"]) and np.all(np.isfinite(squares[i]))):
                 leaves = leaf_names(self.exp)
@@ -352,8 +360,9 @@ class Loop:
             # A quick save is waited for, so that a kill costs no more than one interval. It is
             # quick if it takes at most this share of the training time since the previous save.
             before = self.saved_at
-            self.saved_at = self.records.at()[1]
-            self.checkpoints.settle(self.exp.config.checkpoint_wait * (self.saved_at - before))
+            _, self.saved_at = self.records.at()
+            share = self.exp.config.checkpoint_wait
+            self.checkpoints.settle(share * (self.saved_at - before))
             self.checkpoints.check()
 
     def too_soon(self, step: int) -> bool:
@@ -380,7 +389,8 @@ class Loop:
 
     def place(self) -> watchdog.Place:
         """Returns where the loop is, for `Watchdog.follow`."""
-        return watchdog.Place(self.begun, self.records.at()[0], self.dispatches.slowest())
+        phase, _ = self.records.at()
+        return watchdog.Place(self.begun, phase, self.dispatches.slowest())
 
     def abandon(self, error: BaseException) -> None:
         """Completes the records when the loop is stuck, and a save under way if it is quick."""
@@ -407,8 +417,9 @@ def steps_per_dispatch(config: ConfigDict, start: int = 0) -> int:
     if config.record.activations:
         intervals.append(config.record.activation_every)
     fits = math.gcd(config.steps_per_dispatch, *intervals)
-    most = fits if jax.process_count() == 1 else FEW
-    return max(k for k in range(1, min(fits, most) + 1) if fits % k == 0)
+    most = fits if jax.process_count() == 1 else min(fits, FEW)
+    divisors = [steps for steps in range(1, most + 1) if fits % steps == 0]
+    return max(divisors)
 
 
 def training_step(exp: Experiment, dispatch: int) -> tuple[Callable, Callable]:
@@ -423,7 +434,7 @@ def training_step(exp: Experiment, dispatch: int) -> tuple[Callable, Callable]:
 
     def one(state, batch, hyper, seed):
         state, metrics = train_step(state, batch, hyper, seed, model=exp.model)
-        return state, jax.tree.map(lambda m: m[None], metrics)
+        return state, jax.tree.map(lambda metric: metric[None], metrics)
 
     def many(state, images, labels, indices, hyper, seed):
         return train_steps(
@@ -437,14 +448,19 @@ def training_step(exp: Experiment, dispatch: int) -> tuple[Callable, Callable]:
             image_shape=exp.data.image_shape,
         )
 
-    fed = (batch,) if dispatch == 1 else (everywhere, everywhere, along_batch(exp.mesh, axis=1))
+    if dispatch == 1:
+        function: Callable = one
+        fed: tuple[Any, ...] = (batch,)
+    else:
+        function = many
+        fed = (everywhere, everywhere, along_batch(exp.mesh, axis=1))
     jit = functools.partial(
         jax.jit,
         in_shardings=(everywhere, *fed, everywhere, everywhere),
         out_shardings=everywhere,
         donate_argnums=0,
     )
-    return one if dispatch == 1 else many, jit
+    return function, jit
 
 
 def compile_step(exp: Experiment, dispatch: int, *arguments: Any) -> Callable:
@@ -512,9 +528,11 @@ def feed(exp: Experiment, start: int, dispatch: int) -> Iterator[tuple]:
 
     images, labels = data.resident()
     images, labels = put_replicated(mesh, (as_words(images), labels))
+    by_step = along_batch(mesh, axis=1)
     for first in range(start, total, dispatch):
-        order = [data.train_indices(k, size, seed=seed) for k in range(first, first + dispatch)]
-        yield images, labels, put(along_batch(mesh, axis=1), np.stack(order))
+        steps = range(first, first + dispatch)
+        order = [data.train_indices(step, size, seed=seed) for step in steps]
+        yield images, labels, put(by_step, np.stack(order))
 
 
 def early_evaluations(first: int, every: int, dispatch: int = 1) -> frozenset[int]:
@@ -556,7 +574,11 @@ def leaf_names(exp: Experiment) -> list[str]:
 
 
 def diverged_error(
-    step: int, loss: float, squares: np.ndarray, leaves: Sequence[str], forward: Sequence[str]
+    step: int,
+    loss: float,
+    squares: np.ndarray,
+    leaves: Sequence[str],
+    forward: Sequence[str],
 ) -> DivergedError:
     """Makes the error that ends a run that has diverged.
 
@@ -566,8 +588,13 @@ def diverged_error(
     """
     pairs = zip(leaves, squares, strict=True)
     bad = {name for name, square in pairs if not np.isfinite(square)}
-    first = next((name for name in forward if name in bad), "")
-    where = f": first in {first.rpartition('/')[0] or first} ({first})" if first else ""
+
+    where = ""
+    in_order = [name for name in forward if name in bad]
+    if in_order:
+        first = in_order[0]
+        layer, _, _ = first.rpartition("/")
+        where = f": first in {layer or first} ({first})"
     return DivergedError(
         f"diverged at step {step:,}: loss {loss}, gradient not finite in {len(bad)} of "
         f"{len(leaves)} parameters{where}; the records and the last finite checkpoint are kept"
