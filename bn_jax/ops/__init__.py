@@ -280,8 +280,8 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 def _stride_1_pool(x: jax.Array) -> jax.Array:
     """Pools with XLA's own operation; only the gradient is that of `_max_pool`.
 
-    The positions are found in the backward pass, because TPU7x's compiler ends with an error where
-    maxima and positions come out of one loop.
+    The positions are found in the backward pass and in float32, because TPU7x's compiler ends with
+    an error where maxima in bfloat16 and positions come out of one loop.
     """
     return _plain_max_pool(x, 1)
 
@@ -291,7 +291,8 @@ def _stride_1_pool_forward(x: jax.Array):
 
 
 def _stride_1_pool_backward(x: jax.Array, dy: jax.Array):
-    _, place = _max_and_place(x, 1)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    _, place = _max_and_place(wide, 1)
     return _max_pool_backward(1, (place, x.shape), dy)
 
 
