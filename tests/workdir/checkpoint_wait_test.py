@@ -53,8 +53,8 @@ def follow(monkeypatch, look) -> None:
     """Calls look(loop, step) after every dispatch, before the next one."""
     real = train.Loop.due
 
-    def due(self, step, stopping):
-        return [*real(self, step, stopping), lambda step, state: look(self, step)]
+    def due(self, step):
+        return [*real(self, step), lambda step, state: look(self, step)]
 
     monkeypatch.setattr(train.Loop, "due", due)
 
