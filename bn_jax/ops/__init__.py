@@ -12,8 +12,8 @@
     vectors          a sum of squares for each array    one for forty arrays (vectors.py)   GPU
 
 `FORMS` (forms.py) is the only place that says which form runs on which backend. On TPUs only a max
-pool of stride 1 is ours, because the compilers of v6e and TPU7x (libtpu 0.0.48.1 and 0.0.50.1) end
-with an error of their own at XLA's gradient of it in bfloat16.
+pool of stride 1 is ours, because the compilers of v6e and TPU7x (libtpu 0.0.50.1) end with an error
+of their own at XLA's gradient of it in bfloat16.
 
 On GPUs max pooling is ours because XLA's gradient adds with atomics, in an order that changes from
 run to run, and if it must be deterministic, XLA sorts millions of keys instead. Filter gradients
