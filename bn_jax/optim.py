@@ -68,7 +68,9 @@ def rate_factor(scaling: str, batch_size: int, mini_batch: int | None) -> float:
         return 1.0
 
     ratio = batch_size / mini_batch
-    return ratio if scaling == "linear" else math.sqrt(ratio)
+    if scaling == "linear":
+        return ratio
+    return math.sqrt(ratio)
 
 
 def decayed_rate(hyper: Hyper, step: jax.Array, batch_size: int) -> jax.Array:
@@ -85,11 +87,15 @@ def decayed_rate(hyper: Hyper, step: jax.Array, batch_size: int) -> jax.Array:
     examples = jnp.asarray(step, jnp.float32) * batch_size
     decay = jnp.power(hyper.decay_rate, examples / hyper.decay_examples)
 
-    warmed = jnp.where(
-        examples < hyper.warmup_examples, examples / jnp.maximum(hyper.warmup_examples, 1), 1
-    )
+    # Without a warm-up there are no examples in it, and nothing is divided by 0.
+    warming = examples < hyper.warmup_examples
+    length = jnp.maximum(hyper.warmup_examples, 1)
+    warmed = jnp.where(warming, examples / length, 1)
+
     # The factor is exactly 1 after the warm-up, and without one.
-    warmup = jnp.where(warmed < 1, hyper.warmup_from + (1 - hyper.warmup_from) * warmed, 1)
+    first = hyper.warmup_from
+    unfinished = warmed < 1
+    warmup = jnp.where(unfinished, first + (1 - first) * warmed, 1)
 
     return decay * hyper.learning_rate * warmup
 
@@ -123,16 +129,24 @@ def l2_penalty(params: optax.Params) -> jax.Array:
     Scales, offsets and biases are not decayed. The paper does not define its "L2 weight
     regularization"; with this form the gradient is `l2 * w`.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    kernels = [leaf.astype(jnp.float32) for path, leaf in leaves if _decays(path)]
-    return 0.5 * jnp.sum(vectors.squares(kernels)) if kernels else jnp.float32(0)
+    kernels = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if _decays(path):
+            kernels.append(leaf.astype(jnp.float32))
+
+    if not kernels:
+        return jnp.float32(0)
+    squares = vectors.squares(kernels)
+    return 0.5 * jnp.sum(squares)
 
 
 def add_decay(grads: optax.Updates, params: optax.Params, l2: jax.typing.ArrayLike) -> Any:
     """Adds the gradient of `l2 * l2_penalty(params)` to the gradients."""
 
     def add(path, g, w):
-        return g + l2 * w if _decays(path) else g
+        if _decays(path):
+            return g + l2 * w
+        return g
 
     return jax.tree_util.tree_map_with_path(add, grads, params)
 
