@@ -476,57 +476,102 @@ def _moments(x, mask, m, layout: _Layout):
     (mean - near)^2 is at most variance * (number of values / size of the sample), which bounds the
     cancellation. The mean of a constant feature is exactly its value.
     """
-    axes = layout.axes
-    x = _promote(x)
+    dtype = _wide(x.dtype)
     if m is None:
-        m = _number(layout.values, x.dtype)
+        m = _number(layout.values, dtype)
     else:
         at_least_one = jnp.maximum(m.part, 1)
-        m = at_least_one.astype(x.dtype)
+        m = at_least_one.astype(dtype)
 
-    sample, valid = _sample(x, mask, layout)
-    total = jnp.sum(sample, axes, keepdims=True, where=valid)
-    near = total / _count(sample.shape, valid, axes, x.dtype)
-    # It is rounded to 16 bits: otherwise a fused multiply-add here would see another value than the
-    # sums do.
-    form = jnp.finfo(near.dtype)
-    near = lax.reduce_precision(near, form.nexp, 16)
-
-    # One value gets two names: else XLA on CPU writes x - near to memory because two sums share it.
-    near, near_too = lax.optimization_barrier((near, near))
-    first = _masked_sum(x - near, mask, axes) / m
+    near, near_too = _near(x, mask, layout)
+    x = _promote(x)
+    first = _masked_sum(x - near, mask, layout) / m
     squares = jnp.square(x - near_too)
-    second = _masked_sum(squares, mask, axes) / m
+    second = _masked_sum(squares, mask, layout) / m
     var = jnp.maximum(second - jnp.square(first), 0)
 
-    # It is rounded by one bit for the same reason: everything that reads the mean sees one value.
+    # It is rounded by one bit, so that everything that reads the mean sees one value: a fused
+    # multiply-add would see another one than the sums do.
+    form = jnp.finfo(dtype)
     first = lax.reduce_precision(first, form.nexp, form.nmant - 1)
     mean = near + first
     rest = first - (mean - near)
     return mean, rest, var
 
 
+def _near(x, mask, layout: _Layout):
+    """Returns a value near the mean of every part, under two names (see `_mean_of_sample`).
+
+    On NVIDIA GPUs a sample costs a kernel in every layer, and its mean often another one. 16-bit
+    values have a single value as their sample there: an odd one moves the variance by no more than
+    the number of values times 2^-24, and such data are rounded to 2^-8 or 2^-11 themselves.
+    """
+    sampled = functools.partial(_mean_of_sample, mask=mask, layout=layout)
+    narrow = jnp.finfo(x.dtype).bits <= 16
+    if narrow and _masks_examples(mask, layout):
+        one = functools.partial(_one_value, mask=mask, layout=layout)
+        return lax.platform_dependent(x, cuda=one, default=sampled)
+    return sampled(x)
+
+
+def _one_value(x, mask, layout: _Layout):
+    """Takes the value in the middle of the first valid example of every part; 0 if it has none."""
+    examples, *others = layout.axes
+    for a in others:
+        x = lax.slice_in_dim(x, x.shape[a] // 2, x.shape[a] // 2 + 1, axis=a)
+
+    if mask is None:
+        x = lax.slice_in_dim(x, 0, 1, axis=examples)
+    else:
+        first = jnp.argmax(mask, examples, keepdims=True)
+        x = jnp.take_along_axis(x, first, examples, mode="promise_in_bounds")
+        some = jnp.any(mask, examples, keepdims=True)
+        x = jnp.where(some, x, 0)
+
+    x = _promote(x)
+    return x, x
+
+
+def _mean_of_sample(x, mask, layout: _Layout):
+    """Computes the mean of `_sample`."""
+    x = _promote(x)
+    sample, valid = _sample(x, mask, layout)
+    total = jnp.sum(sample, layout.axes, keepdims=True, where=valid)
+    near = total / _count(sample.shape, valid, layout.axes, x.dtype)
+
+    # It is rounded to 16 bits: otherwise a fused multiply-add would see another value than the sums
+    # do.
+    near = lax.reduce_precision(near, jnp.finfo(near.dtype).nexp, 16)
+
+    # One value gets two names: else XLA on CPU writes x - near to memory because two sums share it.
+    near, near_too = lax.optimization_barrier((near, near))
+    return near, near_too
+
+
+def _masks_examples(mask, layout: _Layout) -> bool:
+    """Whether a value counts or not by its example alone, or there is no mask."""
+    if mask is None:
+        return True
+    behind = mask.shape[layout.axes[0] + 1 :]
+    return not any(size > 1 for size in behind)
+
+
 # jaxlib 0.10 with SAFE_SUMS adds numbers one after the other; a sum in two stages rounds less.
 _SUMS_IN_TURN = jax.__version_info__ < (0, 11)
 
 
-def _masked_sum(values, mask, axes):
+def _masked_sum(values, mask, layout: _Layout):
     """Sums the valid values. If whole examples are masked, it selects among sums of examples.
 
     XLA on CPU writes selected arrays to memory, and the sums are smaller than the values.
     """
-    examples, *others = axes
-    whole_examples = False
-    if mask is not None:
-        behind = mask.shape[examples + 1 :]
-        whole_examples = not any(size > 1 for size in behind)
-
-    if not whole_examples:
+    examples, *others = layout.axes
+    if mask is None or not _masks_examples(mask, layout):
         if others and _SUMS_IN_TURN:
             of_examples = jnp.sum(values, others, keepdims=True, where=mask)
             of_examples = lax.optimization_barrier(of_examples)
             return jnp.sum(of_examples, examples, keepdims=True)
-        return jnp.sum(values, axes, keepdims=True, where=mask)
+        return jnp.sum(values, layout.axes, keepdims=True, where=mask)
 
     if others:
         values = jnp.sum(values, others, keepdims=True)

@@ -16,7 +16,7 @@ from tests.support.algorithm_1 import TOLERANCE, draw, normalize, ours, paper
 
 @pytest.fixture(params=["here", "cuda"])
 def platform(request, monkeypatch):
-    """Runs a test with the forms of the backward pass for this platform and for GPUs."""
+    """Runs a test with the forms for this platform and with those for NVIDIA GPUs."""
 
     def cuda_form(*args, default, **forms):
         return forms.get("cuda", default)(*args)
@@ -71,6 +71,54 @@ def test_gradients_equal_finite_differences_in_float64(relu, masked):
             # Central differences at 1e-6: error h^2 plus rounding / h, both below 1e-8.
             want = (move(1e-6) - move(-1e-6)) / 2e-6
             np.testing.assert_allclose(jnp.sum(gradients[i] * way), want, rtol=1e-7)
+
+
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_statistics_of_16_bit_values_are_those_of_float64(dtype, masked):
+    """Far from 0, too, and beside values that are not finite in examples that do not count."""
+    x = jnp.asarray(draw(8, 5, 4, 3) + np.array([0, 100, -300]), dtype)
+    mask = None
+    counts = np.full(8, True)
+    if masked:
+        counts[[0, 1, 6, 7]] = False
+        mask = jnp.asarray(counts)
+        x = jnp.where(jnp.expand_dims(mask, (1, 2, 3)), x, jnp.nan)
+
+    stats = batch_norm.init_stats((3,))
+    y, stats = normalize(x, None, None, stats, train=True, group_size=4, mask=mask)
+
+    groups = np.split(np.asarray(x, np.float64), 2)
+    valid = [g[c].reshape(-1, 3) for g, c in zip(groups, np.split(counts, 2), strict=True)]
+    means = np.stack([g.mean(0) for g in valid])
+    variances = np.stack([g.var(0, ddof=1) for g in valid])
+    np.testing.assert_allclose(stats.mean, means.mean(0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(stats.var, variances.mean(0), rtol=1e-4)
+    assert np.isfinite(y).all()
+
+
+@pytest.mark.usefixtures("platform")
+def test_statistics_of_16_bit_values_without_a_valid_one():
+    """The first group has only NaN and no valid example: the other one alone counts."""
+    constant = jnp.array([3.5, -2.25], "bfloat16")
+    x = jnp.full((8, 2), jnp.nan, "bfloat16").at[4:].set(constant)
+    mask = jnp.arange(8) >= 4
+    stats = batch_norm.init_stats((2,))
+    y, stats = normalize(x, None, None, stats, train=True, group_size=4, mask=mask)
+    np.testing.assert_array_equal(stats.mean, [3.5, -2.25])  # exactly, as they are constant
+    np.testing.assert_array_equal(stats.var, [0, 0])
+    np.testing.assert_array_equal(y, 0)
+
+
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("place", [0, 8])
+def test_one_odd_16_bit_value_does_not_spoil_the_variance(place):
+    """All values are 0 but one, wherever it lies: at worst it is the one that sums start from."""
+    x = jnp.zeros((64, 16, 1), "bfloat16").at[0, place].set(512)
+    _, stats = normalize(x, None, None, batch_norm.init_stats((1,)), train=True)
+    number = x.size
+    np.testing.assert_allclose(stats.var[0], 512**2 / number, rtol=2 * number * 2**-24)
 
 
 def test_invariants_of_section_3():
