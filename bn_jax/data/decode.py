@@ -1,9 +1,9 @@
 """Decodes images to RGB pixels: JPEG by simplejpeg (libjpeg-turbo), all others by OpenCV.
 
 The header is read first, so that an image whose decoding would need more than MAX_BYTES is refused
-before any of it is unpacked. libjpeg-turbo reads the header of a JPEG. Pillow reads those of other
-files; it decodes no pixels until it is asked to. A file is decoded if Pillow and OpenCV agree on
-it; docs/data.md says what happens to others.
+before any of it is unpacked. libjpeg-turbo reads the header of a JPEG, `_png_frame` that of a PNG.
+Pillow reads those of other files; it decodes no pixels until it is asked to. A file is decoded if
+Pillow and OpenCV agree on it; docs/data.md says what happens to others.
 
 Pixels are as stored: an EXIF orientation is ignored, as tf.io.decode_jpeg and torchvision do. Grey,
 palette, 16-bit, CMYK and transparent images become 8-bit RGB.
