@@ -123,7 +123,7 @@ def main() -> None:
     """Reads the command line and classifies the pictures."""
     parser = errors.Parser("python -m bn_jax.predict", description=__doc__)
     parser.add_argument("--workdir", required=True, help="a run; several are an ensemble")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG, BMP or WebP files")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures of any common format")
     parser.add_argument("--json", action="store_true", help="one JSON object a picture")
     parser.add_argument("--crops", type=int, default=1, help="1, 10 or 144 crops, averaged (1)")
     parser.add_argument(
