@@ -244,12 +244,10 @@ def test_the_mlp_for_tpus_is_quoted_from_its_page():
 
     a, b, c = counts(one, "all-reduce")
     assert {f"{found.share:.4f}" for found in one} == {"1.0000"}
-    assert f"It has {a}, {b} and {c} all-reduces of 1.0000 of the bytes" in quoted("pods.md")
+    assert f"It has {a}, {b} and {c} all-reduces, with 1.0000 of the bytes" in quoted("pods.md")
 
     a, b, c = counts(two, "all-reduce")
     assert set(counts(two, "collective-permute")) == {"1"}
     (share,) = {f"{found.share:.2f}" for found in two}
-    said = (
-        f"it has {a}, {b} and {c} all-reduces and a collective-permute, of {share} times the bytes"
-    )
-    assert said in quoted("pods.md")
+    said = f"it has {a}, {b} and {c} all-reduces and a collective-permute"
+    assert f"{said}, with {share} times the bytes" in quoted("pods.md")
