@@ -1,5 +1,5 @@
-# All that a developer or CI runs. `make demo` and `make test` need only Python >= 3.11 and a package
-# index.
+# All that a developer or CI runs. `make demo` and `make test` need only Python 3.11, 3.12 or 3.13 and a
+# package index.
 # PYTHON=/path/to/python3.12 overrides the newest tested one that launch/find_python.sh finds.
 PYTHON ?=
 VENV ?= .venv
