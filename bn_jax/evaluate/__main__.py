@@ -19,7 +19,7 @@ from bn_jax.distributed.watchdog import Watchdog
 from bn_jax.errors import ConfigError
 from bn_jax.evaluate import members, predictions
 from bn_jax.evaluate.ensemble import evaluate
-from bn_jax.workdir import files, reader
+from bn_jax.workdir import files, provenance, reader
 
 
 def main() -> None:
@@ -65,6 +65,7 @@ def main() -> None:
         parts = [predictions.load(pathlib.Path(name)) for name in args.combine.split(",")]
         line = predictions.show(parts)
         if args.out is not None:
+            line |= provenance.origin()
             reader.append_evaluation(args.out, line)
     else:
         startup.use_safe_sums()

@@ -167,7 +167,9 @@ def test_the_command_reports_each_member_and_their_mean(runs, monkeypatch, capsy
         assert [len(line["members"]) for line in lines] == [1, 2]
         assert lines[-1]["examples"] == 1000 and lines[-1]["views"] == 5
         assert lines[0]["members"][0]["running_gap"] > 0
-    assert len((tmp_path / "evaluations.jsonl").read_text().splitlines()) == 1
+    (recorded,) = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    combined = json.loads(recorded)
+    assert combined["source"] == lines[-1]["source"] and combined["hardware"]["devices"] == 8
 
 
 def test_running_statistics_are_another_result(runs, monkeypatch, capsys):
