@@ -31,7 +31,7 @@ STYLES = {
     "inception": (BLACK, "--"),
     "inception_best": (GREY, "-"),
     "inception_best_rate": (GREY, "-"),
-    "bn_x5_without_bn": (GREEN, ":"),
+    "bn_x5_without_bn": (VERMILION, "--"),
     "bn_best": (BLACK, "-"),
     "bn_baseline": (ORANGE, "-"),
     "bn_x5": (GREEN, "-"),
