@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from bn_jax.activations.measure import Measured
 from bn_jax.figures.fig1 import Percentiles, drift, plot_percentiles, typical_unit
-from bn_jax.figures.plotting import BLUE, GREY, save, subplots
+from bn_jax.figures.plotting import BLUE, GREY, evenly_spread, save, subplots
+from bn_jax.tables import markdown_table
 
 MOST = 12  # layers whose bands and histograms are drawn; the map shows all layers
 
@@ -77,8 +78,8 @@ def moved(run: Shown, path: str) -> np.ndarray:
     return np.median(relative, axis=1)
 
 
-def _row(run: Shown, path: str) -> str:
-    """Makes one activation's line of the table."""
+def _row(run: Shown, path: str) -> list[str]:
+    """Makes one activation's cells of the table."""
     first = min(run.steps)
     last = max(run.steps)
     found = run.steps[last][path]
@@ -88,18 +89,21 @@ def _row(run: Shown, path: str) -> str:
     dead = 100 * float(found.dead)
     saturated = 100 * float(found.saturated)
 
-    return (
-        f"| {run.name} | {path} | {first:,} to {last:,} "
-        f"| {spreads[0]:.3g} to {spreads[-1]:.3g} "
-        f"| {np.median(of_median):.2f} "
-        f"| {dead:.1f}% | {saturated:.1f}% |"
-    )
+    return [
+        run.name,
+        path,
+        f"{first:,} to {last:,}",
+        f"{spreads[0]:.3g} to {spreads[-1]:.3g}",
+        f"{np.median(of_median):.2f}",
+        f"{dead:.1f}%",
+        f"{saturated:.1f}%",
+    ]
 
 
 def table(runs: Sequence[Shown]) -> str:
     """Makes a Markdown table of all runs' activations, from the first to the last measured step."""
-    rows = ["| run | activation | steps | spread | drift | dead | saturated |"]
-    rows.append("|" + "---|" * 7)
+    head = ["run", "activation", "steps", "spread", "drift", "dead", "saturated"]
+    rows = []
     for run in runs:
         for path in run.paths():
             rows.append(_row(run, path))
@@ -109,13 +113,13 @@ def table(runs: Sequence[Shown]) -> str:
         "the steps / mean distance from the 15th to the 85th, of the median unit. Dead: units that "
         "are never above 0. Saturated: values beyond +-4. Both at the last step."
     )
-    return "\n".join([*rows, notes])
+    return f"{markdown_table(head, rows)}\n{notes}"
 
 
 def draw_activations(runs: Sequence[Shown], out: pathlib.Path) -> list[pathlib.Path]:
     """Draws bands, histograms and the map of one run, or of two side by side; returns the files."""
     paths = _all_paths(runs)
-    shown = _spread_out(len(paths), MOST)
+    shown = evenly_spread(len(paths), MOST)
     few = [paths[k] for k in shown]
 
     figures = {
@@ -134,14 +138,6 @@ def _all_paths(runs: Sequence[Shown]) -> list[str]:
     for run in runs:
         found.update(run.paths())
     return sorted(found)
-
-
-def _spread_out(number: int, most: int) -> list[int]:
-    """Returns at most `most` of the places 0 to number - 1, evenly spread."""
-    if number <= most:
-        return list(range(number))
-    places = np.linspace(0, number - 1, most)
-    return places.round().astype(int).tolist()
 
 
 def _grid(runs: Sequence[Shown], paths: Sequence[str]):
@@ -317,7 +313,7 @@ def _draw_maps(
 def _label_steps(axes, run: Shown, most: int, **text: float) -> None:
     """Labels at most `most` of a run's steps, which lie at 0, 1, ... on the horizontal axis."""
     steps = list(run.steps)
-    shown = _spread_out(len(steps), most)
+    shown = evenly_spread(len(steps), most)
     labels = [f"{steps[k]:,}" for k in shown]
     axes.set_xticks(shown, labels, **text)
     axes.set_xlabel("step")

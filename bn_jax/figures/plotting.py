@@ -7,6 +7,7 @@ its own matplotlib backend.
 import pathlib
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from bn_jax.workdir.reader import Run
@@ -28,6 +29,14 @@ def subplots(
     """Makes a figure (size in inches) and its axes, as `matplotlib.pyplot.subplots` does."""
     figure = Figure(figsize=figsize, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=squeeze)
+
+
+def evenly_spread(number: int, most: int) -> list[int]:
+    """Returns at most `most` of the places 0 to number - 1, evenly spread, with both ends."""
+    if number <= most:
+        return list(range(number))
+    places = np.linspace(0, number - 1, most)
+    return places.round().astype(int).tolist()
 
 
 def plot_accuracy(axes, run: Run, colour: str, label: str) -> None:

@@ -20,7 +20,7 @@ from bn_jax.activations import known_paths
 from bn_jax.activations.measure import Observer
 from bn_jax.experiment.build import Experiment
 from bn_jax.figures.activations import Shown, moved, spread
-from bn_jax.figures.plotting import subplots
+from bn_jax.figures.plotting import evenly_spread, subplots
 from bn_jax.studies.frame import (
     Results,
     Study,
@@ -197,39 +197,36 @@ def table(results: Results) -> Table:
 
 def draw(results: Results) -> Figure:
     """Draws maps of layers x steps of the first seed, BN above; each column has one scale."""
-    shown = {arm: seeds[0].measured for arm, seeds in results.items() if seeds[0].measured}
-    drawn = {arm: maps(measured) for arm, measured in shown.items()}
+    steps: dict[str, list[str]] = {}
+    drawn: dict[str, dict[str, tuple[list[str], np.ndarray]]] = {}
+    for arm, seeds in results.items():
+        measured = seeds[0].measured
+        if measured:
+            steps[arm] = [f"{one['step']:,}" for one in measured["steps"]]
+            drawn[arm] = maps(measured)
 
-    rows = max(1, len(shown))
+    rows = max(1, len(drawn))
     figure, panels = subplots(rows, 3, figsize=(13, 3.6 * rows), squeeze=False)
-    for row, arm in zip(panels, shown, strict=False):
-        steps = [f"{one['step']:,}" for one in shown[arm]["steps"]]
+    for row, arm in zip(panels, drawn, strict=False):
         for axes, title in zip(row, drawn[arm], strict=True):
             names, values = drawn[arm][title]
-            both = [found[title][1].ravel() for found in drawn.values()]
-            scale = np.concatenate(both)
+            of_both = [found[title][1] for found in drawn.values()]
             image = axes.imshow(
                 values,
                 aspect="auto",
                 interpolation="nearest",
-                vmin=np.nanmin(scale),
-                vmax=np.nanmax(scale),
+                vmin=min(map(np.nanmin, of_both)),
+                vmax=max(map(np.nanmax, of_both)),
             )
             figure.colorbar(image, ax=axes)
 
-            places = _spread_evenly(12, len(names))
-            axes.set_yticks(places, [names[k] for k in places], fontsize=6)
-            places = _spread_evenly(5, len(steps))
-            axes.set_xticks(places, [steps[k] for k in places], fontsize=7)
+            layers = evenly_spread(len(names), 12)
+            axes.set_yticks(layers, [names[k] for k in layers], fontsize=6)
+            shown = evenly_spread(len(steps[arm]), 5)
+            axes.set_xticks(shown, [steps[arm][k] for k in shown], fontsize=7)
             axes.set_title(f"{arm}: {title}", fontsize=9)
             axes.set_xlabel("step")
     return figure
-
-
-def _spread_evenly(number: int, places: int) -> np.ndarray:
-    """Returns up to `number` of the integers 0 to places - 1, with both ends."""
-    even = np.linspace(0, places - 1, number)
-    return np.unique(even.round().astype(int))
 
 
 STUDY = Study(
