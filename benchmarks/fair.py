@@ -4,6 +4,7 @@ A benchmark checks first that its sides compute the same, then times them interl
 that a busy machine slows all of them, and gives medians and paired ratios with their n.
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -15,6 +16,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from bn_jax.distributed.cpus import usable_cpus
 
 MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=20000000000:glibc.malloc.arena_max=1"
 PACKAGES = ("jax", "flax", "optax", "numpy", "torch", "torchvision", "pretrainedmodels")
@@ -30,6 +33,16 @@ def warm_allocator(module: str) -> None:
     if platform.libc_ver()[0] == "glibc" and os.environ.get("GLIBC_TUNABLES") != MALLOC:
         os.environ["GLIBC_TUNABLES"] = MALLOC
         os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])
+
+
+def arguments(module: str, description: str) -> argparse.Namespace:
+    """Reads --smoke and --steps of the benchmark `module`, under the warm allocator."""
+    parser = argparse.ArgumentParser(f"python -m {module}", description=description.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="a toy network: that it runs")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps of each side (9)")
+    args = parser.parse_args()
+    warm_allocator(module)
+    return args
 
 
 def use_threads(count: int) -> None:
@@ -86,13 +99,6 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def hardware() -> str:
     """This machine in a few words."""
     return f"{processor()}, {os.cpu_count()} cores"
@@ -105,7 +111,7 @@ def machine() -> dict[str, Any]:
     tuned = os.environ.get("GLIBC_TUNABLES") == MALLOC
     return {
         "hardware": hardware(),
-        "threads": cores(),
+        "threads": usable_cpus(),
         "system": platform.platform(terse=True),
         "versions": provenance.versions(PACKAGES),
         "allocator": f"{platform.libc_ver()[0] or 'system'} malloc" + (", warm" if tuned else ""),

@@ -10,7 +10,6 @@ compiled alike.
 Steps are interleaved, as trained: without that option.
 """
 
-import argparse
 import functools
 import time
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from benchmarks import fair
 from bn_jax import models, optim
 from bn_jax.layers import BatchNorm, ConvBN
 from bn_jax.step import init_state, train_step
@@ -110,8 +110,6 @@ def runner(program: Program, model, pixels: int, channels: int, batch: int, clas
 
 def measure(name: str, sides: dict[str, Any], shape: dict[str, int], n: int) -> dict[str, Any]:
     """One record: memory of the sides, compiled alike, and their steps in turn."""
-    from benchmarks import fair
-
     classes = shape["classes"]
     image = {k: v for k, v in shape.items() if k != "classes"}
     programs = {side: compile_step(model, **image) for side, model in sides.items()}
@@ -143,26 +141,21 @@ def memory(programs: dict[str, Program]) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints and keeps results/bench/MACHINE/memory.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a toy network, no file is written")
-    parser.add_argument("--steps", type=int, default=9, help="timed steps a side at 224 px")
-    args = parser.parse_args()
-    from benchmarks import fair
-
-    fair.warm_allocator("benchmarks.memory")
+    args = fair.arguments("benchmarks.memory", __doc__)
     if args.smoke:
         shape = {"pixels": 16, "channels": 1, "batch": 8, "classes": 10}
-        networks = [measure("tower", {"bn_jax": Tower(), "flax": Tower(flax_norm)}, shape, 3)]
-    else:
-        networks = []
-        for scale, shape in SETTINGS.items():
-            model = models.build(bn_x30.get_config(scale), shape["classes"])
-            sides = {"bn_jax": model, "flax": model.clone(norm=flax_norm)}
-            n = args.steps if scale == "imagenet" else 20 * args.steps
-            networks.append(measure(f"bn_x30:{scale}", sides, shape, n))
-            fair.write("memory", {"networks": networks}, smoke=False)  # what is measured is kept
-    if args.smoke:
+        towers = {"bn_jax": Tower(), "flax": Tower(flax_norm)}
+        networks = [measure("tower", towers, shape, 3)]
         fair.write("memory", {"networks": networks}, smoke=True)
+        return
+
+    networks = []
+    for scale, shape in SETTINGS.items():
+        model = models.build(bn_x30.get_config(scale), shape["classes"])
+        sides = {"bn_jax": model, "flax": model.clone(norm=flax_norm)}
+        steps = args.steps if scale == "imagenet" else 20 * args.steps
+        networks.append(measure(f"bn_x30:{scale}", sides, shape, steps))
+        fair.write("memory", {"networks": networks}, smoke=False)  # what is measured is kept
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ gradient. The sides are timed in turn, one step each, after warm-up. GEMM ceilin
 of 4096 x 4096, the best of three.
 """
 
-import argparse
 import contextlib
 import functools
 import importlib.util
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import fair
+from bn_jax.distributed.cpus import usable_cpus
 
 GFLOP_AN_IMAGE = 11.96  # trained at 224 px, without the first layer's input gradient
 RATE, MOMENTUM, L2, EPSILON = 0.0015, 0.9, 4e-5, 1e-5
@@ -73,7 +73,14 @@ def hyper() -> Any:
 class Ours:
     """A jitted training step: this repository's, or the same network in plain Flax."""
 
-    def __init__(self, variables: Any, batch: dict[str, np.ndarray], width: float, plain: bool):
+    def __init__(
+        self,
+        variables: Any,
+        batch: dict[str, np.ndarray],
+        width: float,
+        *,
+        plain: bool = False,
+    ):
         import jax
 
         from bn_jax import ops
@@ -200,6 +207,13 @@ def gemm_ceiling(n: int, repeats: int) -> float:
     return 2 * n**3 / min(seconds) / 1e9
 
 
+def sizes(smoke: bool) -> tuple[int, float, int]:
+    """Returns pixels of a side, the width of the network, and images of a batch."""
+    if smoke:
+        return 32, 1 / 16, 8
+    return 224, 1.0, 32
+
+
 def make_batch(size: int, images: int) -> dict[str, np.ndarray]:
     """A batch of random images of size x size pixels, none of which is missing."""
     random = np.random.default_rng(0)
@@ -238,44 +252,51 @@ def make_sides(batch: dict[str, np.ndarray], size: int, width: float) -> dict[st
         net = None
     if net is None:
         variables = initial_variables(size, width)
-        names = {"bn_jax": False, "plain Flax": True}
-        return {name: Ours(variables, batch, width, plain) for name, plain in names.items()}
-    torch.set_num_threads(fair.cores())
+        return {
+            "bn_jax": Ours(variables, batch, width),
+            "plain Flax": Ours(variables, batch, width, plain=True),
+        }
+    torch.set_num_threads(usable_cpus())
     tensors = net.state_dict()
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     variables = mapping.caffe(arrays, {"params": like.params, "batch_stats": like.batch_stats})
     return {
-        "bn_jax": Ours(variables, batch, width, False),
-        "plain Flax": Ours(variables, batch, width, True),
+        "bn_jax": Ours(variables, batch, width),
+        "plain Flax": Ours(variables, batch, width, plain=True),
         "torch": Torch(torch, tensors, batch, False),
         "torch channels_last": Torch(torch, tensors, batch, True),
     }
 
 
-def main() -> None:
-    """Measures and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="32 px, width 1/16, 1 step")
-    parser.add_argument("--steps", type=int, default=9, help="timed steps a side")
-    args = parser.parse_args()
-    fair.warm_allocator("benchmarks.step")
-    size, width, images = (32, 1 / 16, 8) if args.smoke else (224, 1.0, 32)
-    batch = make_batch(size, images)
-    sides = make_sides(batch, size, width)
+def first_losses(sides: dict[str, Any], reference: str) -> dict[str, list[float]]:
+    """Takes two steps on each side, compares the losses with those of `reference`, returns them."""
     losses = {name: [side.step(), side.step()] for name, side in sides.items()}
+    first, second = losses[reference]
     for name, values in losses.items():
         # The same function of the same weights; then after a step along the gradient, in float32
         # through 69 layers, where Flax's variance is E[x^2] - E[x]^2.
-        np.testing.assert_allclose(values[0], losses["bn_jax"][0], rtol=1e-4, err_msg=name)
-        np.testing.assert_allclose(values[1], losses["bn_jax"][1], rtol=2e-3, err_msg=name)
-    seconds = fair.interleave(
-        {n: s.step for n, s in sides.items()}, 1 if args.smoke else args.steps
-    )
+        np.testing.assert_allclose(values[0], first, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(values[1], second, rtol=2e-3, err_msg=name)
+    return losses
+
+
+def main() -> None:
+    """Measures and writes."""
+    args = fair.arguments("benchmarks.step", __doc__)
+    size, width, images = sizes(args.smoke)
+    batch = make_batch(size, images)
+    sides = make_sides(batch, size, width)
+    losses = first_losses(sides, "bn_jax")
+
+    steps = 1 if args.smoke else args.steps
+    seconds = fair.interleave({name: side.step for name, side in sides.items()}, steps)
     results = fair.compare(seconds, "bn_jax")
-    ceiling = gemm_ceiling(512 if args.smoke else 4096, 3)
     for result in results.values():
         result["gflops"] = GFLOP_AN_IMAGE * images / result["median"]  # nonsense in a smoke run
-    memory = {n: s.temporary for n, s in sides.items() if isinstance(s, Ours)}
+
+    ceiling = gemm_ceiling(512 if args.smoke else 4096, 3)
+    jitted = {name: side for name, side in sides.items() if isinstance(side, Ours)}
+    memory = {name: side.temporary for name, side in jitted.items()}
     record = {
         "image_size": size,
         "batch": images,
@@ -285,7 +306,7 @@ def main() -> None:
         "share_of_ceiling": results["bn_jax"]["gflops"] / ceiling,
         "temporary_bytes": memory,
         "memory_ratio": memory["bn_jax"] / memory["plain Flax"],
-        "compile_seconds": {n: s.compile_seconds for n, s in sides.items() if isinstance(s, Ours)},
+        "compile_seconds": {name: side.compile_seconds for name, side in jitted.items()},
     }
     fair.write("step", record, smoke=args.smoke)
 
