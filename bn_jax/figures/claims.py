@@ -288,13 +288,11 @@ def _ensemble(runs: Runs, label: str) -> Found:
         return Found(NOT_RUN)
 
     (line,) = found
-    errors = [fig4.wrong(score, "top1") for score in line["member_scores"]]
-    mean = sum(errors) / 6
-    text = f"{100 * (mean - fig4.wrong(line, 'top1')):+.2f} points"
-    if "gain" not in line:
+    gain, ends = fig4.gain(line)
+    text = f"{100 * gain:+.2f} points"
+    if ends is None:
         return Found(text, 6, more=" (no interval was recorded)")
 
-    ends = Interval(line["gain"]["low"], line["gain"]["high"])
     text += f" ({100 * ends.low:.2f} to {100 * ends.high:.2f})"
     return Found(text, 6, interval=ends)
 

@@ -187,10 +187,10 @@ def curve(run: Run) -> Curve:
 
 def levels(reference: Curve) -> dict[str, float] | None:
     """Returns the accuracies to reach, by LEVELS; None if the reference has no levels."""
-    reached = reference.last_evaluation
-    if reached is None or reference.at_chance:
+    accuracy = reference.last_evaluation
+    if accuracy is None or reference.at_chance:
         return None
-    return {name: share * reached for name, share in LEVELS.items()}
+    return {name: share * accuracy for name, share in LEVELS.items()}
 
 
 class Reached(NamedTuple):
@@ -229,6 +229,15 @@ def reach(curve: Curve, level: float) -> Reached | str:
     above = float(curve.top1[first])
     share = min(1.0, (level - below) / (above - below))
     return Reached(low, low + share * (high - low), high)
+
+
+def reached(values: Sequence[Reached | str]) -> list[Reached]:
+    """Returns the results of the seeds that reach the level."""
+    found = []
+    for value in values:
+        if isinstance(value, Reached) and value.high < math.inf:
+            found.append(value)
+    return found
 
 
 Ratio = tuple[float, float, float]  # of steps: lowest, estimate, highest

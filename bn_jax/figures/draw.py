@@ -40,7 +40,8 @@ def draw_sweep(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     if {"mnist", "mnist_bn"} <= groups.keys():
         paths += fig1.draw_pair(groups["mnist"], groups["mnist_bn"], out)
     paths += fig2.draw_fig2(groups, out)
-    paths += ablations.draw_ablations(groups, out)
+    compared = ablations.draw_ablations(groups, out)
+    paths += compared
 
     table = fig3.fig3(groups)
     texts = {
@@ -48,7 +49,7 @@ def draw_sweep(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
         "fig3.csv": fig3.fig3_csv(groups),
         "fig2.csv": fig2.curves_csv(groups),
     }
-    if ablations.ablations(groups):
+    if compared:
         texts["ablations.md"] = ablations.ablations_markdown(groups)
         texts["ablations.csv"] = ablations.ablations_csv(groups)
     for name, text in texts.items():

@@ -1,15 +1,14 @@
 """Draws Fig. 2 of section 4.2: accuracy against steps."""
 
 import itertools
-import math
 import pathlib
+import statistics
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from matplotlib import ticker
 
 from bn_jax.errors import ConfigError
-from bn_jax.figures.curves import BASELINE, Curve, Reached, compare, curve, levels, mean_curve
+from bn_jax.figures.curves import BASELINE, Curve, compare, curve, levels, mean_curve, reached
 from bn_jax.figures.fig3 import Groups, ordered
 from bn_jax.figures.plotting import (
     BLACK,
@@ -109,7 +108,7 @@ def _final_level(baseline: Sequence[Curve]) -> float | None:
             finals.append(goals["100%"])
     if not finals:
         return None
-    return 100 * float(np.mean(finals))
+    return 100 * statistics.fmean(finals)
 
 
 def _plot_panel(axes, curves: Mapping[str, Sequence[Curve]], level: float | None) -> None:
@@ -130,12 +129,9 @@ def _plot_panel(axes, curves: Mapping[str, Sequence[Curve]], level: float | None
         _plot(axes, name, found, style)
 
         comparison = compare(name, found, curves.get(BASELINE, []))
-        reached = []
-        for value in comparison.steps["100%"]:
-            if isinstance(value, Reached) and value.high < math.inf:
-                reached.append(value.steps)
-        if level is not None and 2 * len(reached) > len(found):
-            mean = np.exp(np.mean(np.log(reached)))
+        steps = [value.steps for value in reached(comparison.steps["100%"])]
+        if level is not None and 2 * len(steps) > len(found):
+            mean = statistics.geometric_mean(steps)
             axes.plot(
                 [mean],
                 [level],

@@ -1,6 +1,7 @@
 """Makes the table of Fig. 3 as Markdown and CSV; curves.py has the definitions."""
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from bn_jax.figures.curves import (
     compare,
     curve,
     levels,
+    reached,
 )
 from bn_jax.figures.origins import made_by
 from bn_jax.tables import csv_table, markdown_table
@@ -29,28 +31,24 @@ Groups = Mapping[str, Sequence[Run]]
 
 def steps_cell(values: Sequence[Reached | str]) -> str:
     """Gives geometric mean and range over seeds, and how many seeds did not reach the level."""
-    reached = []
     words = []
     for value in values:
         if isinstance(value, str):
             words.append(value)
         elif value.high == math.inf:
             words.append(NOT_REACHED)
-        else:
-            reached.append(value)
-    if not reached:
+    known = reached(values)
+    if not known:
         return _only_words(words)
 
-    steps = [value.steps for value in reached]
-    logarithms = [math.log(value) for value in steps]
-    mean = math.exp(sum(logarithms) / len(steps))
-    text = f"{mean:,.0f}"
+    steps = [value.steps for value in known]
+    text = f"{statistics.geometric_mean(steps):,.0f}"
 
     fewest = min(steps)
     most = max(steps)
     if fewest < most:
         text += f" [{fewest:,.0f} to {most:,.0f}]"
-    if any(value.low == 0 for value in reached):
+    if any(value.low == 0 for value in known):
         text = f"at most {text}"
     return _with_words(text, words, len(values))
 
@@ -249,26 +247,24 @@ def _levels_of(run: Curve) -> str:
         return f"{', '.join(accuracies)} ({100 * low:.1f} to {100 * high:.1f})"
 
     if run.at_chance and run.last_evaluation is not None:
-        reached = f"{100 * run.last_evaluation:.1f}%"
-        return f"none, at chance ({reached} of {run.classes} classes) after all its steps"
+        accuracy = f"{100 * run.last_evaluation:.1f}%"
+        return f"none, at chance ({accuracy} of {run.classes} classes) after all its steps"
     return f"none, {notes([run])}"
 
 
 def _resolution(reference: str, curves: Mapping[str, list[Curve]]) -> str:
     """Says how many numbers of steps are known to 10%, and of which split the levels are."""
-    reached = []
+    known = []
     for name, mine in curves.items():
         row = compare(name, mine, curves[reference])
         for values in row.steps.values():
-            for value in values:
-                if isinstance(value, Reached) and value.high < math.inf:
-                    reached.append(value)
+            known += reached(values)
 
     text = ""
-    if reached:
-        fine = sum(value.resolved for value in reached)
-        text = f"{fine} of {len(reached)} numbers of steps are known to 10%"
-        if fine < len(reached):
+    if known:
+        fine = sum(value.resolved for value in known)
+        text = f"{fine} of {len(known)} numbers of steps are known to 10%"
+        if fine < len(known):
             text += "; evaluations were too far apart for the others"
         text += "."
 

@@ -186,6 +186,19 @@ def interval(line: Mapping[str, Any], name: str) -> Interval:
     return wilson(count, n)
 
 
+def gain(line: Mapping[str, Any]) -> tuple[float, Interval | None]:
+    """Returns what an ensemble gains in top-1 on its members' mean, and the interval, as shares.
+
+    Older records have no interval.
+    """
+    errors = [wrong(score, "top1") for score in line["member_scores"]]
+    mean = sum(errors) / len(errors)
+    value = mean - wrong(line, "top1")
+    if "gain" not in line:
+        return value, None
+    return value, Interval(line["gain"]["low"], line["gain"]["high"])
+
+
 def models(row: TableLine) -> str:
     """Says how many networks a row rests on."""
     if row.label != "single":
@@ -286,24 +299,18 @@ def _gains(ours: Sequence[TableLine]) -> str:
         if row.label == "single":
             continue
         (line,) = row.lines
-        scores = line["member_scores"]
-        if not scores:
+        if not line["member_scores"]:
             continue
 
-        errors = [wrong(score, "top1") for score in scores]
-        mean = sum(errors) / len(errors)
-        points = 100 * (mean - wrong(line, "top1"))
-        if "gain" in line:
-            low = 100 * line["gain"]["low"]
-            high = 100 * line["gain"]["high"]
-            ends = f"{low:+.2f} to {high:+.2f}"
+        value, ends = gain(line)
+        if ends is None:
+            said = "no interval: evaluate it again"
         else:
-            ends = "no interval: evaluate it again"
-
+            said = f"{100 * ends.low:+.2f} to {100 * ends.high:+.2f}"
         cells = [
             f"{row.label}: {models(row)}",
             str(row.crops),
-            f"{points:+.2f} ({ends})",
+            f"{100 * value:+.2f} ({said})",
         ]
         gains.append(cells)
 
@@ -367,7 +374,7 @@ def _csv_row(line: Mapping[str, Any]) -> dict[str, Any]:
     members = line["members"]
     top1 = interval(line, "top1")
     top5 = interval(line, "top5")
-    gain = line.get("gain", {})
+    gained = line.get("gain", {})
     return {
         "networks": len(members),
         "names": " ".join(member["name"] for member in members),
@@ -383,9 +390,9 @@ def _csv_row(line: Mapping[str, Any]) -> dict[str, Any]:
         "top5_error": wrong(line, "top5"),
         "top5_low": top5.low,
         "top5_high": top5.high,
-        "gain": gain.get("top1", ""),
-        "gain_low": gain.get("low", ""),
-        "gain_high": gain.get("high", ""),
+        "gain": gained.get("top1"),
+        "gain_low": gained.get("low"),
+        "gain_high": gained.get("high"),
         "cross_entropy": line["cross_entropy"],
     }
 
