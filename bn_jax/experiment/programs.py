@@ -34,16 +34,47 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # loop, or how XLA compiles. (l2 = 0 leaves out an argument, which is part of the key anyway.) Any
 # other field, including new ones, makes another program.
 NOT_TRACED = {
-    *("name", "scale", "seed", "data", "record", "batch_size", "batch_per_device"),
-    *("learning_rate", "decay_rate", "decay_epochs", "decay_examples", "l2", "momentum"),
-    *("learning_rate_scaling", "warmup_examples", "total_steps", "steps_per_dispatch"),
-    *("eval_every", "eval_early", "eval_test", "eval_batch_size", "statistics_batches"),
-    *("log_every", "checkpoint_every", "checkpoint_wait", "keep_last", "keep_best", "keep_every"),
-    *("deterministic", "write_seconds"),
+    "name",
+    "scale",
+    "seed",
+    "data",
+    "record",
+    "deterministic",
+    # Shapes, which are part of the key.
+    "batch_size",
+    "batch_per_device",
+    "eval_batch_size",
+    "steps_per_dispatch",
+    # Numbers of the optimizer, which are arguments.
+    "learning_rate",
+    "learning_rate_scaling",
+    "warmup_examples",
+    "decay_rate",
+    "decay_epochs",
+    "decay_examples",
+    "l2",
+    "momentum",
+    # How long the loop is, and what it does every so many steps.
+    "total_steps",
+    "log_every",
+    "eval_every",
+    "eval_early",
+    "eval_test",
+    "statistics_batches",
+    "checkpoint_every",
+    "checkpoint_wait",
+    "keep_last",
+    "keep_best",
+    "keep_every",
+    "write_seconds",
 }
 SETTINGS = (
-    *("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion"),
-    *("jax_numpy_rank_promotion", "jax_debug_nans", "jax_default_prng_impl"),
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_debug_nans",
+    "jax_default_prng_impl",
     "jax_threefry_partitionable",
 )
 
@@ -76,14 +107,13 @@ def compiled(
 
     If jax cannot export the program, it is compiled without that, and nothing is kept.
     """
-    kinds = ("shape", "dtype", "sharding")
-    leaves = jax.tree.leaves(arguments)
+    leaves, structure = jax.tree.flatten(arguments)
     about = [
         name,
         config,
         made_from,
-        [[str(getattr(leaf, kind, None)) for kind in kinds] for leaf in leaves],
-        str(jax.tree.structure(arguments)),
+        [_described(leaf) for leaf in leaves],
+        str(structure),
         [jax.default_backend(), jax.device_count()],
         str(getattr(jit, "keywords", {})),
     ]
@@ -111,6 +141,12 @@ def compiled(
     return jit(program).lower(*arguments).compile()
 
 
+def _described(leaf: Any) -> list[str]:
+    """Describes an argument: its shape, dtype and sharding."""
+    parts = [getattr(leaf, name, None) for name in ("shape", "dtype", "sharding")]
+    return [str(part) for part in parts]
+
+
 def kept(about: list, make: Callable[[], bytes]) -> bytes:
     """Returns what `make` returns, or returned before for the same `about`, source and packages.
 
@@ -122,8 +158,8 @@ def kept(about: list, make: Callable[[], bytes]) -> bytes:
         with _no_garbage_collection():
             return make()
     place = pathlib.Path(folder) / KEPT
-    plain = [_traced(x) if isinstance(x, Mapping) else x for x in about]
-    key = json.dumps([plain, _surroundings()], sort_keys=True, default=list)
+    traced = [_traced(part) if isinstance(part, Mapping) else part for part in about]
+    key = json.dumps([traced, _surroundings()], sort_keys=True, default=list)
     file = place / hashlib.sha256(key.encode()).hexdigest()
 
     try:
@@ -142,7 +178,8 @@ def kept(about: list, make: Callable[[], bytes]) -> bytes:
         scratch = place / f"{file.name}.{os.getpid()}"
         scratch.write_bytes(hashlib.sha256(made).digest() + made)
         scratch.replace(file)
-        for old in sorted(place.iterdir(), key=lambda f: f.stat().st_mtime)[:-KEEP]:
+        by_age = sorted(place.iterdir(), key=lambda file: file.stat().st_mtime)
+        for old in by_age[:-KEEP]:
             old.unlink()
     except OSError:
         pass  # another process was faster, or the disk is full: only time is lost
@@ -171,13 +208,15 @@ def _traced(config: Mapping[str, Any]) -> dict[str, Any]:
 def _surroundings() -> list:
     """Returns what a trace depends on besides its arguments: source, forms and jax's settings."""
     forms = [form for form in ops.FORMS if ops.hand_tuned(form)]
-    return [_source(), forms, *(str(getattr(jax.config, name)) for name in SETTINGS)]
+    settings = [str(getattr(jax.config, name)) for name in SETTINGS]
+    return [_source(), forms, *settings]
 
 
 @functools.cache
 def _source() -> str:
     """Returns a digest of this package's files and of the versions of Python and its packages."""
-    versions = [platform.python_version(), *(metadata.version(p) for p in PACKAGES)]
+    versions = [platform.python_version()]
+    versions += [metadata.version(package) for package in PACKAGES]
     digest = hashlib.sha256(json.dumps(versions).encode())
     root = pathlib.Path(__file__).resolve().parents[1]
     for file in sorted(root.rglob("*.py")):
