@@ -75,20 +75,25 @@ def _grey(data: bytes, size: int, warnings: list[str]) -> np.ndarray:
 
 def rows(pictures: list[Picture], size: int) -> Iterator[views.Rows]:
     """Yields batches of `size` views, as `data.views.batches` does for a split."""
-    nothing = np.zeros((), np.int32)
-    examples = (
-        {"image": p.image, "weight": p.weight, "label": nothing, "example": np.asarray(place)}
-        for place, p in enumerate(pictures)
-    )
+    examples = []
+    for place, picture in enumerate(pictures):
+        example = {
+            "image": picture.image,
+            "weight": picture.weight,
+            "label": np.zeros((), np.int32),  # it is not known
+            "example": np.asarray(place),
+        }
+        examples.append(example)
     return views.in_batches(examples, size)
 
 
 def top(probabilities: np.ndarray, names: tuple[str, ...]) -> list[dict[str, Any]]:
     """Returns the most probable classes: class, name, probability; of equals the lower first."""
-    best = np.argsort(-probabilities, kind="stable")[:TOP]
-    return [
-        {"class": int(k), "name": names[k], "probability": float(probabilities[k])} for k in best
-    ]
+    descending = np.argsort(-probabilities, kind="stable")
+    found = []
+    for k in descending[:TOP].tolist():
+        found.append({"class": k, "name": names[k], "probability": float(probabilities[k])})
+    return found
 
 
 def show(name: str, found: list[dict[str, Any]], as_json: bool) -> None:
@@ -119,8 +124,18 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    """Reads the command line and classifies the pictures."""
+def _readable(names: list[str], exp: Experiment, crops: int) -> list[Picture]:
+    """Reads the pictures that can be read, and says which cannot."""
+    pictures = []
+    for name in names:
+        try:
+            pictures.append(read(name, exp, crops))
+        except DataError as error:
+            _say(f"bn_jax: {error}")
+    return pictures
+
+
+def _parser() -> errors.Parser:
     parser = errors.Parser("python -m bn_jax.predict", description=__doc__)
     parser.add_argument("--workdir", required=True, help="a run; several are an ensemble")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures of any common format")
@@ -133,32 +148,36 @@ def main() -> None:
         help="statistics of BN: Algorithm 2 over fixed training batches, or the moving average",
     )
     add_place(parser)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Reads the command line and classifies the pictures."""
+    args = _parser().parse_args()
     cluster.require_one_process("bn_jax.predict")
     views.check_crops(args.crops)
     startup.use_safe_sums()
     startup.use_compilation_cache()
+
     members = [load(run, args.statistics, args.data_dir) for run in workdirs(args.workdir)]
     exp = members[0].exp
     weight = views.total_weight(args.crops, exp.config.data.mirror)
     networks: ensemble.Networks | None = None
-    unreadable = False
+    unreadable = 0
     for start in range(0, len(args.images), _AT_ONCE):
-        pictures = []
-        for name in args.images[start : start + _AT_ONCE]:
-            try:
-                pictures.append(read(name, exp, args.crops))
-            except DataError as error:  # the other pictures are still named
-                _say(f"bn_jax: {error}")
-                unreadable = True
+        names = args.images[start : start + _AT_ONCE]
+        pictures = _readable(names, exp, args.crops)
+        unreadable += len(names) - len(pictures)
         if not pictures:
             continue
+
         if networks is None:
-            needed = sum(len(p.weight) for p in pictures)
+            needed = sum(len(picture.weight) for picture in pictures)
             limit = args.batch_size or exp.config.eval_batch_size
             networks = ensemble.Networks(members, min(needed, limit))
         found, _ = networks.average(rows(pictures, networks.size), len(pictures), weight)
-        mean = sum(found, start=np.zeros_like(found[0])) / np.float32(len(found))
+
+        mean = np.mean(found, axis=0)
         for picture, probabilities in zip(pictures, mean, strict=True):
             show(picture.name, top(probabilities, exp.data.class_names), args.json)
     if unreadable:

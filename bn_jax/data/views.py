@@ -187,7 +187,8 @@ def in_batches(examples: Iterable[dict[str, np.ndarray]], size: int) -> Iterator
 
 def _joined(parts: list[Rows]) -> Rows:
     """Joins batches of views to one."""
-    return Rows(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    fields = zip(*parts, strict=True)
+    return Rows(*map(np.concatenate, fields))
 
 
 def _cut(rows: Rows, start: int, stop: int) -> Rows:
@@ -227,7 +228,8 @@ def _example(data: Data, index: int, number: int) -> dict[str, np.ndarray]:
 def _padded(rows: Rows, size: int) -> Rows:
     """Fills a batch up to `size` with rows that hold no example."""
     count = len(rows.weight)
-    empty = Rows(*(np.zeros((size - count, *x.shape[1:]), x.dtype) for x in rows))
-    padded = _joined([rows, empty])
+    missing = size - count
+    empty = [np.zeros((missing, *array.shape[1:]), array.dtype) for array in rows]
+    padded = _joined([rows, Rows(*empty)])
     padded.example[count:] = -1
     return padded
