@@ -6,6 +6,7 @@ depend on the number of devices (up to rounding), since a statistic group is a r
 the global batch.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -49,6 +50,11 @@ def along_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Returns the sharding of a batch that is cut along `axis` over all devices."""
     whole = [None] * axis  # the axes before it
     return NamedSharding(mesh, PartitionSpec(*whole, "data"))
+
+
+def rounded_up(mesh: Mesh, size: int) -> int:
+    """Returns the smallest batch of at least `size` examples that divides over the devices."""
+    return math.ceil(size / mesh.size) * mesh.size
 
 
 def rows(mesh: Mesh, batch_size: int) -> slice:
@@ -147,7 +153,11 @@ def gather(rows: np.ndarray) -> np.ndarray:
     padded = np.zeros((counts.max(), *rows.shape[1:]), rows.dtype)
     padded[: len(rows)] = rows
     gathered = np.asarray(multihost_utils.process_allgather(padded))
-    return np.concatenate([part[:n] for part, n in zip(gathered, counts.ravel(), strict=True)])
+
+    parts = []
+    for part, count in zip(gathered, counts.ravel(), strict=True):
+        parts.append(part[:count])
+    return np.concatenate(parts)
 
 
 def broadcast(data: bytes | None) -> bytes:

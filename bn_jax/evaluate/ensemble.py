@@ -8,7 +8,6 @@ predictions.py takes the mean over networks.
 
 import argparse
 import functools
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -46,8 +45,7 @@ class Networks:
             require_same_input(members[0], other)
         self.members = members
         self.mesh = members[0].exp.mesh
-        devices = self.mesh.size
-        self.size = math.ceil(size / devices) * devices
+        self.size = mesh.rounded_up(self.mesh, size)
         self._programs = [self._compiled(member) for member in members]
 
     def _compiled(self, member: Member) -> Any:

@@ -17,7 +17,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from bn_jax import layers, step
-from bn_jax.distributed.mesh import put_batch, put_replicated, replicated, rows
+from bn_jax.distributed.mesh import put_batch, put_replicated, replicated, rounded_up, rows
 from bn_jax.errors import DataError
 from bn_jax.experiment import build, programs
 from bn_jax.experiment.build import Experiment
@@ -94,9 +94,7 @@ class Evaluator:
 
     def _eval_size(self) -> int:
         """Returns the examples in an evaluation batch, a multiple of the number of devices."""
-        size = self.exp.config.eval_batch_size
-        devices = self.exp.mesh.size
-        return math.ceil(size / devices) * devices
+        return rounded_up(self.exp.mesh, self.exp.config.eval_batch_size)
 
     def _together(self) -> int:
         """Returns how many mini-batches are run at once, so that each device has its own."""
