@@ -222,11 +222,19 @@ class _Layout(NamedTuple):
         return math.prod(self.shape[a] for a in self.axes)
 
     @property
+    def between_devices(self) -> bool:
+        """Whether a group has parts on all devices of `axis_name`."""
+        return self.merged and self.axis_name is not None
+
+    @property
     def group_values(self) -> int:
-        """The number of this device's values behind a group's statistic, if there is no mask."""
+        """The number of values behind a group's statistic, if there is no mask."""
+        values = self.values
         if self.merged:
-            return self.values * self.shape[self.parts]
-        return self.values
+            values = values * self.shape[self.parts]
+        if self.between_devices:
+            values = values * lax.axis_size(self.axis_name)
+        return values
 
 
 def _layout(x, axis, train, group_size, axis_name, relu) -> _Layout:
@@ -341,8 +349,6 @@ def _check(x, layout: _Layout, train: bool, **per_feature) -> None:
         raise ValueError(f"batch_norm: x of shape {x.shape} is empty; training needs values")
 
     m = layout.group_values
-    if layout.merged and layout.axis_name is not None:
-        m = m * lax.axis_size(layout.axis_name)
     if not is_symbolic_dim(m) and m < 2:
         raise ValueError(
             f"batch_norm: each statistic has {m} value (x {x.shape}, groups of "
@@ -728,11 +734,7 @@ def _whole(m, layout: _Layout, dtype):
     """Returns the number of values behind the statistics of a group, at least 1."""
     if m is not None:
         return jnp.maximum(m.whole, 1).astype(dtype)
-
-    values = layout.group_values
-    if layout.merged and layout.axis_name is not None:
-        values = values * lax.axis_size(layout.axis_name)
-    return _number(values, dtype)
+    return _number(layout.group_values, dtype)
 
 
 def _number(value, dtype):
@@ -851,8 +853,7 @@ def _cotangents(known: _Known, outputs, layout: _Layout):
     m = _whole(m, layout, mean.dtype)
     g = 1 if gamma is None else gamma.astype(rstd.dtype)
 
-    between_devices = layout.axis_name is not None and layout.merged
-    if between_devices and not _varying(x):
+    if layout.between_devices and not _varying(x):
         # Without vma types every device has its own loss, and the gradient is that of their sum.
         mean_in, var_in = lax.psum((mean_in, var_in), layout.axis_name)
 
@@ -885,7 +886,7 @@ def _cotangents(known: _Known, outputs, layout: _Layout):
     sum_dy_xhat = sum_product * rstd
     dgamma = _sum_like(gamma, sum_dy_xhat)
     dbeta = _sum_like(beta, sum_dy)
-    if between_devices:
+    if layout.between_devices:
         sum_dy, sum_dy_xhat = lax.psum((sum_dy, sum_dy_xhat), layout.axis_name)
 
     dvar_y = -g * sum_dy_xhat * jnp.square(rstd) / 2
@@ -920,9 +921,9 @@ def _second(_, second):
 def _sum_values(value, layout: _Layout):
     """Sums over all values of a group."""
     value = jnp.sum(value, layout.over, keepdims=True)
-    if layout.axis_name is None or not layout.merged:
-        return value
-    return lax.psum(value, layout.axis_name)
+    if layout.between_devices:
+        value = lax.psum(value, layout.axis_name)
+    return value
 
 
 def _sum_like(p, total):
