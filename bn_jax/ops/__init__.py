@@ -226,8 +226,9 @@ def _max_pool_backward(stride: int, residuals, dy: jax.Array):
     """
     place, shape = residuals
     examples, height, width, channels = shape
-    rows_before, _ = _padding(height, stride)
-    columns_before, _ = _padding(width, stride)
+    rows, columns = _padding(height, width, stride)
+    rows_before, _ = rows
+    columns_before, _ = columns
 
     def sent(i: int, j: int, row: int, column: int) -> jax.Array:
         """Returns what this class of positions receives as value (i, j) of its windows."""
@@ -301,20 +302,21 @@ _stride_1_pool.defvjp(_stride_1_pool_forward, _stride_1_pool_backward)
 
 def _max_and_place(x: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
     """Returns the maxima and, as uint8, which of the window's 9 values each of them is."""
-    examples, height, width, channels = x.shape
+    _, height, width, _ = x.shape
+    rows, columns = _padding(height, width, stride)
     none = (0, 0)
-    edges = (none, _padding(height, stride), _padding(width, stride), none)
-    padded = jnp.pad(x, edges, constant_values=-jnp.inf)
+    padded = jnp.pad(x, (none, rows, columns, none), constant_values=-jnp.inf)
+    examples, padded_height, padded_width, channels = padded.shape
 
     def value(k: int) -> jax.Array:
         """Returns value k of all windows."""
         i, j = divmod(k, 3)
-        last_row = i + stride * (_windows(height, stride) - 1)
-        last_column = j + stride * (_windows(width, stride) - 1)
+        below = 2 - i  # rows of a window after this one
+        behind = 2 - j
         return lax.slice(
             padded,
             start_indices=(0, i, j, 0),
-            limit_indices=(examples, last_row + 1, last_column + 1, channels),
+            limit_indices=(examples, padded_height - below, padded_width - behind, channels),
             strides=(1, stride, stride, 1),
         )
 
@@ -328,14 +330,6 @@ def _max_and_place(x: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
     return best, place
 
 
-def _windows(size: int, stride: int) -> int:
-    """Returns the number of windows along one axis, padded as SAME: size / stride, rounded up."""
-    return -(-size // stride)
-
-
-def _padding(size: int, stride: int) -> tuple[int, int]:
-    """Returns the SAME padding of a window of 3 along one axis: before and after."""
-    last = (_windows(size, stride) - 1) * stride
-    total = max(last + 3 - size, 0)
-    before = total // 2
-    return before, total - before
+def _padding(height: int, width: int, stride: int) -> list[tuple[int, int]]:
+    """Returns the SAME padding of 3x3 windows, before and after: that of rows and of columns."""
+    return lax.padtype_to_pads((height, width), (3, 3), (stride, stride), "SAME")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import serialization, traverse_util
-from jax import export
+from jax import export, lax
 
 from bn_jax import models, ops
 from bn_jax.errors import ConfigError, UserError
@@ -434,11 +434,8 @@ def _block(writer: Writer, x: Map, row: Fig5Row, *, symmetric: bool) -> Map:
 
 def same(n: int, window: int, stride: int) -> Pads:
     """Pads as SAME of XLA and TensorFlow: ceil(n / stride) outputs, and an odd cell after."""
-    outputs = -(-n // stride)
-    covered = (outputs - 1) * stride + window
-    total = max(covered - n, 0)
-    before = total // 2
-    return before, total - before
+    [pads] = lax.padtype_to_pads((n,), (window,), (stride,), "SAME")
+    return pads
 
 
 def unpadded(n: int, window: int, stride: int) -> Pads:
