@@ -32,15 +32,20 @@ class RecordedActivations:
     def __init__(self, exp: Experiment):
         self.exp = exp
         self.paths = tuple(exp.config.record.activations)
+        self.examples = exp.config.record.activation_examples
         self._program: Any = None
         self._images: jax.Array | None = None
+        if self.paths:
+            self._check_paths()
 
-        known = known_paths(exp, exp.config.record.activation_examples) if self.paths else []
+    def _check_paths(self) -> None:
+        """Raises ConfigError for a path that the model does not have."""
+        known = known_paths(self.exp, self.examples)
         for path in self.paths:
             if path not in known:
                 close = difflib.get_close_matches(path, known, n=1, cutoff=0)
                 raise ConfigError(
-                    f"record.activations: {exp.config.name} has no activation {path!r}; "
+                    f"record.activations: {self.exp.config.name} has no activation {path!r}; "
                     f"the closest of its {len(known)} is {close[0]!r}"
                 )
 
@@ -51,7 +56,7 @@ class RecordedActivations:
         self._program = programs.compiled(
             "percentiles",
             self._percentiles,
-            abstract_arguments(self.exp, self.exp.config.record.activation_examples),
+            abstract_arguments(self.exp, self.examples),
             self.exp.config.to_dict(),
             jit=functools.partial(jax.jit, out_shardings=mesh.replicated(self.exp.mesh)),
             made_from=[self.paths, PERCENTILES],
@@ -62,13 +67,15 @@ class RecordedActivations:
         if self._program is None:
             self.compile()
         if self._images is None:
-            self._images = fixed_images(self.exp, self.exp.config.record.activation_examples)
+            self._images = fixed_images(self.exp, self.examples)
 
         values = jax.device_get(self._program(state.params, state.batch_stats, self._images))
-        return {
-            path: {f"p{p}": _rounded(v) for p, v in zip(PERCENTILES, values[path], strict=True)}
-            for path in self.paths
-        }
+        names = [f"p{percent}" for percent in PERCENTILES]
+        found = {}
+        for path in self.paths:  # jax has sorted the keys of `values`
+            rounded = map(_rounded, values[path])
+            found[path] = dict(zip(names, rounded, strict=True))
+        return found
 
     def _percentiles(self, params, batch_stats, images) -> dict[str, jax.Array]:
         """Computes the percentiles [3, units] of each path."""
@@ -79,14 +86,15 @@ class RecordedActivations:
 def known_paths(exp: Experiment, examples: int) -> list[str]:
     """Returns the sorted paths of all activations that the model has."""
     arguments = abstract_arguments(exp, examples)
-    config = exp.config.to_dict()
+    _, _, images = arguments
 
     def trace() -> bytes:
-        paths = jax.eval_shape(functools.partial(activations, exp), *arguments)
-        ends = ("/input", "/pre_bn")
-        return json.dumps([path for path in paths if path.endswith(ends)]).encode()
+        found = jax.eval_shape(functools.partial(activations, exp), *arguments)
+        paths = [path for path in found if path.endswith(("/input", "/pre_bn"))]
+        return json.dumps(paths).encode()
 
-    return json.loads(programs.kept(["activations", config, arguments[2].shape], trace))
+    about = ["activations", exp.config.to_dict(), images.shape]
+    return json.loads(programs.kept(about, trace))
 
 
 def abstract_arguments(exp: Experiment, examples: int) -> tuple[Any, Any, Any]:
@@ -103,7 +111,8 @@ def fixed_images(exp: Experiment, examples: int) -> jax.Array:
 
     They are always the same training examples of a run, and every device has all of them.
     """
-    batch = next(exp.data.statistics(1, examples, slice(0, examples), seed=exp.config.seed))
+    batches = exp.data.statistics(1, examples, slice(0, examples), seed=exp.config.seed)
+    batch = next(batches)
     return mesh.put_replicated(exp.mesh, batch["image"])
 
 

@@ -8,6 +8,7 @@ WORKDIR/figures. Two workdirs, such as a network without BN and one with, are dr
 """
 
 import pathlib
+from collections.abc import Sequence
 
 from bn_jax import errors
 from bn_jax.activations import known_paths, measure
@@ -18,8 +19,7 @@ from bn_jax.figures import activations as figures
 from bn_jax.workdir import files
 
 
-def main() -> None:
-    """Measures the activations, prints a table and draws pictures."""
+def _parser() -> errors.Parser:
     parser = errors.Parser("python -m bn_jax.activations", description=__doc__)
     add = parser.add_argument
     add("--workdir", required=True, help="a run, or two with a comma")
@@ -34,7 +34,12 @@ def main() -> None:
     add("--data_dir", metavar="DIR", help="where the data set lies now (data.dir of the run)")
     add("--out", type=pathlib.Path, help="folder of measurements and pictures (the first workdir)")
     add("--list", action="store_true", help="print the activations and the kept steps, and end")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measures the activations, prints a table and draws pictures."""
+    args = _parser().parse_args()
     cluster.require_one_process("bn_jax.activations")
 
     workdirs = [pathlib.Path(name) for name in args.workdir.split(",")]
@@ -42,6 +47,7 @@ def main() -> None:
         raise ConfigError(f"--workdir={args.workdir}: give one run, or two different ones")
     startup.use_safe_sums()
     startup.use_compilation_cache()
+
     experiments = [build.from_workdir(workdir, args.data_dir) for workdir in workdirs]
     number = args.examples or experiments[0].config.record.activation_examples
     for exp in experiments:
@@ -49,42 +55,44 @@ def main() -> None:
     if args.list:
         for workdir, exp in zip(workdirs, experiments, strict=True):
             print(*known_paths(exp, number), sep="\n")
-            print(f"{workdir}: steps {', '.join(map(str, measure.kept_steps(workdir)))}")
+            steps = map(str, measure.kept_steps(workdir))
+            print(f"{workdir}: steps {', '.join(steps)}")
         return
 
     # All arguments are checked before anything is compiled.
     if len(workdirs) == 2:
         one, other = experiments
         measure.require_comparable(one, other, number)
-    observers = [
-        measure.Observer(
-            exp,
-            workdir,
-            measure.choose_paths(exp, args.layers, number),
-            examples=number,
-            out=args.out and args.out / measure.FOLDER / f"{exp.config.name}_{workdir.name}",
-        )
-        for workdir, exp in zip(workdirs, experiments, strict=True)
-    ]
-    steps = [measure.choose_steps(workdir, args.steps) for workdir in workdirs]
+    planned = []
+    for workdir, exp in zip(workdirs, experiments, strict=True):
+        out = None
+        if args.out:
+            out = args.out / measure.FOLDER / f"{exp.config.name}_{workdir.name}"
+        paths = measure.choose_paths(exp, args.layers, number)
+        observer = measure.Observer(exp, workdir, paths, examples=number, out=out)
+        planned.append((observer, measure.choose_steps(workdir, args.steps)))
 
-    shown = [figures.Shown(o.exp.config.name, o.workdir, {}) for o in observers]
-    for network, observer, of_run in zip(shown, observers, steps, strict=True):
-        for step, found, kept in measure.measure(observer, of_run):
-            network.steps[step] = found
-            how = "read from" if kept else "measured, kept in"
-            print(f"{observer.workdir}, step {step:,}: {how} {observer.folder / f'{step}.npz'}")
-        if observer.memory:
-            print(
-                f"{len(observer.paths)} activations of {number} images took "
-                f"{observer.memory / 1e6:,.0f} MB besides the network"
-            )
-
+    shown = [_measured(observer, steps) for observer, steps in planned]
     print(figures.table(shown))
     out = args.out or workdirs[0] / "figures"
     with files.reported(out, "cannot write pictures in"):
         for path in figures.draw_activations(shown, out):
             print(path)
+
+
+def _measured(observer: measure.Observer, steps: Sequence[int]) -> figures.Shown:
+    """Measures the activations of a run at these steps, and says where they are kept."""
+    shown = figures.Shown(observer.exp.config.name, observer.workdir, {})
+    for step in steps:
+        shown.steps[step], kept = observer.at(step)
+        how = "read from" if kept else "measured, kept in"
+        print(f"{observer.workdir}, step {step:,}: {how} {observer.folder / f'{step}.npz'}")
+    if observer.memory:
+        print(
+            f"{len(observer.paths)} activations of {observer.examples} images took "
+            f"{observer.memory / 1e6:,.0f} MB besides the network"
+        )
+    return shown
 
 
 if __name__ == "__main__":

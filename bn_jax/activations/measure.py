@@ -12,7 +12,7 @@ import io
 import json
 import pathlib
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +71,8 @@ def summary(x: jax.Array) -> Measured:
     high = jnp.where(high > low, high, above)
 
     place = jnp.floor((values - low) / (high - low) * BINS).astype(jnp.int32)
-    counts = jnp.zeros(BINS, jnp.int32).at[jnp.clip(place, 0, BINS - 1).ravel()].add(1)
+    bins = jnp.clip(place, 0, BINS - 1).ravel()
+    counts = jnp.zeros(BINS, jnp.int32).at[bins].add(1)
 
     return Measured(
         percentiles=percentiles(values),
@@ -161,14 +162,13 @@ class Observer:
 
 
 def _save(file: pathlib.Path, origin: dict[str, Any], found: dict[str, Measured]) -> None:
-    arrays = {
-        f"{path}:{field}": np.asarray(value)
-        for path, measured in found.items()
-        for field, value in measured._asdict().items()
-    }
-    header = np.frombuffer(json.dumps(origin).encode(), np.uint8)
+    arrays = {_HEADER: np.frombuffer(json.dumps(origin).encode(), np.uint8)}
+    for path, measured in found.items():
+        for field, value in measured._asdict().items():
+            arrays[f"{path}:{field}"] = np.asarray(value)
+
     out = io.BytesIO()
-    np.savez_compressed(out, **{_HEADER: header, **arrays})  # type: ignore[arg-type]
+    np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
     with files.reported(file, "cannot write"):
         file.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(file, out.getvalue())
@@ -182,12 +182,18 @@ def _load(file: pathlib.Path, origin: dict[str, Any] | None) -> dict[str, Measur
         with np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         its_origin = json.loads(arrays.pop(_HEADER).tobytes())
-        paths = dict.fromkeys(name.rpartition(":")[0] for name in arrays)
-        found = {p: Measured(*(arrays[f"{p}:{f}"] for f in Measured._fields)) for p in paths}
+
+        found = {}
+        for path in dict.fromkeys(name.rpartition(":")[0] for name in arrays):
+            fields = [arrays[f"{path}:{field}"] for field in Measured._fields]
+            found[path] = Measured(*fields)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         files.warn(f"{file} cannot be read ({error}); it is made again")
         return {}
-    return found if origin is None or its_origin == origin else {}
+
+    if origin is not None and its_origin != origin:
+        return {}
+    return found
 
 
 def read(folder: pathlib.Path) -> dict[int, dict[str, Measured]]:
@@ -266,21 +272,16 @@ def choose_steps(workdir: pathlib.Path, asked: str) -> list[int]:
 
 def require_comparable(one: Experiment, other: Experiment, examples: int) -> None:
     """Raises ConfigError unless both networks have the same layers (one may lack BN)."""
-    inputs = [
-        [path for path in known_paths(exp, examples) if path.endswith("/input")]
-        for exp in (one, other)
-    ]
-    if inputs[0] != inputs[1]:
+
+    def layers(exp: Experiment) -> list[str]:
+        return [path for path in known_paths(exp, examples) if path.endswith("/input")]
+
+    ours = layers(one)
+    theirs = layers(other)
+    if ours != theirs:
+        common = set(ours) & set(theirs)
         raise ConfigError(
             f"{one.config.name} and {other.config.name} are different networks: they have "
-            f"{len(inputs[0])} and {len(inputs[1])} layers, of which "
-            f"{len({*inputs[0]} & {*inputs[1]})} have the same names; measure each alone"
+            f"{len(ours)} and {len(theirs)} layers, of which {len(common)} have the same names; "
+            "measure each alone"
         )
-
-
-def measure(
-    observer: Observer, steps: Sequence[int]
-) -> Iterator[tuple[int, dict[str, Measured], bool]]:
-    """Yields (step, measurements by path, whether they were read from a file) for each step."""
-    for step in steps:
-        yield step, *observer.at(step)
