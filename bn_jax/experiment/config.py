@@ -297,6 +297,7 @@ def check(
     _check_input(config, rules)
     _check_records(config, rules)
     _check_groups(config, rules)
+    _check_scaling(config, rules)
     if devices is not None:
         _check_devices(config, rules, devices, training)
 
@@ -424,6 +425,9 @@ def _check_optimization(config: ConfigDict, rules: _Rules) -> None:
     rules.whole("total_steps", "train for at least one step")
     rules.whole("seed", "any number from 0 on", at_least=0)
 
+
+def _check_scaling(config: ConfigDict, rules: _Rules) -> None:
+    """Checks how the rate grows with the batch, whose groups are checked already."""
     rules.choice("learning_rate_scaling", ("none", "linear", "sqrt"))
     rules.number("warmup_examples", "0 for none, 5 epochs are usual")
     if config.learning_rate_scaling != "none" and config.bn.group_size is None:
@@ -432,20 +436,17 @@ def _check_optimization(config: ConfigDict, rules: _Rules) -> None:
             "bn.group_size=None does not say for how many examples learning_rate is",
             "set bn.group_size=32, or this to none and warmup_examples to 0",
         )
-    ratio = config.batch_size / (config.bn.group_size or config.batch_size)
-    scaled = config.learning_rate * ratio
-    if (
-        config.learning_rate_scaling == "linear"
-        and config.batch_size > LARGEST_LINEAR_BATCH
-        and scaled > LARGEST_LINEAR_RATE
-    ):
-        raise rules.error(
-            "learning_rate_scaling",
-            f"a batch of {config.batch_size:,} would have the rate {scaled:.3g}, and above "
-            f"{LARGEST_LINEAR_BATCH:,} examples {LARGEST_LINEAR_RATE:g} is the limit (Goyal et al. "
-            "2017; methods such as LARS, which go further, are not implemented)",
-            "set it to sqrt, or to none with warmup_examples=0 and a learning_rate of your choice",
-        )
+    if config.learning_rate_scaling == "linear" and config.batch_size > LARGEST_LINEAR_BATCH:
+        scaled = config.learning_rate * config.batch_size / config.bn.group_size
+        if scaled > LARGEST_LINEAR_RATE:
+            raise rules.error(
+                "learning_rate_scaling",
+                f"a batch of {config.batch_size:,} would have the rate {scaled:.3g}, and above "
+                f"{LARGEST_LINEAR_BATCH:,} examples {LARGEST_LINEAR_RATE:g} is the limit (Goyal et "
+                "al. 2017; methods such as LARS, which go further, are not implemented)",
+                "set it to sqrt, or to none with warmup_examples=0 and a learning_rate of your "
+                "choice",
+            )
     if config.learning_rate_scaling == "none" and config.warmup_examples:
         raise rules.error(
             "warmup_examples",
