@@ -53,14 +53,20 @@ def for_devices(config: ConfigDict, devices: int) -> ConfigDict:
         return config
 
     config = ConfigDict(config.to_dict())
-    factor = config.batch_per_device * devices / config.batch_size
-    config.batch_size = config.batch_per_device * devices
+    batch_size = config.batch_per_device * devices
+    factor = batch_size / config.batch_size
+
+    def fewer(steps: int) -> int:
+        return max(1, round(steps / factor))
+
     for name in ("total_steps", "eval_every", "checkpoint_every", "log_every"):
-        config[name] = max(1, round(config[name] / factor))
+        config[name] = fewer(config[name])
     if config.eval_early:
-        config.eval_early = max(1, round(config.eval_early / factor))
-    config.eval_batch_size = max(config.eval_batch_size, config.batch_size)
-    config.record.activation_every = max(1, round(config.record.activation_every / factor))
+        config.eval_early = fewer(config.eval_early)
+    config.record.activation_every = fewer(config.record.activation_every)
+
+    config.batch_size = batch_size
+    config.eval_batch_size = max(config.eval_batch_size, batch_size)
     config.batch_per_device = 0  # what run.json holds is the run's own batch, on any machine
     return config.lock()
 
@@ -135,9 +141,10 @@ def without_data(workdir: pathlib.Path, data_dir: str | None = None) -> Experime
 
     check(config)
     classes = recorded["classes"]
+    names = recorded["class_names"] or _numbers(classes)
     data = Recorded(
         num_classes=classes,
-        class_names=tuple(recorded["class_names"] or map(str, range(classes))),
+        class_names=tuple(names),
         image_shape=tuple(recorded["image_shape"]),
         split=recorded["split"],
         description=recorded["description"],
@@ -171,14 +178,13 @@ def _read_run(
 def abstract_state(exp: Experiment) -> step.TrainState:
     """Returns the state's shapes, dtypes and shardings; nothing is computed."""
     everywhere = replicated(exp.mesh)
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
-        _shapes(exp.model, exp.data.image_shape),
-    )
+    shapes = _shapes(exp.model, exp.data.image_shape)
+    return jax.tree.map(lambda leaf: leaf.update(sharding=everywhere), shapes)
 
 
 @functools.lru_cache(maxsize=8)
 def _shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> step.TrainState:
+    """Traces the initial state, which takes seconds for a deep network."""
     return jax.eval_shape(lambda: step.init_state(model, 0, image_shape))
 
 
@@ -189,7 +195,10 @@ def abstract_batch(exp: Experiment, size: int, *, train: bool) -> dict[str, jax.
     def rows_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=rows)
 
-    batch = {"image": rows_of(exp.data.image_shape, np.uint8), "label": rows_of((), np.int32)}
+    batch = {
+        "image": rows_of(exp.data.image_shape, np.uint8),
+        "label": rows_of((), np.int32),
+    }
     if not train or exp.data.masked:
         batch["mask"] = rows_of((), np.bool_)
     return batch
@@ -225,18 +234,23 @@ def restore(
         raise CheckpointError(
             f"{checkpoints.directory} has no checkpoint yet: train until the first one is saved"
         )
-    return found[0], found[1]
+    number, state, _ = found
+    return number, state
 
 
 def state_at(exp: Experiment, workdir: pathlib.Path, at_step: int) -> step.TrainState:
     """Returns a run's state after `at_step`; 0 is the initial one. Raises as `restore` does."""
     if at_step == 0:
         return create_state(exp)
-    return restore(exp, workdir, at_step)[1]
+    _, state = restore(exp, workdir, at_step)
+    return state
 
 
 def describe(exp: Experiment) -> dict[str, Any]:
     """Returns what run.json records of the data and the devices."""
+    names = list(exp.data.class_names)
+    if names == _numbers(exp.data.num_classes):
+        names = []  # the classes only have numbers
     data = {
         "name": exp.config.data.name,
         "split": exp.data.split,
@@ -245,11 +259,11 @@ def describe(exp: Experiment) -> dict[str, Any]:
         "eval_examples": exp.data.num_eval,
         "image_shape": list(exp.data.image_shape),
         "classes": exp.data.num_classes,
-        # They are empty if the classes only have numbers.
-        "class_names": [] if _numbered(exp.data.class_names) else list(exp.data.class_names),
+        "class_names": names,
     }
     return {"data": data, "mesh": mesh.describe(exp.mesh)}
 
 
-def _numbered(names: tuple[str, ...]) -> bool:
-    return names == tuple(map(str, range(len(names))))
+def _numbers(classes: int) -> list[str]:
+    """Returns the names of classes that only have numbers."""
+    return [str(number) for number in range(classes)]
