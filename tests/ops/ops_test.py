@@ -66,10 +66,8 @@ def test_a_tpu_s_max_pool_of_stride_1(size, ties):
     if ties:
         x = jnp.maximum(jnp.round(x), 0)
     with ops.tracing_for("tpu"):
-        (y, (dx,)), (want, (want_dx,)) = (
-            _run(lambda x: ops.max_pool(x, 1), (x,)),
-            _run(lambda x: ops._plain_max_pool(x, 1), (x,)),
-        )
+        y, (dx,) = _run(lambda x: ops.max_pool(x, 1), (x,))
+        want, (want_dx,) = _run(lambda x: ops._plain_max_pool(x, 1), (x,))
     np.testing.assert_array_equal(y, want)
     # Equal terms, added in another order: at most 9 of size 1.
     np.testing.assert_allclose(dx, want_dx, rtol=0, atol=1e-14)
