@@ -12,23 +12,34 @@ from matplotlib.patches import Rectangle
 from ml_collections import ConfigDict
 
 from bn_jax.figures.plotting import GREY, subplots
-from bn_jax.studies.frame import Part, Result, Results, Study, Table, divergences, finals, percent
+from bn_jax.studies.frame import (
+    Part,
+    Result,
+    Results,
+    Study,
+    Table,
+    arms,
+    divergences,
+    finals,
+    percent,
+)
 
 TIMES = (0.2, 1.0, 6.0, 40.0, 200.0)  # the config's rate; for bn_x5 this gives up to 1.5
 
 
 def parts(config: ConfigDict) -> list[Part]:
     """Makes a part for every rate: with BN and without, from each kind of weights."""
-    networks: dict[str, tuple[str, ...]] = {"bn": ("norm=batch_norm",), "plain": ("norm=none",)}
+    networks = arms(config)
     if "init" in config.model:
-        networks["plain_he"] = ("norm=none", "model.init=he")
-        networks["plain_glorot"] = ("norm=none", "model.init=glorot")
+        networks.append(Part("plain_he", ("norm=none", "model.init=he")))
+        networks.append(Part("plain_glorot", ("norm=none", "model.init=glorot")))
+
     found = []
-    for network, settings in networks.items():
+    for network in networks:
         for times in TIMES:
             rate = float(f"{config.learning_rate * times:.3g}")
-            own = (*settings, f"learning_rate={rate}")
-            found.append(Part(_part(network, f"{rate:g}"), own))
+            settings = (*network.settings, f"learning_rate={rate}")
+            found.append(Part(_part(network.name, f"{rate:g}"), settings))
     return found
 
 
@@ -38,12 +49,9 @@ def _part(network: str, rate: str) -> str:
 
 def by_network(results: Results) -> tuple[list[str], list[str]]:
     """Lists the networks and rates of a study, as they are written in the names of its parts."""
-    networks = {}  # dicts, which keep the order and hold each name once
-    rates = {}
-    for part in results:
-        network, _, rate = part.partition("/learning_rate=")
-        networks[network] = True
-        rates[rate] = True
+    pairs = [part.split("/learning_rate=") for part in results]
+    networks = dict.fromkeys(network for network, _ in pairs)
+    rates = dict.fromkeys(rate for _, rate in pairs)
     return list(networks), list(rates)
 
 
@@ -79,10 +87,10 @@ def draw(results: Results) -> Figure:
         for x, rate in enumerate(rates):
             seeds = results[_part(network, rate)]
             shares = list(finals(seeds).values())
-            words = []
+            lines = []
             if shares:
                 values[y, x] = 100 * np.mean(shares)
-                words.append(f"{values[y, x]:.1f}%")
+                lines.append(f"{values[y, x]:.1f}%")
             else:
                 corner = (x - 0.5, y - 0.5)
                 square = Rectangle(corner, 1, 1, hatch="//", fill=False, edgecolor=GREY, alpha=0.5)
@@ -90,8 +98,8 @@ def draw(results: Results) -> Figure:
 
             where = divergences(seeds)
             if where:  # there is room for the first
-                words.append(where[0].replace(" at ", "\n"))
-            axes.text(x, y, "\n".join(words), ha="center", va="center", fontsize=8, color="black")
+                lines += where[0].split(" at ")
+            axes.text(x, y, "\n".join(lines), ha="center", va="center", fontsize=8)
 
     image = axes.imshow(values, vmin=0, vmax=100, cmap="YlGnBu", aspect="auto", alpha=0.6)
     figure.colorbar(image, ax=axes, label="accuracy (%)")

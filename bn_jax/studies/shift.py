@@ -36,6 +36,12 @@ from bn_jax.uncertainty import quotient, written
 
 Flat = Mapping[str, Any]  # path of a parameter -> array
 
+# What is measured, in the words of table and picture.
+DISTANCE = "L2 of G' - G"
+RELATIVE = "L2 of G' - G, by that of G"
+COSINE = "cosine of G and G'"
+MOVED = "distance that the median moved"
+
 
 class Shift(NamedTuple):
     """The shift of a layer. distance: |G' - G|. cosine: of the angle of G and G'. norm: |G|."""
@@ -143,9 +149,9 @@ def maps(measured: Mapping[str, Any]) -> dict[str, tuple[list[str], np.ndarray]]
     inputs = [path for path in activations if path.endswith("/input")]
     distances_moved = [activations[path]["moved"] for path in inputs]
     return {
-        "L2 of G' - G, by that of G": (layers, distance / norm),
-        "cosine of G and G'": (layers, _map(measured, "cosine")),
-        "distance that the median moved": (inputs, np.array(distances_moved, float)),
+        RELATIVE: (layers, distance / norm),
+        COSINE: (layers, _map(measured, "cosine")),
+        MOVED: (inputs, np.array(distances_moved, float)),
     }
 
 
@@ -161,15 +167,14 @@ def typical(results: Results, arm: str) -> dict[str, dict[int, float]]:
     """Returns {what: {seed: median over layers and kept steps}}; the first layer has no shift."""
     found: dict[str, dict[int, float]] = {}
     for seed, measured in measurements(results[arm]).items():
-        shown = {"L2 of G' - G": _map(measured, "distance")}
+        shown = {DISTANCE: _map(measured, "distance")}
         for name, (_, values) in maps(measured).items():
             shown[name] = values
 
         for name, values in shown.items():
-            of_inputs = name.startswith("distance")
-            own = values if of_inputs else values[1:]
+            shifted = values if name == MOVED else values[1:]
             by_seed = found.setdefault(name, {})
-            by_seed[seed] = float(np.median(own))
+            by_seed[seed] = float(np.median(shifted))
     return found
 
 
@@ -182,7 +187,7 @@ def table(results: Results) -> Table:
         of_bn = bn.get(name, {})
         of_plain = plain.get(name, {})
         times = "-"
-        if not name.startswith("cosine"):
+        if name != COSINE:
             times = written(quotient(of_plain, of_bn), ".3g", unit="x")
         rows.append([name, mean_cell(of_bn), mean_cell(of_plain), times])
 
