@@ -34,6 +34,10 @@ def probabilities(params: Any, batch_stats: Any, images: jax.Array, *, model: nn
     return jax.nn.softmax(logits.astype(np.float32), axis=-1)
 
 
+def _silent(_: Any) -> None:
+    """Ignores what is not to be printed."""
+
+
 class Networks:
     """Members compiled for batches of `size` views (rounded up to a multiple of the devices).
 
@@ -62,7 +66,7 @@ class Networks:
         rows: Iterable[views.Rows],
         examples: int,
         weight: int,
-        progress: Callable[[int], None] = lambda done: None,
+        progress: Callable[[int], None] = _silent,
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """Averages over views: each member's probabilities float32 [examples, K], and the labels.
 
@@ -163,7 +167,7 @@ def require_same_input(one: Member, other: Member) -> None:
 def predict(
     networks: Networks,
     crops: int,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = _silent,
 ) -> list[Predictions]:
     """Computes each member's predictions for the evaluation split, every example counted once.
 
@@ -236,7 +240,3 @@ def _progress(networks: Networks, crops: int) -> Callable[[int], None]:
         jax.process_count(),
     )
     return ImageProgress(len(share)).add
-
-
-def _silent(_: Any) -> None:
-    """Ignores what only the first process prints."""

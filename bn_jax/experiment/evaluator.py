@@ -37,7 +37,9 @@ class Evaluator:
     def begin(self) -> None:
         """Compiles in another thread, beside the first steps; `check` raises its error, if any."""
         if jax.default_backend() == "gpu":  # XLA times kernels there, which steps would disturb
-            return self.compile()
+            self.compile()
+            return
+
         with_context = contextvars.copy_context().run  # keeps what `ops.plain` has set
         threads = concurrent.futures.ThreadPoolExecutor(1)
         self._begun = threads.submit(with_context, self.compile)

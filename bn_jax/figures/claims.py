@@ -2,9 +2,10 @@
 
 A claim is tested in comparison with the network that the paper describes and, if there is one, with
 the strongest network without BN; the latter decides. If a run that a claim needs is missing, the
-page names it. Every number comes from run.json and metrics.jsonl; none is typed in.
+page names it. Every result comes from the records of runs and evaluations; none is typed in.
 """
 
+import itertools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -241,12 +242,14 @@ def _count(runs: Runs, ours: str, said: str, holds: Callable[[Curve], bool]) -> 
 
     more = ""
     if number in (0, n):
-        enough = 1
-        while uncertainty.wilson(enough, enough).low <= 0.5:
-            enough += 1
-        more = f" ({enough} equal seeds would decide)"
+        more = f" ({_equal_seeds_to_decide()} equal seeds would decide)"
     above_half = Interval(low - 0.5, high - 0.5)
     return Found(text, n, interval=above_half, more=more)
+
+
+def _equal_seeds_to_decide() -> int:
+    """Returns how many seeds are enough if something holds for all of them."""
+    return next(n for n in itertools.count(1) if uncertainty.wilson(n, n).low > 0.5)
 
 
 def multicrop(runs: Runs, ours: str, theirs: str) -> Found:

@@ -39,7 +39,9 @@ STYLES = {
     "inception_x5": (VERMILION, ":"),
     "inception_sigmoid": (SKY, ":"),
 }
-OTHERS = [(c, s) for s in ("-", "--", ":", "-.") for c in (BLUE, ORANGE, GREEN, PURPLE, SKY)]
+OTHER_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY)
+OTHER_LINES = ("-", "--", ":", "-.")
+OTHERS = [(colour, line) for line in OTHER_LINES for colour in OTHER_COLOURS]
 ZOOM = 12.0  # points below the baseline's final accuracy at which the right panel begins
 
 

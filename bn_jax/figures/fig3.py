@@ -73,7 +73,7 @@ def accuracy_cell(row: Comparison) -> str:
         return _only_words(words)
 
     if len(known) == 1:
-        (finished,) = [curve for curve in row.curves if curve.final is not None]
+        (finished,) = [run for run in row.curves if run.final is not None]
         text = f"{counted(known[0], finished.final_examples)}, counted"
     else:
         effect = single(known)

@@ -1,4 +1,4 @@
-"""Says which form of an operation runs on which backend; nothing else decides it.
+"""Says which form of an operation of `ops` runs on which backend; nothing else decides it.
 
 The choice is made while tracing. The table in `bn_jax/ops/__init__.py` says what each form is.
 """

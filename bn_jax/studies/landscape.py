@@ -69,7 +69,7 @@ def along_gradient(
         changes.append(change)
         if norm:
             distance = rate * norm
-            smoothness = np.maximum(smoothness, change / distance)
+            smoothness = np.maximum(smoothness, change / distance)  # keeps NaN, which max may not
 
     return {
         "loss": float(loss),
