@@ -101,7 +101,7 @@ oracle: setup  ## install torch (large) and pretrainedmodels, and compare import
 	$(RUN) pytest tests/import_weights_test.py
 
 bench: setup  ## benchmarks on this machine, under 20 minutes; PyTorch takes part if installed
-	for name in step mnist startup evaluate batch_norm; do $(RUN) benchmarks.$$name || exit 1; done
+	for name in step mnist startup evaluate batch_norm input; do $(RUN) benchmarks.$$name || exit 1; done
 	$(RUN) benchmarks.report
 
 # jax[cuda13] is not in the lock, because it is larger than all the rest together and needs Python

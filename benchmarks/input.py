@@ -27,13 +27,17 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 
-from benchmarks import cost_model
+from benchmarks import cost_model, fair
 from bn_jax.data import crops, decode, distort, order, pipeline, sources, tfds
 from bn_jax.distributed.cpus import usable_cpus
 from bn_jax.prepare import imagenet
 
 SIZE, BATCH = 224, 32
 Run = Callable[[int], int]  # round -> images read
+
+OURS = "ours, ArrayRecord, end to end"
+BARE = "bare decode + crop + resize"
+TF_DATA = "tf.data, decode_and_crop + resize"
 
 TINY = 8  # pixels of pictures that take no time to decode
 ON_PAPER = (16, 32, 64, 112, 208)  # CPUs
@@ -58,11 +62,11 @@ HOSTS = (
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", help="folder of JPEG files; those near 500 x 375 are taken")
     parser.add_argument("--count", type=int, default=640, help="images a round")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds")
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds")
     parser.add_argument("--smoke", action="store_true", help="one round of few images")
     options = parser.parse_args()
     if options.smoke:
@@ -84,6 +88,15 @@ def main() -> None:
         print(f"{name:42}{columns[0]:>22}{columns[1]:>22}")
     print()
     print(scaling_table(scaling))
+
+    seconds = {name: [1 / rate for rate in rates] for name, (rates, _) in results.items()}
+    record = {
+        "clock": "CPU seconds an image, of all threads",
+        "source": f"{len(set(files))} files of {source}",
+        "images": options.count,
+        "sides": fair.compare(seconds, OURS),
+    }
+    fair.write("input", record, smoke=options.smoke)
 
 
 def spread(values: list[float]) -> str:
@@ -214,8 +227,8 @@ def list_contenders(files: list[bytes], folder: pathlib.Path) -> dict[str, Run]:
     colours = open_set(ours["array_record"], distortion=1.0)
     contenders: dict[str, Run] = {
         "bare decode": threaded(files, lambda f, _: decode.pixels(f, decode.frame(f), exact=False)),
-        "bare decode + crop + resize": threaded(files, crop_loop()),
-        "ours, ArrayRecord, end to end": lambda k: epoch(plain["array_record"], k),
+        BARE: threaded(files, crop_loop()),
+        OURS: lambda k: epoch(plain["array_record"], k),
         "ours, TFRecord, end to end": lambda k: epoch(plain["tfrecord"], k),
         "ours, ArrayRecord, colours distorted too": lambda k: epoch(colours, k),
     }
@@ -223,7 +236,7 @@ def list_contenders(files: list[bytes], folder: pathlib.Path) -> dict[str, Run]:
         contenders["PIL, same filter"] = threaded(files, pil_loop(antialias=False))
         contenders["PIL, antialiased (torchvision)"] = threaded(files, pil_loop(antialias=True))
     if importlib.util.find_spec("tensorflow"):
-        contenders["tf.data, decode_and_crop + resize"] = tf_data(ours["tfrecord"], len(files))
+        contenders[TF_DATA] = tf_data(ours["tfrecord"], len(files))
     return contenders
 
 

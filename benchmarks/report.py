@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from benchmarks import fair
+from benchmarks import fair, input
 
 GROUPS = ("sides", "seconds", "step_seconds", "cases", "networks")  # names that say nothing
 
@@ -54,6 +54,10 @@ ROWS = (
         _side("sides", "unfolded", "ratio"), "x", 1.2, 1.4),
     Row("144 crops of a picture, one thread", "144 single crops", "evaluate",
         lambda r: r["views"]["seconds"]["144 single crops"]["ratio"], "x", 3.0),
+    Row("input, images a CPU-second", "tf.data, crops of the same sizes", "input",
+        _side("sides", input.TF_DATA, "ratio"), "x", 1.1, 1.2),
+    Row("", "bare decode, crop and resize", "input",
+        _side("sides", input.BARE, "ratio"), "x", 0.95, 1.0),
     Row("step on a GPU, bfloat16", "torch channels_last AMP", "step_gpu",
         _side("sides", "torch channels_last AMP", "ratio"), "x", 1.2, 1.5),
     Row("", "torch.compile", "step_gpu", _side("sides", "torch.compile", "ratio"), "x", 1.0, 1.2),
