@@ -103,18 +103,26 @@ def test_what_the_ablations_say():
 
 
 def test_what_natural_images_say():
+    """README quotes the same numbers as results.md, in both cases those of five seeds."""
+    found = compared("bn_x5", "bn_x5_without_bn", "tiny40")
+    assert found.accuracy.n == 5
+    sooner = uncertainty.written(found.speed_up("95%"), ".2f")
+    same = uncertainty.written(found.speed_up("100%"), ".2f")
+    points = uncertainty.written(found.accuracy, ".2f", factor=100)
+    with_bn = fig3.accuracy_cell(found)
+    other = compared("bn_x5_without_bn", "bn_x5_without_bn", "tiny40")
+    without = fig3.accuracy_cell(other)
+
     text = page("docs/results.md")
-    for name, form in (("inception", ", counted"), ("bn_baseline", ""), ("bn_x5", " counted")):
-        (final,) = compared(name, "inception", "tiny40").final
-        low, high = uncertainty.wilson(round(2000 * final), 2000)
-        ends = f"{100 * low:.2f} to {100 * high:.2f}"
-        assert re.search(rf"{100 * final:.2f}% ?\(?,? ?{ends}{form}", text) or (
-            f"({100 * final:.2f}%, {ends}{form})" in text
-        )
-    for level in ("95%", "100%"):
-        effect = compared("bn_baseline", "inception", "tiny40").speed_up(level)
-        assert effect.bound == "at least" and f"{effect.value:.0f}" in "at least 9 and 15"
-    assert "at least 9 and 15" in text
+    assert f"{sooner} times fewer steps, and all of it in {same} times fewer" in text
+    assert f"at {with_bn} against {without}, which is {points} points more" in text
+
+    told = row("bn_x5_without_bn")
+    assert without.rstrip(")") in told and with_bn.rstrip(")") in told
+
+    readme = page("README.md")
+    assert f"{same} times fewer steps" in readme
+    assert f"higher by {points} points" in readme
 
 
 def test_fig1():
@@ -139,6 +147,35 @@ def test_ensemble():
     text = uncertainty.counted(fig4.wrong(line, "top1"), 1000)
     assert text.replace(")", ", counted)") in page("docs/experiments.md")
     assert text in page("docs/ensemble.md")
+
+
+def test_ensemble_on_natural_images():
+    text = page("docs/ensemble.md")
+    rows = fig4.rows(fig4.collect(RESULTS / "tiny40"))
+    assert len(rows) == 4
+    for row in rows:
+        errors = [
+            np.mean([fig4.wrong(line, name) for line in row.lines]) for name in ("top1", "top5")
+        ]
+        assert "| {:.2f}% | {:.2f}% |".format(*(100 * error for error in errors)) in text
+
+    gains = {row.crops: row.lines[0]["gain"] for row in rows if row.label != "single"}
+    said = {
+        crops: "{top1:.2f} points? ({low:.2f} to {high:.2f})".format(
+            **{name: 100 * gain[name] for name in ("top1", "low", "high")}
+        )
+        for crops, gain in gains.items()
+    }
+    assert said[1].replace("?", "") in text and said[144].replace(" points?", "") in text
+
+    single = {row.crops: row.lines for row in rows if row.label == "single"}
+    top1 = {
+        crops: {line["members"][0]["seed"]: line["top1"] for line in lines}
+        for crops, lines in single.items()
+    }
+    found = uncertainty.single([top1[144][seed] - top1[1][seed] for seed in range(5)])
+    points = uncertainty.written(found, ".2f", factor=100).replace(" (", " points (")
+    assert f"144 crops gain {points} on one" in text
 
 
 # Rules for the rate on many devices: the runs of results/scaling
