@@ -110,7 +110,7 @@ def test_site_builds_without_a_warning(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     start, api = ((tmp_path / p).read_text() for p in ("index.html", "api/index.html"))
-    assert "results/digits/fig2.png" in start and (tmp_path / "results/digits/fig2.png").is_file()
+    assert "results/tiny40/fig2.png" in start and (tmp_path / "results/tiny40/fig2.png").is_file()
     assert "Algorithm 1 (<code>train=True</code>)" in api  # of the docstring of normalize
     assert not re.search(r'(?:src|<link[^>]*href)="https?://', start)
 
