@@ -605,7 +605,7 @@ def _sample(x, mask, layout: _Layout):
         if mask is None or mask.shape[height] == 1:
             # A few rows of each example are taken, so that the sample is a thirtieth of the part.
             rows = x.shape[height] // (32 * few // n)
-            x = lax.slice_in_dim(x, 0, max(rows, 1), axis=height)
+            x = lax.slice_in_dim(x, 0, jax.core.max_dim(rows, 1), axis=height)
 
     if mask is None:
         return lax.slice_in_dim(x, 0, few, axis=examples), None

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bn_jax.nnx
-from bn_jax import layers
+from bn_jax import batch_norm, layers
 
 N, C = 16, 4
 # Sums of 64 float32 values near 1 in another order: measured up to 1.2e-5, for second derivatives.
@@ -208,6 +208,28 @@ class TestLoops:
         slope = jax.grad(lambda e: run(0.9, e)[0])(0.1)
         np.testing.assert_allclose(slope, rise, rtol=2e-2)  # a finite difference
         np.testing.assert_allclose(jax.jacfwd(lambda e: run(0.9, e)[0])(0.1), slope, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export_of_training_with_images_of_any_size(dtype):
+    """Height and width are symbols, too, on which the size of BN's sample depends."""
+    stats = batch_norm.init_stats((C,))
+
+    def step(x):
+        y, updated = batch_norm.normalize(
+            x, None, None, stats, train=True, group_size=4, epsilon=1e-3, momentum=0.9
+        )
+        return y, updated.var
+
+    sizes = jax.export.symbolic_shape(f"4*b, h, w, {C}")
+    exported = jax.export.export(jax.jit(step), platforms=("cpu", "cuda"))(
+        jax.ShapeDtypeStruct(sizes, dtype)
+    )
+    for height, width in ((1, 1), (9, 70)):
+        x = jnp.asarray(np.random.default_rng(0).normal(2, 3, (8, height, width, C)), dtype)
+        tolerance = 1e-5 if dtype == "float32" else 2e-2
+        for got, want in zip(exported.call(x), step(x), strict=True):
+            close(np.float32(got), np.float32(want), rtol=tolerance, atol=tolerance)
 
 
 def devices(n, kind):
