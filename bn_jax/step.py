@@ -86,12 +86,24 @@ def train_step(
       `gradient_square` [leaves of params], whose sum is the squared norm of the gradient.
     """
     key = dropout_key(seed, state.step)
-    grads, means, batch_stats = gradients(state.params, state.batch_stats, batch, key, model=model)
-    return update(state, grads, means, batch_stats, hyper, batch["label"].shape[0])
+    grads, means, batch_stats = gradients(
+        state.params,
+        state.batch_stats,
+        batch,
+        key,
+        model=model,
+    )
+    batch_size = batch["label"].shape[0]
+    return update(state, grads, means, batch_stats, hyper, batch_size)
 
 
 def gradients(
-    params: Any, batch_stats: Any, batch: dict[str, jax.Array], dropout: jax.Array, *, model
+    params: Any,
+    batch_stats: Any,
+    batch: dict[str, jax.Array],
+    dropout: jax.Array,
+    *,
+    model: nn.Module,
 ) -> tuple[Any, dict[str, jax.Array], Any]:
     """Computes (gradient without L2, metrics, updated batch_stats) of a batch.
 
@@ -103,8 +115,12 @@ def gradients(
     mask = batch.get("mask")
 
     def objective(params):
+        variables = {
+            "params": params,
+            "batch_stats": vectors.gathered(batch_stats),
+        }
         outputs, updates = model.apply(
-            {"params": params, "batch_stats": vectors.gathered(batch_stats)},
+            variables,
             batch["image"],
             train=True,
             mask=mask,
@@ -162,9 +178,12 @@ def update(
     known = jnp.sum(squares) + means["loss"]
     rate, momentum = vectors.after(known, rate, hyper.momentum)
     updated = optim.momentum_step(grads, velocity, params, learning_rate=rate, momentum=momentum)
-    params, opt_state = jax.tree.map(
-        lambda new, old: new.reshape(old.shape), updated, (state.params, state.opt_state)
-    )
+
+    def shaped(new: jax.Array, old: jax.Array) -> jax.Array:
+        return new.reshape(old.shape)
+
+    before = (state.params, state.opt_state)
+    params, opt_state = jax.tree.map(shaped, updated, before)
 
     metrics = {
         **means,
@@ -228,11 +247,15 @@ def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """
     true = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     classes = jnp.arange(logits.shape[-1])
-    ahead = (logits > true) | ((logits == true) & (classes < labels[:, None]))
+    higher = logits > true
+    tied = logits == true
+    lower_class = classes < labels[:, None]
+    ahead = higher | (tied & lower_class)
     rank = jnp.sum(ahead, axis=-1)
 
     last = max(logits.shape[-1], 5)  # not among the first five, even of fewer classes
-    return jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), rank, last)
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    return jnp.where(finite, rank, last)
 
 
 def eval_step(
@@ -244,9 +267,8 @@ def eval_step(
     """
     labels = batch["label"]
     mask = batch["mask"]
-    logits: Any = model.apply(
-        {"params": params, "batch_stats": batch_stats}, batch["image"], train=False
-    )
+    variables = {"params": params, "batch_stats": batch_stats}
+    logits: Any = model.apply(variables, batch["image"], train=False)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     rank = label_rank(logits, labels)
 
@@ -273,12 +295,17 @@ def statistics_step(
     `total` begins as `layers.fresh_stats(batch_stats)`. mini_batches: how many mini-batches the
     batch holds, each of them a statistic group. All batches of a run have the same dropout.
     """
+    variables = {
+        "params": params,
+        "batch_stats": layers.fresh_stats(batch_stats),
+    }
     _, updates = model.apply(
-        {"params": params, "batch_stats": layers.fresh_stats(batch_stats)},
+        variables,
         batch["image"],
         train=True,
         mask=batch.get("mask"),
         rngs={"dropout": dropout_key(seed, 0)},
         mutable=["batch_stats"],
     )
-    return layers.merge_stats(total, layers.counted(updates["batch_stats"], mini_batches))
+    found = layers.counted(updates["batch_stats"], mini_batches)
+    return layers.merge_stats(total, found)
