@@ -139,9 +139,13 @@ def batches(
     # Threads prepare one example at a time, with all its views.
     own = share(data.num_eval, number, size, process, processes)
     bytes_of_example = number * int(np.prod(data.image_shape))
+
+    def example(index: int) -> dict[str, np.ndarray]:
+        return _example(data, index, number)
+
     examples = Batches(
         own.tolist(),
-        lambda index: _example(data, index, number),
+        example,
         size=bytes_of_example,
         one_thread=data.held.in_memory,
     )
@@ -229,7 +233,11 @@ def _padded(rows: Rows, size: int) -> Rows:
     """Fills a batch up to `size` with rows that hold no example."""
     count = len(rows.weight)
     missing = size - count
-    empty = [np.zeros((missing, *array.shape[1:]), array.dtype) for array in rows]
+    empty = []
+    for array in rows:
+        shape = (missing, *array.shape[1:])
+        empty.append(np.zeros(shape, array.dtype))
+
     padded = _joined([rows, Rows(*empty)])
     padded.example[count:] = -1
     return padded

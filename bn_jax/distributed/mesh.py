@@ -149,13 +149,17 @@ def gather(rows: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return rows
 
-    counts = np.asarray(multihost_utils.process_allgather(np.array(len(rows), np.int32)))
-    padded = np.zeros((counts.max(), *rows.shape[1:]), rows.dtype)
+    own = np.array(len(rows), np.int32)
+    counts = np.ravel(multihost_utils.process_allgather(own))
+
+    # Arrays of one shape are gathered, in which the rows come first.
+    most = counts.max()
+    padded = np.zeros((most, *rows.shape[1:]), rows.dtype)
     padded[: len(rows)] = rows
     gathered = np.asarray(multihost_utils.process_allgather(padded))
 
     parts = []
-    for part, count in zip(gathered, counts.ravel(), strict=True):
+    for part, count in zip(gathered, counts, strict=True):
         parts.append(part[:count])
     return np.concatenate(parts)
 
